@@ -1,0 +1,1714 @@
+"""WFDB records and CSV labels -> one cohort file (HDF5): signals, labels, pairs, actions.
+
+Papers: Action-Conditioned Cardiac World Models (A); World Model Augmentation for Imbalanced
+Multi-Label ECG Classification (B). Data: MIMIC-IV-ECG 1.0 with MIMIC-IV-ECG-Ext-ICD 1.0.1,
+PTB-XL 1.0.3, or the simulated demo cohort.
+
+    python prepare_data.py --source demo
+    python prepare_data.py --source ptbxl --root ptb-xl
+    python prepare_data.py --source mimic --root mimic-iv-ecg --labels records_w_diag_icd10.csv
+    python prepare_data.py --check data/ptbxl.h5
+
+A build that is killed goes on where it stopped when the same command is given again, and ends in
+the same bytes.
+"""
+
+import argparse
+import ast
+import collections
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal as signals  # "signal" is the ECG in this project
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+SECONDS = 10  # every record is cut or padded to this length (both releases are 10 s throughout)
+LIMIT_MV = 10.0  # beyond it a sample is no ECG; kept and flagged
+GAP_SECONDS = 0.1  # a run of missing samples up to this long is interpolated, a longer one set to 0
+QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samples that are kept
+    "NaN gap up to 100 ms, interpolated": 1,
+    "NaN gap above 100 ms, set to 0": 2,
+    "dead (constant) lead, set to 0": 4,
+    "beyond 10 mV, kept": 8,
+    "longer than 10 s, cut": 16,
+    "shorter than 10 s, zero-padded": 32,
+}
+INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
+REASONS = (  # why a record with a header is rejected; position + 2 is its code in the status file
+    "signal file missing",
+    "signal file truncated",
+    "checksum differs",  # a bit has flipped in the file: such a signal is not silently learned from
+    "unreadable",
+    "lead missing or twice",
+    "unit unknown",
+    "fs not a multiple",
+    "beyond float16",
+)
+MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
+FLOAT16_MAX = 65504.0
+FORMAT_VERSION = 1
+CRC_ROWS = 4096  # rows of `signal` under one checksum
+CHUNK = 256  # records that a worker claims at a time: what a kill can lose
+SOURCES = ("mimic", "ptbxl", "demo")
+SPLITS = ("train", "val", "test")
+
+# Full release of MIMIC-IV-ECG with the labels of Ext-ICD 1.0.1 (A, Appendix A; B, section 3)
+GOLDEN_RECORDS = 800_035
+GOLDEN = {
+    "records": 800_035, "patients": 161_352, "patients with one record": 57_344,
+    "patients with two or more": 104_008, "records per patient, mean": 4.96,
+    "records per patient, median": 2, "records per patient, max": 260,
+    "pairs": 638_683, "stable pairs": 465_842, "changed pairs": 172_841,
+    "patients with a changed pair": 55_808, "changed pairs per such patient": 3.10,
+    "|a|1 = 1": 56_271, "|a|1 = 2": 39_413, "|a|1 = 3": 31_217, "|a|1 = 4": 21_315,
+    "|a|1 = 5": 12_732, "|a|1 = 6": 6_643, "|a|1 = 7": 3_110, "|a|1 = 8": 1_297,
+    "|a|1 = 9": 518, "|a|1 = 10": 213, "|a|1 > 10": 112, "classes": 76,
+    "classes per record, mean": 1.45,
+    "codes in the source": 15_197, "codes per record, mean": 8.15,
+    "unlabelled records": 332_030, "all-zero label rows in train": 389_309,
+    "train records": 721_002, "val records": 39_464, "test records": 39_569,
+    "val first in stay": 14_456, "test first in stay": 14_237,
+    "train pairs": 575_784, "val pairs": 31_397, "test pairs": 31_502,
+    "train changed pairs": 155_766, "val changed pairs": 8_644, "test changed pairs": 8_431,
+    "records with I10": 181_341, "records with I25": 144_756, "records with I48": 123_899,
+    "records with I50": 122_684, "records with I12": 70_871,
+}
+
+
+class InputError(ValueError):
+    """What the user did wrong: the message names the thing, what was found and wanted, the fix."""
+
+
+class Rejected(Exception):
+    """One record cannot enter the cohort; the argument is one of REASONS."""
+
+
+class Progress:
+    """Count, rate, time left on stderr: one line rewritten on a terminal, else a line every 10 s.
+
+    Args: total: what makes 100 %. unit: the word after the count. label: the word before it.
+    """
+
+    def __init__(self, total: int, unit: str, label: str = ""):
+        self.total, self.unit, self.label = total, unit, label
+        self.count, self.start, self.tty = 0, time.monotonic(), sys.stderr.isatty()
+        self.shown, self.width = self.start - (60 if self.tty else 0), 0
+
+    def update(self, n: int = 1, note: str = "") -> None:
+        """Count n more; note is free text at the end of the line."""
+        self.count += n
+        now = time.monotonic()
+        if now - self.shown >= (0.2 if self.tty else 10):
+            self.shown = now
+            left = (self.total - self.count) * (now - self.start) / max(self.count, 1)
+            self._line(f"{clock(left)} left" + (f" · {note}" if note else ""), "")
+
+    def close(self) -> None:
+        """Print the last line, with the total time."""
+        self._line(f"in {clock(time.monotonic() - self.start)}", "\n")
+
+    def _line(self, tail: str, end: str) -> None:
+        rate = self.count / max(time.monotonic() - self.start, 1e-9)
+        line = f"{self.label} {self.count:,}/{self.total:,} {self.unit} · {rate:,.1f}/s · {tail}"
+        line = line.strip()
+        if self.tty:
+            padding = " " * (self.width - len(line))  # wipes what a longer line left behind
+            self.width, line = len(line), f"\r{line}{padding}"
+        print(line, end=end if self.tty else "\n", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as 4 s, 2 min 05 s or 3 h 07 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+# ----------------------------------------------------------------------------------------------
+# One WFDB record -> (12, T) millivolts (PhysioNet header(5), signal(5); MIMIC-IV-ECG, PTB-XL)
+# ----------------------------------------------------------------------------------------------
+
+
+def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
+    """Read one record, mend it and bring it to fs.
+
+    Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
+    Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
+    Raises: Rejected with one of REASONS. Not thread-safe: it works in shared scratch arrays.
+    """
+    x, recorded_fs = read_signal(path, scratch)  # (12, n)
+    q, samples, quality = round(recorded_fs / fs), SECONDS * fs, 0
+    if q < 1 or abs(recorded_fs - q * fs) > 1e-6 * recorded_fs:
+        raise Rejected("fs not a multiple")
+    if x.shape[1] > samples * q:
+        quality |= CUT
+        # as if cut after the filter, which reaches 10 output samples ahead
+        x = x[:, : (samples + 10) * q] if q > 1 else x[:, :samples]
+    elif -(-x.shape[1] // q) < samples:
+        quality |= PADDED
+    low, high = x.min(axis=1), x.max(axis=1)  # NaN where the lead holds one
+    if np.isnan(low).any():
+        quality |= mend(x, recorded_fs)  # before the filter, which would smear a gap
+        low, high = x.min(axis=1), x.max(axis=1)
+    if (low == high).any():
+        quality |= DEAD
+        x[low == high] = 0
+    if max(high.max(), -low.min()) > LIMIT_MV:
+        quality |= BEYOND
+    x = decimate(x, q, scratch)[:, :samples]
+    if quality & BEYOND and np.abs(x).max() > FLOAT16_MAX:
+        raise Rejected("beyond float16")  # the header's gain or unit is wrong
+    out = np.zeros((12, samples), "<f2")
+    out[:, : x.shape[1]] = x
+    return out, quality
+
+
+@functools.lru_cache(maxsize=16)
+def scratch(role: str, shape: tuple, dtype: str) -> np.ndarray:
+    """Uninitialised array, the same at each call: a fresh one costs more than the arithmetic."""
+    return np.empty(shape, dtype)
+
+
+def fresh(role: str, shape: tuple, dtype: str) -> np.ndarray:
+    """Uninitialised array of the caller's own."""
+    return np.empty(shape, dtype)
+
+
+def read_signal(path: str | Path, empty: Callable = fresh) -> tuple[np.ndarray, float]:
+    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs."""
+    path = str(path)
+    plain = plain_header(path + ".hea")
+    if plain is None:
+        return read_with_wfdb(path)
+    file, fs, samples, names, gains, baselines, checksums, units = plain
+    order = lead_order(names)
+    try:
+        with open(os.path.join(os.path.dirname(path), file), "rb", buffering=0) as handle:
+            # the size first: a damaged header may ask for any amount of memory
+            if os.fstat(handle.fileno()).st_size < 2 * samples * len(names):
+                raise Rejected("signal file truncated")
+            raw = empty("raw", (samples, len(names)), "<i2")
+            handle.readinto(raw)
+    except FileNotFoundError:
+        raise Rejected("signal file missing") from None
+    except OSError:
+        raise Rejected("unreadable") from None
+    # The checksum is the sum in int16 that wraps. Two steps: first over rows of 50 samples, which
+    # the CPU adds at full width.
+    rows = 50 if samples % 50 == 0 else 1
+    sums = raw.reshape(-1, rows * len(names)).sum(axis=0, dtype=np.int16)
+    sums = sums.reshape(rows, len(names)).sum(axis=0, dtype=np.int16)
+    if ((sums ^ checksums) & 0xFFFF).any():
+        raise Rejected("checksum differs")
+    x = empty("stored", (len(names), samples), "<f4")
+    x[...] = raw.T
+    if names != LEADS:
+        x = x.take(order, axis=0, out=empty("x", (12, samples), "<f4"), mode="clip")
+    if raw.min() == -32768:  # format 16's code for a missing sample
+        x[x == -32768] = np.nan
+    return millivolts(x, gains, baselines, units, order), fs
+
+
+def plain_header(path: str) -> tuple | None:
+    """Parse a header of the common kind: one segment, one format-16 file, one sample per frame.
+
+    Returns: (file, fs, samples, names, gains, baselines, checksums, units), or None for any other
+    header, which is then wfdb's to read. Source: PhysioNet header(5).
+    """
+    try:
+        with open(path, "rb", buffering=0) as handle:
+            lines = handle.read().decode().splitlines()
+        lines = [line for line in lines if line and line[0] != "#"]
+        name, leads, fs, samples = lines[0].split()[:4]
+        fields = [line.split(None, 8) for line in lines[1:]]
+        leads, fs, samples = int(leads), float(fs), int(samples)
+        file = fields[0][0]
+        if not (samples > 0 and fs > 0 and len(fields) == leads) or "/" in name:
+            return None
+        if any(field[0] != file or field[1] != "16" or field[7] != "0" for field in fields):
+            return None
+        # MIMIC's checksums are signed, others are not: both mean the low 16 bits
+        checksums = np.array([int(field[6]) & 0xFFFF for field in fields])
+        names = tuple(field[8].strip() for field in fields)
+        gains, baselines, units = zip(*(parse_gain(field[2], field[4]) for field in fields))
+        return file, fs, samples, names, gains, baselines, checksums, units
+    except (ValueError, IndexError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_gain(text: str, adc_zero: str) -> tuple[float, float, str]:
+    """`200.0(0)/mV` -> gain in ADC units per unit, baseline, unit; ValueError if not that plain."""
+    gain, _, unit = text.partition("/")
+    gain, _, baseline = gain.partition("(")
+    if not math.isfinite(float(gain)) or float(gain) <= 0 or (baseline and baseline[-1] != ")"):
+        raise ValueError(text)
+    return float(gain), float(baseline[:-1] or adc_zero), unit or "mV"
+
+
+@functools.lru_cache(maxsize=1024)
+def lead_order(names: tuple[str, ...]) -> list[int]:
+    """Positions of LEADS in names, whatever the case; further signals are left out."""
+    names = [name.strip().lower() for name in names]
+    if any(names.count(lead.lower()) != 1 for lead in LEADS):
+        raise Rejected("lead missing or twice")
+    return [names.index(lead.lower()) for lead in LEADS]
+
+
+def millivolts(x: np.ndarray, gains, baselines, units, order: list[int]) -> np.ndarray:
+    """ADC units (12, n) in the order of LEADS -> mV, in place; the other fields in file order."""
+    scale = [MILLIVOLTS.get(unit.lower()) for unit in units]
+    if any(scale[i] is None for i in order):
+        raise Rejected("unit unknown")
+    if any(baselines[i] for i in order):
+        x -= np.array([baselines[i] for i in order], np.float32)[:, None]
+    x *= np.array([scale[i] / gains[i] for i in order], np.float32)[:, None]
+    return x
+
+
+def read_with_wfdb(path: str) -> tuple[np.ndarray, float]:
+    """read_signal for records that are not plain: other formats, several files or segments."""
+    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
+
+    try:
+        record = wfdb.rdrecord(path, physical=False)
+        missing = np.isnan(record.dac())  # (n, signals); each format has its code for "missing"
+        stored, found = record.checksum, record.calc_checksum()
+        raw, names = record.d_signal, record.sig_name
+    except FileNotFoundError:
+        raise Rejected("signal file missing") from None
+    except Exception as error:  # wfdb lets whatever a bad file causes escape
+        raise Rejected("unreadable") from error
+    order = lead_order(tuple(names))
+    if not raw.size:
+        raise Rejected("unreadable")
+    if any(a is not None and (a ^ int(b)) & 0xFFFF for a, b in zip(stored or [], found)):
+        raise Rejected("checksum differs")
+    x = np.ascontiguousarray(raw.T[order]).astype(np.float32)
+    x[np.ascontiguousarray(missing.T[order])] = np.nan
+    return millivolts(x, record.adc_gain, record.baseline, record.units, order), float(record.fs)
+
+
+def mend(x: np.ndarray, fs: float) -> int:
+    """Fill the NaN of x (leads, samples) in place; returns the QUALITY bits of what was done.
+
+    A run up to 100 ms is interpolated linearly (at an end of the record its one neighbour is held),
+    a longer one set to 0 mV. A's runs set every NaN to 0.
+    """
+    quality = 0
+    for lead in x:
+        bad = np.isnan(lead)
+        edges = np.flatnonzero(np.diff(bad, prepend=False, append=False)).reshape(-1, 2)
+        if bad.any() and not bad.all():
+            lead[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), lead[~bad])
+        for start, stop in edges:
+            if stop - start > GAP_SECONDS * fs + 1e-6 or bad.all():
+                lead[start:stop] = 0
+                quality |= ZEROED
+            else:
+                quality |= INTERPOLATED
+    return quality
+
+
+def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
+    """Low-pass and keep every q-th sample: (leads, n) -> (leads, ceil(n / q)) float32.
+
+    Equals scipy.signal.resample_poly(x, 1, q) with its defaults: FIR of 20 q + 1 taps, Kaiser
+    window (beta 5), zeros beyond the ends. Blocks of 20 q inputs give 20 outputs each; an output
+    reaches into two blocks, so that a product of the blocks with one banded matrix does the work.
+    """
+    if q == 1:
+        return x
+    leads, n = x.shape
+    outputs = -(-n // q)
+    blocks = -(-outputs // 20)
+    padded = empty("padded", (leads, (blocks + 1) * 20 * q), "<f4")
+    start, stop = 10 * q, 10 * q + n  # the filter reaches 10 q samples back
+    padded[:, :start], padded[:, start:stop], padded[:, stop:] = 0, x, 0
+    padded = padded.reshape(leads, blocks + 1, 20 * q)
+    y = empty("blocks", (leads, blocks + 1, 40), "<f4")
+    np.matmul(padded, decimation_matrix(q), out=y)  # (leads, ., 20 q) @ (20 q, 40)
+    return (y[:, :-1, :20] + y[:, 1:, 20:]).reshape(leads, -1)[:, :outputs]
+
+
+@functools.lru_cache(maxsize=16)
+def decimation_matrix(q: int) -> np.ndarray:
+    """(20 q, 40): what a block adds to its own 20 outputs | to those of the block before it."""
+    t = np.arange(-10 * q, 10 * q + 1)
+    taps = np.sinc(t / q) * np.kaiser(t.size, 5.0)
+    taps /= taps.sum()  # unit gain at 0 Hz
+    band = np.zeros((40 * q, 20))
+    for m in range(20):
+        band[m * q : m * q + taps.size, m] = taps
+    return np.hstack([band[: 20 * q], band[20 * q :]]).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------
+# CSV files -> the table of records: subjects, times, folds, labels (A, section 4.1; Ext-ICD 1.0.1)
+# ----------------------------------------------------------------------------------------------
+
+COLUMNS = {  # of a table and of the cohort file; the first three are the order of the rows
+    "subject_id": np.int64,
+    "ecg_time": np.int64,  # s since 1970, -1 missing
+    "study_id": np.int64,
+    "fold": np.int8,
+    "split": np.int8,  # position in SPLITS
+    "ecg_no_within_stay": np.int16,  # 0 first, -1 not in any stay
+    "stay": np.int64,  # hospital, else ED stay id, else -1
+    "age": np.float32,  # years, NaN missing
+    "sex": np.int8,  # 0 F, 1 M, -1 missing
+    "has_label": bool,  # the source gives this record any code at all, of whatever chapter
+}
+
+
+def csv_rows(path: Path, required: tuple, optional: tuple = ()):
+    """Yield the named columns of each row as a tuple of text, "" where an optional one lacks.
+
+    A row that cannot be parsed, or with more or fewer fields than the header, comes as None.
+    """
+    try:
+        handle = open(path, encoding="utf-8-sig", errors="replace", newline="")
+    except OSError as error:
+        wanted = f"wanted: a CSV file with the columns {', '.join(required)}"
+        raise InputError(f"{path}: {error.strerror}; {wanted}") from None
+    with handle:
+        reader = csv.reader(handle)
+        header = [name.strip() for name in next(reader, [])]
+        if lacking := [name for name in required if name not in header]:
+            found = ", ".join(header)[:200] or "an empty file"
+            raise InputError(f"{path}: no column {', '.join(lacking)}; found: {found}")
+        if absent := [name for name in optional if name not in header]:
+            print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
+        where = [header.index(name) if name in header else None for name in required + optional]
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield None
+                continue
+            if row:  # a blank line is no row
+                sound = len(row) == len(header)
+                yield tuple("" if i is None else row[i] for i in where) if sound else None
+
+
+def number(text: str, missing: int | None = None) -> int:
+    """Whole number from `7` or `7.0`; empty text is `missing`, or a ValueError without it."""
+    if missing is not None and not text.strip():
+        return missing
+    value = float(text)
+    if not value.is_integer() or abs(value) > 2**53:  # NaN and infinity are no integers
+        raise ValueError(text)
+    return int(value)
+
+
+def seconds(text: str) -> int:
+    """`2180-07-23 08:44:00` -> s since 1970, as if UTC (the dates are shifted); -1 when empty."""
+    if not text.strip():
+        return -1
+    return int(datetime.fromisoformat(text.strip()).replace(tzinfo=timezone.utc).timestamp())
+
+
+@functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
+def parse_codes(text: str) -> tuple[str, ...]:
+    """Codes in the text of a list, or of a dict's keys; ValueError for any other text."""
+    try:
+        value = ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(text) from error
+    if not isinstance(value, (list, dict)) or not all(isinstance(code, str) for code in value):
+        raise ValueError(text)
+    return tuple(value)
+
+
+def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
+    """Table of a folder in MIMIC-IV-ECG's layout, joined on study_id with the CSV of Ext-ICD.
+
+    Labels: codes of `all_diag_all` that start with I (ICD-10 chapter IX), first three characters;
+    the classes are those of the whole CSV, so that a partial download has them all. Of several rows
+    with one study_id the first counts. Source: A, section 4.1 and Appendix A.
+    """
+    rejected = collections.Counter()
+    known, distinct = mimic_labels(labels, rejected)
+    classes = sorted({code[:3] for code in distinct if code.startswith("I") and len(code) >= 3})
+    rows, seen, listed = [], set(), 0
+    required = ("study_id", "subject_id", "path")
+    for row in csv_rows(root / "record_list.csv", required, ("ecg_time",)):
+        listed += 1
+        try:
+            study_id, subject_id = number(row[0]), number(row[1])
+            ecg_time, path = seconds(row[3]), row[2].strip()
+        except (ValueError, TypeError):  # TypeError: the row is None
+            rejected["record_list row malformed"] += 1
+            continue
+        if study_id in seen:
+            rejected["record_list row duplicated"] += 1
+            continue
+        seen.add(study_id)
+        if study_id not in known:
+            rejected["no label row"] += 1
+        elif known[study_id] is not None:  # None: counted as malformed already
+            values, codes = known[study_id]
+            if values[0] != subject_id:
+                rejected["subject_id differs between the CSV files"] += 1
+                continue
+            values = (subject_id, ecg_time if ecg_time >= 0 else values[1], *values[2:])
+            rows.append((values, codes, path))
+    rejected["label row without a listed record"] = len(known.keys() - seen)
+    table = make_table(root, rows, classes, lambda code: code[:3], patients, rejected)
+    return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
+
+
+def mimic_labels(path: Path, rejected: collections.Counter) -> tuple[dict, set]:
+    """{study_id: (values of COLUMNS, codes), or None where malformed}; all codes of the CSV."""
+    required = ("study_id", "subject_id", "all_diag_all", "fold", "ecg_no_within_stay")
+    optional = ("hosp_hadm_id", "ed_stay_id", "age", "gender", "ecg_time")
+    known, distinct = {}, set()
+    for row in csv_rows(path, required, optional):
+        try:
+            study_id, subject_id, codes, fold, ecg_no, hospital, ed, age, gender, ecg_time = row
+            study_id = number(study_id)
+            if study_id in known:
+                rejected["label row duplicated"] += 1
+                continue
+            known[study_id] = None  # until the row has proved sound
+            codes, fold, ecg_no = parse_codes(codes), number(fold), number(ecg_no, -1)
+            stay = number(hospital, -1)
+            stay = number(ed, -1) if stay == -1 else stay
+            sex = {"F": 0, "M": 1}.get(gender.strip().upper(), -1)
+            if not (0 <= fold <= 19 and -1 <= ecg_no < 2**15):
+                raise ValueError(row)
+            values = (number(subject_id), seconds(ecg_time), study_id, fold, max(fold - 17, 0))
+            values += (ecg_no, stay, float(age or "nan"), sex, len(codes) > 0)
+        except (ValueError, TypeError):
+            rejected["label row malformed"] += 1
+            continue
+        known[study_id] = values, codes
+        distinct.update(codes)
+    return known, distinct
+
+
+def make_table(root, rows, class_name, class_of, patients, rejected) -> dict:
+    """Rows (values of COLUMNS, codes, path) -> {column: array, "label", "path", ...}, sorted.
+
+    Leaves out rows without a header file, then all but the first `patients` by subject_id. Raises
+    InputError where a patient lies in two folds, for then train and test would share a patient.
+    """
+    rows.sort(key=lambda row: row[0][:3])
+    for (a, *_), (b, *_) in zip(rows, rows[1:]):
+        if a[0] == b[0] and a[3] != b[3]:
+            raise InputError(
+                f"patient {a[0]} lies in folds {a[3]} and {b[3]} (study_id {a[2]}, {b[2]}); "
+                "a patient may be in one fold only: correct the fold column"
+            )
+    found = [row for row in rows if os.path.exists(f"{root}/{row[2]}.hea")]
+    rejected["header file missing"] = len(rows) - len(found)
+    if patients is not None:
+        chosen = set(sorted({row[0][0] for row in found})[:patients])
+        found = [row for row in found if row[0][0] in chosen]
+    if not found:
+        raise InputError(
+            f"{root}: no record of the CSV files is there ({len(rows):,} sought, as "
+            f"{root}/{rows[0][2]}.hea); --root is the folder that holds the CSV files"
+            if rows else f"{root}: the CSV files name no record with labels; {dict(+rejected)}"
+        )
+    columns = zip(COLUMNS.items(), zip(*(row[0] for row in found)))
+    table = {name: np.array(values, dtype) for (name, dtype), values in columns}
+    position = {name: k for k, name in enumerate(class_name)}
+    table["label"] = np.zeros((len(found), len(class_name)), np.uint8)
+    for label, (_, codes, _) in zip(table["label"], found):
+        label[[position[class_of(c)] for c in codes if class_of(c) in position]] = 1
+    table |= dict(class_name=class_name, path=[row[2] for row in found], rejected=rejected)
+    return table | dict(code_count=np.array([len(row[1]) for row in found]))
+
+
+# ----------------------------------------------------------------------------------------------
+# Pairs and actions (A, section 3.1: a = y_next - y)
+# ----------------------------------------------------------------------------------------------
+
+
+def make_pairs(table: dict) -> dict:
+    """Consecutive records of one patient as transitions; rows sorted by (subject, time, study).
+
+    Returns: pair (P, 2) int32 rows; action (P, K) int8 in {-1, 0, 1}; gap_days (P,) float32, NaN
+    where a time is missing; pair_kind (P,) uint8: 2 touches a record without any code, else 0 same
+    stay (stable by construction: codes belong to a stay), else 1 between stays.
+    """
+    a = np.flatnonzero(table["subject_id"][1:] == table["subject_id"][:-1])
+    b = a + 1
+    label, stay, time_s = table["label"].astype(np.int8), table["stay"], table["ecg_time"]
+    gap_days = (time_s[b] - time_s[a]) / 86400
+    gap_days[(time_s[a] < 0) | (time_s[b] < 0)] = np.nan
+    kind = np.where((stay[a] == stay[b]) & (stay[a] >= 0), 0, 1)
+    kind[~(table["has_label"][a] & table["has_label"][b])] = 2
+    return {
+        "pair": np.stack([a, b], axis=1).astype(np.int32),  # (P, 2)
+        "action": label[b] - label[a],  # (P, K)
+        "gap_days": gap_days.astype(np.float32),
+        "pair_kind": kind.astype(np.uint8),
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# Build: worker processes fill a memory map, which is then compacted into the HDF5 file
+# ----------------------------------------------------------------------------------------------
+
+TODO, KEPT = 0, 1  # in the status file; from 2 on: REASONS
+
+
+def fill(out: Path, root: Path, table: dict, identity: dict, workers: int) -> None:
+    """Read the records of the table into OUT.partial/{signal,quality,status}.npy.
+
+    Goes on where a killed build stopped. A row counts as done only after its signal is on the disk;
+    rejected rows are tried again. Raises InputError when the folder belongs to another build or the
+    disk is too small.
+    """
+    folder, n, plan = partial(out), len(table["path"]), partial(out) / "plan.json"
+    fs, fresh = identity["arguments"]["fs"], not plan.exists()
+    if not fresh and (differs := difference(json.loads(plan.read_text()), identity)):
+        raise InputError(
+            f"{folder} holds an unfinished build that differs in {differs}; repeat the command "
+            "that began it, or delete that folder"
+        )
+    check_disk(out, n, fs)
+    if fresh:
+        allocate(folder, table["path"], SECONDS * fs)
+        replace_file(plan, json.dumps(identity).encode())
+    status = np.load(folder / "status.npy", mmap_mode="r+")
+    status[status != KEPT] = TODO
+    if not fresh:
+        print(f"{folder}: going on, {np.count_nonzero(status):,} of {n:,} records are there")
+    run_workers(folder, root, fs, status, workers)
+
+
+def partial(out: Path) -> Path:
+    """The folder beside `out` in which it grows."""
+    return out.with_name(out.name + ".partial")
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Make partial(out) and hold it for this process; however that ends, the system lets go."""
+    try:
+        partial(out).mkdir(parents=True, exist_ok=True)
+        handle = open(partial(out) / "lock", "w")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error}; name a file in a folder you may write") from None
+    with handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no such lock
+        except OSError:
+            raise InputError(f"--out {out}: another process is building it; wait for it") from None
+        yield
+
+
+def difference(found: dict, wanted: dict) -> str:
+    """Name the first thing in which two identities differ; empty when they are equal."""
+    for name in wanted:
+        a, b = found.get(name), wanted[name]
+        if a != b and isinstance(a, dict) and isinstance(b, dict):
+            key = next(key for key in a | b if a.get(key) != b.get(key))
+            a, b, name = a.get(key), b.get(key), key if name == "arguments" else f"{name} of {key}"
+        if a != b:
+            return f"{name.replace('_', '-')} ({str(a)[:12]} there, {str(b)[:12]} now)"
+    return ""
+
+
+def check_disk(out: Path, n: int, fs: int) -> None:
+    """Print the disk need; InputError when it does not fit."""
+    need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
+    held = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in partial(out).iterdir())
+    free = shutil.disk_usage(partial(out)).free + held
+    print(
+        f"{out}: {n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
+        f"after; {free / 1e9:.2f} GB are free"
+    )
+    if need + 2**20 > free:
+        raise InputError(
+            f"--out {out}: the build needs {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are "
+            "free; free some, choose another disk, or take a lower --fs or fewer --patients"
+        )
+
+
+def allocate(folder: Path, paths: list[str], samples: int) -> None:
+    """Create the files that workers share; reserves the disk, since a full one kills a map."""
+    np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
+    shapes = {"signal": ((len(paths), 12, samples), "<f2"), "quality": ((len(paths),), "<u2")}
+    for name, (shape, dtype) in (shapes | {"status": ((len(paths),), "u1")}).items():
+        file = folder / f"{name}.npy"
+        np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with open(file, "r+b") as handle:
+                try:
+                    os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+                except OSError as error:
+                    raise InputError(f"{file}: {error.strerror}; choose another --out") from None
+
+
+def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a small file whole or not at all; `sync` also outlives a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        if sync:
+            os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: int) -> None:
+    """Start the workers, show progress from the status file, end when all rows are done."""
+    context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
+    next_row, arguments = context.Value("q", 0), (str(folder), str(root), fs)
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    before = {name: os.environ.get(name) for name in threads}
+    workers = min(workers, -(-len(status) // CHUNK))
+    processes = [
+        context.Process(target=work, args=(*arguments, next_row, os.getpid()), daemon=True)
+        for _ in range(workers)
+    ]
+    done = np.count_nonzero(status)
+    progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
+    try:
+        os.environ.update(threads)  # the workers' BLAS reads them at start: one thread each
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.05)
+            now = np.count_nonzero(status)
+            progress.update(now - done)
+            done = now
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for process in processes:
+            if process.pid:
+                process.terminate()
+                process.join()
+        progress.update(np.count_nonzero(status) - done)
+        progress.close()
+    if np.count_nonzero(status) < len(status):
+        codes = [process.exitcode for process in processes]
+        raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+
+
+def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
+    """One worker: claim CHUNK rows at a time, read them into the shared maps, send nothing back."""
+    signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
+    path, signal, quality, status = (
+        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name == "path" else "r+")
+        for name in ("path", "signal", "quality", "status")
+    )
+    while os.getppid() == parent:
+        with next_row.get_lock():
+            first = next_row.value
+            next_row.value += CHUNK
+        if first >= len(path):
+            return
+        chunk = np.array(status[first : first + CHUNK])
+        for row in np.flatnonzero(chunk != KEPT) + first:
+            try:
+                signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
+                chunk[row - first] = KEPT
+            except Rejected as reason:
+                chunk[row - first] = 2 + REASONS.index(str(reason))
+        signal.flush()  # before the status, so that a power cut leaves no row done but empty
+        quality.flush()
+        status[first : first + CHUNK] = chunk
+
+
+def write_cohort(out: Path, table: dict, attributes: dict) -> None:
+    """Compact the kept rows of partial(out) into `out`: written elsewhere, synced, renamed."""
+    folder = partial(out)
+    status, signal, quality = (
+        np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("status", "signal", "quality")
+    )
+    keep = np.flatnonzero(status == KEPT)
+    rejected = table["rejected"] + collections.Counter(
+        {reason: int(np.count_nonzero(status == code)) for code, reason in enumerate(REASONS, 2)}
+    )  # the sum of two Counters leaves zeros out
+    if not len(keep):
+        raise InputError(f"{out}: no record could be read; rejected: {dict(rejected)}")
+    rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
+    data = rows | make_pairs(rows) | {"quality": quality[keep]}
+    per_record = float(table["code_count"][keep].mean())
+    codes = {"distinct": table["distinct_codes"], "per_record": per_record}
+    temporary = folder / "cohort.h5"
+    with h5py.File(temporary, "w") as file:
+        for name, array in data.items():
+            file[name] = array
+        width = max(len(name) for name in table["class_name"])
+        file["class_name"] = np.array([name.encode() for name in table["class_name"]], f"S{width}")
+        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
+        crc = []
+        for first in range(0, len(keep), CRC_ROWS):
+            block = signal[keep[first : first + CRC_ROWS]]  # (4096, 12, T)
+            stored[first : first + CRC_ROWS] = block
+            crc.append(zlib.crc32(block))
+        file["signal_crc32"] = np.array(crc, np.uint32)
+        attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes)
+        attributes |= dict(leads=LEADS, normal_codes=table["normal_codes"], rejected=dict(rejected))
+        for name, value in attributes.items():
+            # lists and dicts as JSON text: every HDF5 reader can show it
+            plain = isinstance(value, (bool, int, float, str))
+            file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, out)
+    shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# Cohort: the reader of the file
+# ----------------------------------------------------------------------------------------------
+
+DATASETS = (*COLUMNS, "label", "quality", "pair", "action", "gap_days", "pair_kind", "class_name")
+DATASETS += ("signal", "signal_crc32")
+ATTRIBUTES = ("fs", "leads", "unit", "source", "synthetic", "normal_codes", "format_version")
+ATTRIBUTES += ("arguments", "csv_sha256", "records_sha256", "rejected", "listed", "codes")
+
+
+class Cohort:
+    """A cohort file. Every dataset and attribute is an attribute of the object, arrays in RAM.
+
+    N records, T samples, K classes, P pairs. signal (N, 12, T) float16 mV, a read-only memory map;
+    label (N, K) uint8; quality (N,) uint16, bits of QUALITY; pair (P, 2) int32 rows; action (P, K)
+    int8; gap_days (P,) float32; pair_kind (P,) uint8; the (N,) columns of COLUMNS; state (N, K)
+    uint8, what the simulator truly expressed, or None; class_name, leads, normal_codes lists of
+    str; fs Hz; rejected, arguments, csv_sha256, codes dicts. Beside them path, name (file stem),
+    sha256 (hex, over all of it; the signal enters through its checksums, so this is quick).
+    Raises: InputError for anything but a whole cohort file.
+    """
+
+    state = None
+
+    def __init__(self, path: str | Path):
+        self.path, self.name = Path(path), Path(path).stem
+        digest = hashlib.sha256()
+        try:
+            with h5py.File(self.path, "r") as file:
+                lacking = [name for name in DATASETS if name not in file]
+                lacking += [name for name in ATTRIBUTES if name not in file.attrs]
+                if lacking:
+                    lacking = ", ".join(lacking[:4])
+                    raise InputError(f"{path} is an HDF5 file without {lacking}; {WANTED}")
+                for name, value in sorted(file.attrs.items()):
+                    value = value.item() if isinstance(value, np.generic) else value
+                    digest.update(f"{name}={value!r};".encode())
+                    is_json = isinstance(value, str) and value[:1] in ("[", "{")
+                    setattr(self, name, json.loads(value) if is_json else value)
+                for name, dataset in sorted(file.items()):
+                    digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
+                    if name != "signal":
+                        setattr(self, name, dataset[()])
+                        digest.update(getattr(self, name).tobytes())
+                signal = file["signal"]
+                where = dict(offset=signal.id.get_offset(), shape=signal.shape, dtype=signal.dtype)
+        except (OSError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} {what_is(self.path)}; {WANTED}") from error
+        if self.format_version != FORMAT_VERSION:
+            found = f"format version {self.format_version}"
+            raise InputError(f"{path} has {found}, {FORMAT_VERSION} is wanted; build it anew")
+        self.class_name = [name.decode() for name in self.class_name]
+        self.sha256 = digest.hexdigest()
+        self.signal = np.memmap(self.path, mode="r", **where)
+
+    def __len__(self) -> int:
+        return len(self.study_id)
+
+
+WANTED = "wanted: a cohort .h5, as prepare_data.py writes it"
+
+
+def what_is(path: Path) -> str:
+    """Say what a file that is no readable cohort is instead."""
+    if not path.exists():
+        return "does not exist"
+    if path.is_dir():
+        return "is a folder"
+    if zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+        checkpoint = any(name.endswith("data.pkl") for name in names)
+        return "is a checkpoint" if checkpoint else "is a zip or npz file"
+    start = path.open("rb").read(512)
+    if start.startswith(b"\x89HDF"):
+        return f"is a truncated or damaged HDF5 file ({path.stat().st_size:,} bytes)"
+    if not start:
+        return "is empty"
+    printable = sum(byte in b"\t\n\r" or byte >= 32 for byte in start) == len(start)
+    return "is a text file" if printable else "is a binary file of an unknown kind"
+
+
+def check_cohort(cohort: Cohort) -> None:
+    """Verify a file against itself: checksums, shapes, order, folds, pairs. InputError if not."""
+    n, k, faults = len(cohort), len(cohort.class_name), []
+    if cohort.signal.shape != (n, len(LEADS), SECONDS * cohort.fs) or cohort.signal.dtype != "<f2":
+        faults.append(f"signal is {cohort.signal.dtype} {cohort.signal.shape}")
+    for name in (*COLUMNS, "label", "quality", "state"):
+        array, columns = getattr(cohort, name), (k,) if name in ("label", "state") else ()
+        if array is not None and array.shape != (n, *columns):
+            faults.append(f"{name} has shape {array.shape}, wanted {(n, *columns)}")
+    progress, crc = Progress(n, "records", "checking:"), []
+    for first in range(0, n, CRC_ROWS):
+        block = np.array(cohort.signal[first : first + CRC_ROWS])
+        crc.append(zlib.crc32(block))
+        if not np.isfinite(block).all():
+            faults.append(f"signal rows {first} to {first + len(block) - 1} hold a NaN or infinity")
+        progress.update(len(block))
+    progress.close()
+    if len(crc) != len(cohort.signal_crc32):
+        faults.append("signal_crc32 has another length than the signal")
+    elif (bad := np.flatnonzero(np.array(crc) != cohort.signal_crc32)).size:
+        faults.append(f"the checksum of signal rows {bad[0] * CRC_ROWS} and following differs")
+    if not faults:
+        keys = list(zip(cohort.subject_id, cohort.ecg_time, cohort.study_id))
+        if any(a >= b for a, b in zip(keys, keys[1:])):
+            faults.append("rows are not sorted by subject_id, ecg_time, study_id")
+        same = cohort.subject_id[1:] == cohort.subject_id[:-1]
+        for name in ("fold", "split"):
+            if (same & (np.diff(getattr(cohort, name)) != 0)).any():
+                faults.append(f"a patient lies in two of {name}")
+        for name, array in make_pairs(vars(cohort)).items():
+            if not np.array_equal(array, getattr(cohort, name), equal_nan=name == "gap_days"):
+                faults.append(f"{name} does not follow from the rows and labels")
+    if faults:
+        raise InputError(f"{cohort.path}: {'; '.join(faults)}; build it anew")
+
+
+# ----------------------------------------------------------------------------------------------
+# Summary, and the known counts of the full release (A, Appendix A; B, section 3)
+# ----------------------------------------------------------------------------------------------
+
+
+def count(cohort: Cohort) -> dict[str, float]:
+    """What A's Appendix A tells of its cohort, under the names of GOLDEN."""
+    records = np.unique(cohort.subject_id, return_counts=True)[1]
+    change = np.abs(cohort.action).sum(axis=1, dtype=np.int64)  # (P,) |a|1
+    source = cohort.pair[:, 0]
+    changing = np.unique(cohort.subject_id[source[change > 0]]).size
+    positives = cohort.label.sum(axis=0, dtype=np.int64)  # (K,)
+    counts = {
+        "records": len(cohort),
+        "patients": len(records),
+        "patients with one record": (records == 1).sum(),
+        "patients with two or more": (records > 1).sum(),
+        "records per patient, mean": records.mean(),
+        "records per patient, median": np.median(records),
+        "records per patient, max": records.max(),
+        "pairs": len(change),
+        "stable pairs": (change == 0).sum(),
+        "changed pairs": (change > 0).sum(),
+        "patients with a changed pair": changing,
+        "changed pairs per such patient": (change > 0).sum() / max(changing, 1),
+    }
+    counts |= {f"|a|1 = {size}": (change == size).sum() for size in range(1, 11)}
+    counts |= {
+        "|a|1 > 10": (change > 10).sum(),
+        "classes": len(positives),
+        "classes per record, mean": positives.sum() / len(cohort),
+        "codes in the source": cohort.codes["distinct"],
+        "codes per record, mean": cohort.codes["per_record"],
+        "labelled records": cohort.has_label.sum(),
+        "unlabelled records": (~cohort.has_label).sum(),
+    }
+    for s, split in enumerate(SPLITS):
+        inside, pairs = cohort.split == s, cohort.split[source] == s
+        counts |= {
+            f"{split} records": inside.sum(),
+            f"{split} first in stay": (inside & (cohort.ecg_no_within_stay == 0)).sum(),
+            f"{split} pairs": pairs.sum(),
+            f"{split} changed pairs": (pairs & (change > 0)).sum(),
+            f"all-zero label rows in {split}": (inside & ~cohort.label.any(axis=1)).sum(),
+        }
+    counts |= {f"records with {name}": p for name, p in zip(cohort.class_name, positives)}
+    return {name: np.asarray(value).item() for name, value in counts.items()}
+
+
+def golden_differences(counts: dict[str, float]) -> list[str]:
+    """Lines that name the counts other than the full release's; none when all agree."""
+    wrong = []
+    for name, wanted in GOLDEN.items():
+        found = counts.get(name, math.nan)
+        tolerance = 0.005 + 1e-9 if isinstance(wanted, float) else 0  # a float was printed rounded
+        if not abs(found - wanted) <= tolerance:  # a missing count is NaN: it differs
+            wrong.append(f"{name}: {found:,.12g} found, {wanted:,} wanted")
+    return wrong
+
+
+def golden_lines(cohort: Cohort, counts: dict[str, float]) -> list[str]:
+    """Verdict on the known counts; they hold for a build of the whole release only."""
+    if cohort.source != "mimic":
+        return []
+    if cohort.listed != GOLDEN_RECORDS or cohort.arguments["patients"] is not None:
+        return ["partial build: the known counts of the full release do not apply"]
+    wrong = golden_differences(counts)
+    verdict = f"{len(wrong)} differ" if wrong else f"PASS, all {len(GOLDEN)} agree"
+    return [f"known counts of the full release: {verdict}", *wrong]
+
+
+def summary(cohort: Cohort) -> str:
+    """The cohort in numbers, as in A's Appendix A, as aligned lines for a terminal."""
+    counts = count(cohort)
+    pairs, n = max(counts["pairs"], 1), counts["records"]
+    arguments = ", ".join(f"{k} {v}" for k, v in cohort.arguments.items() if v is not None)
+    out = [f"{cohort.path}: {cohort.source}{' (SYNTHETIC)' * cohort.synthetic}, {arguments}"]
+
+    def line(name, value, share=None):
+        value = f"{value:,.2f}" if isinstance(value, float) and value % 1 else f"{value:,.0f}"
+        out.append(f"  {name:<54}{value:>11}" + (f"{share:>8.1%}" if share is not None else ""))
+
+    for name in counts:
+        share = {"stable pairs": pairs, "changed pairs": pairs, "labelled records": n}
+        share |= {"unlabelled records": n}
+        if not name.startswith("records with "):
+            shown = name.replace("first in stay", "first in stay (triage)")
+            line(shown, counts[name], counts[name] / share[name] if name in share else None)
+    if (cohort.ecg_no_within_stay < 0).all():
+        out.append("  no stays in this source: triage is not defined")
+    for kind, name in enumerate(("within a stay", "between stays", "touching an unlabelled one")):
+        of_kind = int((cohort.pair_kind == kind).sum())
+        line(f"pairs {name}", of_kind, of_kind / pairs)
+    if cohort.source == "ptbxl":
+        out.append("  dates may be interpolated (see the data's README): nothing is shown by gap")
+    else:
+        line("pairs with no time between (gap 0)", int((cohort.gap_days == 0).sum()))
+        line("pairs with an unknown gap", int(np.isnan(cohort.gap_days).sum()))
+    for name, bit in QUALITY.items():
+        line(f"records with: {name}", int(((cohort.quality & bit) > 0).sum()))
+    frequent = np.argsort(-cohort.label.sum(axis=0, dtype=np.int64), kind="stable")[:10]
+    for k in frequent:
+        name = f"records with {cohort.class_name[k]}"
+        line(name, counts[name], counts[name] / n)
+    for reason, number_rejected in sorted(cohort.rejected.items()):
+        line(f"left out: {reason}", number_rejected)
+    return "\n".join(out + golden_lines(cohort, counts))
+
+
+# ----------------------------------------------------------------------------------------------
+# Beyond the papers
+# PTB-XL as a cohort (Wagner et al. 2020): future work of A, taken up now
+# ----------------------------------------------------------------------------------------------
+
+
+def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
+    """Table of a PTB-XL folder: classes are the SCP statements of scp_statements.csv, sorted.
+
+    Every key of scp_codes is a label, whatever its likelihood. Takes records100 or records500,
+    whichever is there and nearest to fs. Stays are unknown (-1), so triage is not defined.
+    """
+    rates = [rate for rate in (100, 500) if (root / f"records{rate}").is_dir()]
+    usable = [rate for rate in rates if rate >= fs and rate % fs == 0]
+    if not usable:
+        found = ", ".join(f"records{rate}" for rate in rates) or "neither records100 nor records500"
+        raise InputError(f"{root}: {found} found; wanted: records at a multiple of {fs} Hz")
+    statements = csv_rows(root / "scp_statements.csv", ("",))  # the column of codes has no name
+    classes = sorted(row[0] for row in statements if row and row[0])
+    file_name = "filename_lr" if min(usable) == 100 else "filename_hr"
+    required = ("ecg_id", "patient_id", "scp_codes", "strat_fold", file_name)
+    rows, rejected, distinct, seen, listed = [], collections.Counter(), set(), set(), 0
+    database = root / "ptbxl_database.csv"
+    for row in csv_rows(database, required, ("recording_date", "age", "sex")):
+        listed += 1
+        try:
+            ecg_id, patient_id, codes, fold, path, date, age, sex = row
+            ecg_id, codes, fold = number(ecg_id), parse_codes(codes), number(fold)
+            if not 1 <= fold <= 10:
+                raise ValueError(fold)
+            age = min(float(age or "nan"), 90)  # the release writes 300 for "above 89"
+            sex = {0: 1, 1: 0}.get(number(sex, -1), -1)  # the release: 0 male, 1 female
+            values = (number(patient_id), seconds(date), ecg_id, fold, max(fold - 8, 0))
+            values += (-1, -1, age, sex, len(codes) > 0)
+        except (ValueError, TypeError):
+            rejected["label row malformed"] += 1
+            continue
+        if ecg_id in seen:
+            rejected["label row duplicated"] += 1
+            continue
+        seen.add(ecg_id)
+        rows.append((values, codes, path.strip()))
+        distinct.update(codes)
+    if unknown := sorted(distinct - set(classes)):
+        print(f"{database.name}: codes that scp_statements.csv lacks make no class: {unknown}")
+    table = make_table(root, rows, classes, lambda code: code, patients, rejected)
+    normal = [code for code in ("NORM", "SR") if code in classes]
+    return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=normal)
+
+
+# ----------------------------------------------------------------------------------------------
+# Demo waveforms: a heart vector of Gaussian waves (McSharry et al. 2003; Sameni et al. 2007) seen
+# through Dower's lead matrix (Dower et al. 1980). Frank's axes: x left, y down, z back
+# ----------------------------------------------------------------------------------------------
+NUISANCE = 1.0            # scale of what differs between recordings of one state
+
+DOWER = np.array([[0.632, -0.235, 0.059], [0.235, 1.066, -0.132], [-0.515, 0.157, -0.917],
+                  [0.044, 0.164, -1.387], [0.882, 0.098, -1.277], [1.213, 0.127, -0.601],
+                  [1.125, 0.127, -0.086], [0.831, 0.076, 0.230]])   # I, II, V1 ... V6
+TWELVE = np.zeros((12, 8))                  # LEADS from I, II, V1 ... V6, by Kirchhoff
+TWELVE[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
+TWELVE[6:, 2:] = np.eye(6)
+
+# name: centre s from the R peak, width (one sigma) s, x y z mV; at RR 1 s, in a person of no code.
+# Waves of amplitude 0 are places where a code may put one: PR segment, late QRS, early and late ST.
+WAVES = {"Pr": (-.150, .020, .02, .075, -.055), "Pl": (-.125, .020, .06, .055, .035),
+         "PR": (-.080, .026, 0, 0, 0), "Q": (-.026, .008, -.14, -.08, -.33),
+         "R": (0, .011, .98, .62, .38), "S": (.027, .011, -.22, -.14, .58),
+         "L": (.066, .016, 0, 0, 0), "J": (.105, .032, 0, 0, 0), "K": (.180, .045, 0, 0, 0),
+         "T": (.250, .050, .16, .09, -.10), "U": (.302, .032, .13, .075, -.095)}
+WAVE = {name: i for i, name in enumerate(WAVES)}
+ATRIAL, QRS, REPOL = slice(0, 3), slice(3, 7), slice(7, 11)
+
+# What a code does, each effect times the patient's severity (about 1): bpm added, s of PR added,
+# fractions of QRS width and of voltage added, mV added to waves. Additive, so codes combine.
+SIGNATURE = {
+    "I10": {"R": (.38, -.05, .20), "Pl": (.02, 0, .04), "T": (-.10, -.03, .06),
+            "U": (-.09, -.02, .05)},
+    "I12": {"R": (.20, 0, .10), "T": (-.10, -.06, .06), "U": (.14, .14, -.20)},
+    "I26": {"bpm": 28, "Q": (.12, -.30, 0), "S": (-.45, .12, -.10), "T": (.04, -.14, .16),
+            "U": (.04, -.13, .16)},
+    "I27": {"Pr": (0, .09, -.05), "R": (-.60, .10, -.60), "S": (-.30, .05, -.15),
+            "T": (0, -.04, .12), "U": (0, -.04, .12)},
+    "I30": {"PR": (-.05, -.06, .01), "J": (.17, .14, -.06), "K": (.15, .12, -.06)},
+    "I31": {"bpm": 12, "gain": -.35},
+    "I34": {"Pl": (.12, .06, .17), "PR": (.07, .04, .08)},
+    "I35": {"R": (.75, .05, .45), "J": (-.08, -.05, .05), "K": (-.08, -.04, .03),
+            "T": (-.26, -.14, .10), "U": (-.24, -.12, .10)},
+    "I42": {"width": .20, "Q": (.12, .08, .30), "R": (-.10, -.15, .25), "T": (-.16, -.08, .02),
+            "U": (-.13, -.07, .02)},
+    "I45": {"S": (.15, .05, -.20), "L": (-.62, .02, -.62), "T": (.06, .02, .18),
+            "U": (.05, 0, .16)},
+    "I50": {"bpm": 12, "width": .10, "gain": -.15, "Pl": (.02, 0, .05), "T": (-.10, -.06, .03),
+            "U": (-.08, -.05, .03)},
+    "I95": {"bpm": 18},
+    "I21": {}, "I25": {}, "I44": {},                             # keyed by patient: _signature
+    "I47": {}, "I48": {}, "I49": {},                             # rhythm: _rhythm, _heart_vector
+    "I63": {}, "I73": {}, "I82": {}}                             # none, as in life
+LBBB = {"width": .34, "Q": (.28, .10, .42), "S": (.95, .32, .30), "L": (.25, .05, .35),
+        "J": (-.08, 0, -.13), "K": (-.13, -.04, -.13), "T": (-.30, -.13, -.18),
+        "U": (-.23, -.11, -.13)}
+TERRITORY = np.array([(.25, .05, -1.0), (-.20, 1.0, .25), (.95, -.22, .30)])   # front, below, left
+
+
+def _stream(component: str, *key: int) -> np.random.Generator:
+    """A component's own random stream: (patient) for anatomy, (patient, seed) for a recording."""
+    return np.random.default_rng([zlib.crc32(component.encode()), *key])
+
+
+def _rotation(angle: np.ndarray) -> np.ndarray:
+    """(3,) radians about x, y, z -> (3, 3)."""
+    (ca, cb, cc), (sa, sb, sc) = np.cos(angle), np.sin(angle)
+    return (np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])
+            @ np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]])
+            @ np.array([[cc, -sc, 0], [sc, cc, 0], [0, 0, 1]]))
+
+
+def _signature(patient: int, code: str, codes: set) -> dict:
+    """What `code` does to this patient's waves, before severity."""
+    if code == "I44":                       # beside a right bundle branch block: long PR
+        left = _stream("block", patient).random() < .6 and "I45" not in codes
+        return LBBB if left else {"pr": .09}
+    if code in ("I21", "I25"):              # one coronary territory for life, in both codes
+        axis = TERRITORY[_stream("territory", patient).choice(3, p=[.45, .35, .2])]
+        size = {"I21": {"J": .36, "K": .36, "T": .24, "U": .06, "R": -.08},
+                "I25": {"Q": -.42, "R": -.20, "T": -.22, "U": -.20}}[code]
+        return {wave: tuple(s * axis) for wave, s in size.items()}
+    return SIGNATURE[code]
+
+
+def _waves(patient: int, codes: set, seed: int, nuisance: float) -> tuple[np.ndarray, float]:
+    """A patient's sinus beat in a state, (waves, 5) as in WAVES, and the rate in bpm."""
+    rng, beat = _stream("shape", patient), np.array(list(WAVES.values()), dtype=float)
+    size = np.linalg.norm(beat[:, 2:], axis=1, keepdims=True)
+    beat[:, 2:] += .24 * size * rng.standard_normal((len(beat), 3))
+    beat[:, 1] *= np.exp(.10 * rng.standard_normal(len(beat)))
+    beat[ATRIAL, 0] += .015 * rng.standard_normal()
+    beat[REPOL, :2] *= np.exp(.06 * rng.standard_normal())
+    beat[:, 2:] *= np.exp(.18 * rng.standard_normal())
+    width, wider, gain = np.exp(.07 * rng.standard_normal()), 0.0, 1.0
+    today = _stream("rate", patient, seed).standard_normal()
+    bpm = 72 + 9 * rng.standard_normal() + 8 * nuisance * today
+    for code in sorted(codes):
+        own, today = _stream(code, patient), _stream(code, patient, seed)
+        severity = np.exp(.15 + .25 * own.standard_normal()
+                          + .12 * nuisance * today.standard_normal())
+        for what, value in _signature(patient, code, codes).items():
+            if what == "bpm":
+                bpm += severity * value
+            elif what == "pr":
+                beat[ATRIAL, 0] -= severity * value
+            elif what == "width":
+                wider += severity * value
+            elif what == "gain":
+                gain *= (1 + value) ** severity
+            else:
+                beat[WAVE[what], 2:] += severity * np.array(value)
+    wider = .5 * np.tanh(wider / .5)                             # several codes at once saturate
+    beat[QRS, :2] *= width * (1 + wider)
+    beat[REPOL, 0] += .06 * wider                                # a wide QRS pushes ST and T back
+    beat[ATRIAL, 0] -= .03 * wider
+    size = np.linalg.norm(beat[REPOL, 2:], axis=1, keepdims=True) / .5 + 1e-9
+    beat[REPOL, 2:] *= gain * np.tanh(size) / size
+    beat[:REPOL.start, 2:] *= gain
+    return beat, float(np.clip(bpm, 42, 150))
+
+
+def _rhythm(patient: int, codes: set, seed: int, bpm: float,
+            seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """R times s, the RR interval before each s, and whether each beat is ectopic."""
+    rng, n = _stream("rr", patient, seed), int(seconds * 4) + 8
+    phase, breath, jitter = rng.random(), rng.random(2), rng.standard_normal(n)
+    if "I47" in codes:                                           # re-entry: fast and regular
+        bpm = 168 + 14 * _stream("re-entry", patient).standard_normal() + .1 * (bpm - 72)
+    elif "I48" in codes:
+        bpm = 92 * np.exp(.2 * _stream("conduction", patient).standard_normal()) + .6 * (bpm - 72)
+    if "I48" in codes:                                           # conducted at random
+        rr = 60 / max(bpm, 50) * (.58 + .84 * _stream("fibrillation", patient, seed).random(n))
+    else:                                                        # sinus arrhythmia goes with breath
+        angle = 2 * math.pi * ((.2 + .1 * breath[0]) * np.arange(n) * 60 / bpm + breath[1])
+        calm = .2 if "I47" in codes else 1
+        rr = 60 / bpm * (1 + calm * (.035 * np.sin(angle) + .012 * jitter))
+    rr, ectopic = np.maximum(rr, .29), np.zeros(n, dtype=bool)
+    if "I49" in codes:                                           # one early beat at least
+        draw = _stream("early beats", patient, seed)
+        inside = np.flatnonzero((np.cumsum(rr) > 1.2) & (np.cumsum(rr) < seconds - 1.2))[::2]
+        early = draw.choice(inside, min(len(inside), 1 + draw.poisson(1.6)), replace=False)
+        ectopic[early] = True
+        pause = 2 - .62 if _ventricular(patient) else 1.08       # compensatory, if ventricular
+        rr[early], rr[early + 1] = .62 * rr[early], pause * rr[early + 1]
+    return np.cumsum(rr) - (1 + phase) * rr[0], rr, ectopic
+
+
+def _ventricular(patient: int) -> bool:
+    """Whether this patient's I49 is ventricular (else atrial) ectopy."""
+    return _stream("ectopy", patient).random() < .65
+
+
+def _heart_vector(patient: int, codes: set, seed: int, nuisance: float,
+                  time: np.ndarray) -> np.ndarray:
+    """The heart vector (3, T) mV at `time` s."""
+    beat, bpm = _waves(patient, codes, seed, nuisance)
+    fs = 1 / (time[1] - time[0])
+    peak, rr, ectopic = _rhythm(patient, codes, seed, bpm, time[-1])
+    if codes & {"I47", "I48"}:
+        beat[ATRIAL, 2:] = 0                                     # no P: hidden, or fibrillating
+    beats = np.repeat(beat[None], len(peak), axis=0)             # (beats, waves, 5)
+    beats[:, REPOL, :2] *= np.sqrt(np.clip(rr, .36, 1.3))[:, None, None]      # Bazett
+    if "I31" in codes:                                           # alternans: the heart swings
+        beats[::2, :, 2:] *= .72
+    beats[ectopic] = _ectopic(patient, beats[ectopic])
+    near = (peak > -.8) & (peak < time[-1] + .6)
+    peak, beats = peak[near], beats[near]
+    start = np.round((peak - .48) * fs).astype(int)              # .48 s before R, .62 s after
+    grid = start[:, None] + np.arange(int(1.1 * fs))             # (beats, window)
+    offset = (grid / fs - peak[:, None]).astype(np.float32)
+    beats = beats.astype(np.float32)[:, None]                    # (beats, 1, waves, 5)
+    shape = offset[:, :, None] - beats[..., 0]                   # (beats, window, waves), in place
+    shape /= beats[..., 1]
+    np.square(shape, out=shape)
+    shape *= -.5
+    local = np.exp(shape, out=shape) @ beats[:, 0, :, 2:]        # (beats, window, 3)
+    pad = int(2 * fs)                                            # room for beats that begin outside
+    out = np.zeros((len(time) + 2 * pad, 3), dtype=np.float32)
+    for b, first in enumerate(start + pad):
+        out[first:first + grid.shape[1]] += local[b]
+    out = out[pad:-pad].T
+    return out + _fibrillation(patient, seed, time) if "I48" in codes else out
+
+
+def _ectopic(patient: int, beats: np.ndarray) -> np.ndarray:
+    """Sinus beats (n, waves, 5) made ventricular (wide, discordant T) or atrial (another P)."""
+    beats = beats.copy()
+    if not _ventricular(patient):
+        beats[:, ATRIAL, 2:] *= (1, -.6, 1)
+        return beats
+    rng = _stream("focus", patient)
+    focus = rng.choice([-.9, .9], 3) * np.exp(.2 * rng.standard_normal(3))
+    beats[:, ATRIAL, 2:] = 0
+    beats[:, QRS, 2:] = np.array([.25, 1, .75, .25])[:, None] * focus
+    beats[:, QRS, :2] = np.array(list(WAVES.values()))[QRS, :2] * (1.2, 1.65)
+    beats[:, REPOL, 0] += .03
+    beats[:, REPOL, 2:] = -np.array([.12, .22, .3, .2])[:, None] * focus
+    return beats
+
+
+def _fibrillation(patient: int, seed: int, time: np.ndarray) -> np.ndarray:
+    """f-waves (3, T) mV: 5-8 Hz, drifting in rate and size, largest in V1."""
+    own, now = _stream("f-wave", patient), _stream("f-wave", patient, seed)
+    hertz, phase = 6.3 + .7 * own.standard_normal(), 2 * math.pi * now.random(4)
+    size = .075 * np.exp(.3 * own.standard_normal())
+    angle = 2 * math.pi * hertz * time + phase[1] \
+        + 2.6 * np.sin(2 * math.pi * .37 * time + phase[0]) + .9 * np.sin(2 * math.pi * 1.3 * time)
+    swell = 1 + .35 * np.sin(2 * math.pi * .7 * time + phase[2])
+    wave = swell * (np.sin(angle) + .35 * np.sin(2 * angle + phase[3]))
+    return (size * np.array([[-.25], [.5], [-.5]]) * wave).astype(np.float32)
+
+
+def _leads(patient: int, seed: int, nuisance: float) -> np.ndarray:
+    """The lead matrix (8, 3): the patient's heart and torso, this recording's electrodes."""
+    own, now = _stream("torso", patient), _stream("electrodes", patient, seed)
+    matrix = DOWER @ _rotation(np.array([.22, .30, .33]) * own.standard_normal(3))
+    matrix = matrix * np.exp(.12 * own.standard_normal((8, 1))) + .06 * own.standard_normal((8, 3))
+    matrix = matrix @ _rotation(.06 * nuisance * now.standard_normal(3))       # posture, breath
+    chest = matrix[2:]
+    toward = np.gradient(chest, axis=0)                          # along the row V1 ... V6
+    moved = chest + nuisance * .20 * now.standard_normal((6, 1)) * toward
+    limb = matrix[:2] + nuisance * .03 * now.standard_normal((2, 3))
+    return np.concatenate([limb, moved]) * np.exp(.05 * nuisance * now.standard_normal((8, 1)))
+
+
+def _noise(patient: int, seed: int, nuisance: float, time: np.ndarray) -> np.ndarray:
+    """Baseline wander, mains and muscle on the eight independent leads, (8, T) mV."""
+    rng = _stream("noise", patient, seed)
+    level = nuisance * np.exp(.3 * _stream("noise level", patient).standard_normal()
+                              + .5 * rng.standard_normal(2))
+    hertz = np.array([.08, .17, .29, .45, 60])
+    size = level[0] * np.array([.05, .05, .05, .02, .004]) * rng.standard_normal((8, 2, 5))
+    angle = (2 * math.pi * (hertz[:, None] * time + rng.random((5, 1)))).astype(np.float32)
+    size = size.astype(np.float32)
+    wander = size[:, 0] @ np.sin(angle) + size[:, 1] @ np.cos(angle)              # (8, 5) @ (5, T)
+    muscle = rng.standard_normal((8, len(time) + 1), dtype=np.float32)
+    return wander + np.float32(.008 * level[1]) * (muscle[:, 1:] + muscle[:, :-1])
+
+
+def simulate(patient: int, codes, seed: int, fs: float = 500, seconds: float = 10,
+             nuisance: float = NUISANCE) -> np.ndarray:
+    """One 12-lead ECG of a patient who truly has `codes`.
+
+    Every component draws from a stream of its own. What is the patient's (axis, torso, wave shapes,
+    intervals, base rate, severity of a code, kind of block, coronary territory) is keyed by
+    (component, patient), the same in every recording; what is the recording's (rate of the day,
+    electrodes, RR, noise) by (component, patient, seed). So adding a code changes what the code
+    changes and nothing else; one without signature changes nothing. A record of the demo cohort is
+    simulate(subject_id, its state, study_id), but for rounding to 5 uV and planted defects.
+
+    Args:
+        patient, seed: integers >= 0.
+        codes: three-character ICD-10 codes out of SIGNATURE.
+        fs: Hz; below 250 the QRS aliases: simulate at 500 and decimate.
+        nuisance: scale of the differences between recordings of one state, >= 0.
+    Returns: (12, fs * seconds) float32 mV, LEADS order.
+    Raises: InputError for an unknown code or a negative integer.
+    """
+    codes = {codes} if isinstance(codes, str) else set(codes)
+    if unknown := sorted(codes - set(SIGNATURE)):
+        raise InputError(f"codes: {', '.join(map(str, unknown))} cannot be simulated; "
+                         f"known are {' '.join(sorted(SIGNATURE))}")
+    if patient < 0 or seed < 0:
+        raise InputError(f"patient {patient}, seed {seed}: integers >= 0 are wanted")
+    patient, seed = int(patient), int(seed)
+    time = np.arange(round(fs * seconds)) / fs
+    vector = _heart_vector(patient, codes, seed, nuisance, time)                  # (3, T)
+    eight = _leads(patient, seed, nuisance).astype(np.float32) @ vector + _noise(
+        patient, seed, nuisance, time)                                            # (8, T)
+    return TWELVE.astype(np.float32) @ eight
+
+
+# ----------------------------------------------------------------------------------------------
+# Demo cohort: histories of patients, written as WFDB records in MIMIC-IV-ECG's layout
+# ----------------------------------------------------------------------------------------------
+DEMO_PATIENTS = 1200      # 10 % of the training patients then hold about 340 training pairs
+LABEL_FIDELITY = 0.8      # 1: coded = expressed; below: omitted, wrong and silent codes
+MAX_RECORDS = 30          # of one patient; MIMIC: 260
+SPACING = 100_000         # subject_ids set aside for one --seed, so that another has other people
+STORED_LEADS = LEADS[:4] + ("aVF", "aVL") + LEADS[6:]            # MIMIC's order
+GAIN, NAN_ADU = 200.0, -32768                                    # adu per mV; NaN in format 16
+
+# code: how it behaves, prevalence in % of the stays at 62 years, log odds per 10 years, comorbidity
+# (log odds added by an active code), subcodes. Long-tailed; a code comes after those it depends on.
+COURSE = {
+    "I10": ("chronic", 45, .35, {}, "I10"),
+    "I12": ("chronic", 9, .25, {"I10": -1.5}, "I129 I120"),
+    "I25": ("chronic", 20, .55, {"I10": .7, "I12": .7}, "I2510 I252 I255"),
+    "I35": ("chronic", 4, .60, {"I10": .3}, "I350 I351"),
+    "I42": ("chronic", 3.5, .05, {"I25": .9}, "I429 I420"),
+    "I50": ("chronic", 9, .45, {"I25": 1.0, "I42": 2.2, "I35": 1.0, "I12": 1.0},
+            "I5022 I5032 I509"),
+    "I48": ("paroxysmal", 13, .60, {"I50": 1.1, "I35": .6, "I10": .3}, "I4891 I480 I482"),
+    "I34": ("chronic", 4, .30, {"I50": 1.0, "I48": .8}, "I340 I348"),
+    "I27": ("chronic", 4, .15, {"I50": 1.2}, "I2720 I2789"),
+    "I44": ("chronic", 5, .45, {"I25": .7, "I42": 1.0, "I35": .6}, "I447 I440"),
+    "I45": ("chronic", 4, .45, {"I25": .4, "I27": .4}, "I4510 I452"),
+    "I47": ("paroxysmal", 3.5, .05, {"I42": 1.0, "I48": .5}, "I471 I472"),
+    "I49": ("paroxysmal", 5, .20, {"I42": 1.0, "I25": .4, "I50": .4}, "I493 I491"),
+    "I21": ("acute", 5, .30, {"I25": .8, "I10": .3}, "I214 I2109"),
+    "I26": ("acute", 3.5, .10, {"I82": 2.5}, "I2699 I2692"),
+    "I30": ("acute", 2.2, -.25, {}, "I309 I308"),
+    "I31": ("acute", 3, .05, {"I30": 2.5}, "I313 I319"),
+    "I95": ("acute", 8, .20, {"I50": .5}, "I959 I9581"),
+    "I63": ("acute", 2.5, .35, {"I48": 1.0, "I10": .4}, "I639 I6350"),
+    "I73": ("chronic", 4, .35, {"I25": .9, "I10": .4}, "I739"),
+    "I82": ("acute", 3, .10, {}, "I82409 I82402")}
+OTHER_CODES = ("E785 E119 N179 K219 Z87891 F329 D649 J449 N189 E039 E871 J189 G4733 M109 R079 "
+               "Z7901 F419 E669 N390 D62 Z794 Y929 E1165 K5900 J9601 R0789 G8929 R55").split()
+
+RECORD_LIST = ("subject_id", "study_id", "file_name", "ecg_time", "path")
+DIAGNOSES = ("file_name", "study_id", "subject_id", "ecg_time", "ed_stay_id", "ed_hadm_id",
+             "hosp_hadm_id", "ed_diag_ed", "ed_diag_hosp", "hosp_diag_hosp", "all_diag_hosp",
+             "all_diag_all", "gender", "age", "anchor_year", "anchor_age", "dod",
+             "ecg_no_within_stay", "ecg_taken_in_ed", "ecg_taken_in_hosp",
+             "ecg_taken_in_ed_or_hosp", "fold", "strat_fold")
+
+
+def _episode(rng: np.random.Generator, carried: dict, frailty: float, age: float,
+             first: bool) -> set:
+    """The codes active in the next episode; `carried` {code: burden} is updated in place."""
+    active, draws = set(), rng.random((len(COURSE), 2))
+    for (code, (kind, percent, slope, links, _)), (u, v) in zip(COURSE.items(), draws):
+        logit = (math.log(percent / (100 - percent)) + slope * (age - 62) / 10 + frailty - .77
+                 + sum(odds for other, odds in links.items() if other in active))
+        p = 1 / (1 + math.exp(-logit))
+        if kind == "acute":
+            if u < p:
+                active.add(code)
+        elif code in carried:
+            if kind == "chronic" and code not in ("I25", "I10") and v < .04:
+                del carried[code]                                # resolved
+            elif kind == "chronic" or v < carried[code]:
+                active.add(code)
+        elif u < p * (1 if first else .08):
+            carried[code] = .35 + .65 * v                        # share of episodes, if paroxysmal
+            active.add(code)
+    if "I21" in active:
+        carried["I25"] = 1.0                                     # irreversible: a scar from now on
+    return active
+
+
+def _coded(rng: np.random.Generator, active: set, fidelity: float) -> list[str]:
+    """The three-character codes a stay gets: some omitted, some wrong."""
+    u = dict(zip(COURSE, rng.random(len(COURSE))))
+    return [code for code in COURSE
+            if (u[code] >= .28 * (1 - fidelity) if code in active
+                else u[code] < .35 * (1 - fidelity) * COURSE[code][1] / 100)]
+
+
+def demo_history(subject_id: int, label_fidelity: float = LABEL_FIDELITY) -> list[dict]:
+    """A patient's records without their signals: the columns of both CSVs, plus `state`.
+
+    Codes belong to a stay and are the same for its records; records outside any stay carry none.
+    `state` lists what the ECG truly expresses: an active code may be silent in a patient for life,
+    a paroxysm may be over when the ECG is taken, both more often the lower `label_fidelity`.
+    """
+    rng, coding = _stream("history", subject_id), _stream("coding", subject_id)
+    total = int(np.clip(math.ceil(math.exp(.5 + 1.35 * rng.standard_normal())), 1, MAX_RECORDS))
+    age = float(np.clip(62 + 17 * rng.standard_normal(), 18, 96))
+    frailty = .7 * rng.standard_normal() + .25 * math.log(total) # the sick are recorded more often
+    outside = rng.choice([.96, .14], p=[.30, .70])               # most records of some are uncoded,
+    frailty -= .4 * (outside > .5)                               # of people in better health
+    now = datetime(2110, 1, 1)
+    now += timedelta(minutes=int(rng.integers(90 * 525_960)))
+    person = dict(gender="M" if rng.random() < .51 else "F", anchor_year=now.year,
+                  anchor_age=int(age), dod="", subject_id=subject_id)
+    person["fold"] = person["strat_fold"] = int(_stream("fold", subject_id).integers(20))
+    silent = dict(zip(COURSE, coding.random(len(COURSE)) < .5 * (1 - label_fidelity)))
+    other = rng.choice(OTHER_CODES, 12, replace=False).tolist()
+    carried, rows = {}, []
+    while len(rows) < total:
+        years = now.year - person["anchor_year"]
+        active = _episode(rng, carried, frailty, age + years, first=not rows)
+        in_stay, in_ed, size = rng.random() >= outside, rng.random() < .45, rng.geometric(.5)
+        listed = [COURSE[c][4].split()[subject_id % len(COURSE[c][4].split())]
+                  for c in _coded(coding, active, label_fidelity)]
+        listed += [code for code in other if rng.random() < .65]
+        if not in_stay or rng.random() < .04:                    # a stay without any diagnosis
+            listed = []
+        stay = dict(_stay_columns(20_000_000 + 64 * (subject_id - 10_000_000) + len(rows), listed,
+                                  in_stay and in_ed, in_stay and not in_ed), age=int(age) + years)
+        for position in range(min(int(size) if in_stay else 1, total - len(rows))):
+            over = coding.random(len(COURSE)) < .6 * (1 - label_fidelity)
+            state = [c for c, gone in zip(COURSE, over) if c in active and not silent[c]
+                     and not (gone and COURSE[c][0] == "paroxysmal")]
+            study_id = 40_000_000 + 64 * (subject_id - 10_000_000) + len(rows)
+            name = f"files/p{str(subject_id)[:4]}/p{subject_id}/s{study_id}/{study_id}"
+            rows.append(dict(person, **stay, study_id=study_id, file_name=name, path=name,
+                             ecg_time=str(now), ecg_no_within_stay=position if in_stay else -1,
+                             state=state))
+            now += timedelta(minutes=int(20 + 1440 * rng.exponential()))
+        now += timedelta(minutes=int(1440 * math.exp(4.2 + 1.7 * rng.standard_normal())))
+    for row in rows if rng.random() < .2 else ():
+        row["dod"] = str((now + timedelta(days=1)).date())
+    return rows
+
+
+def _stay_columns(stay_id: int, listed: list, ed: bool, hosp: bool) -> dict:
+    """What MIMIC-IV-ECG-Ext-ICD says of a stay, the same in all its records."""
+    return dict(ed_stay_id=stay_id + 10_000_000 if ed else "", hosp_hadm_id=stay_id if hosp else "",
+                ed_hadm_id="", ed_diag_ed=listed if ed else [], ed_diag_hosp=[],
+                hosp_diag_hosp=listed if hosp else [], all_diag_hosp=listed if hosp else [],
+                all_diag_all=listed, ecg_taken_in_ed=ed, ecg_taken_in_hosp=hosp,
+                ecg_taken_in_ed_or_hosp=ed or hosp)
+
+
+def _defect(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Defects at MIMIC's rates, in place: (12, T) int16 adu."""
+    kind, lead, at = rng.random(), rng.integers(12), int(rng.integers(signal.shape[1] - 600))
+    if kind < .0132:
+        signal[lead, at:at + int(rng.choice([12, 40, 400]))] = NAN_ADU  # short gaps, long ones
+    elif kind < .0132 + .0024:
+        signal[lead] = 0
+    elif kind < .0132 + .0024 + .0012:
+        signal[lead, at:at + 60] = int(rng.choice([-1, 1])) * 12 * GAIN    # beyond 10 mV
+    return signal
+
+
+def _write_record(root: Path, row: dict, nuisance: float) -> None:
+    """Write one record, .dat first, each file whole or not at all; a finished one is kept."""
+    stem = root / row["path"]
+    dat, hea = stem.with_name(stem.name + ".dat"), stem.with_name(stem.name + ".hea")
+    if hea.exists() and dat.exists() and dat.stat().st_size == 24 * 5000:
+        return
+    signal = simulate(row["subject_id"], row["state"], row["study_id"], nuisance=nuisance)
+    adu = np.clip(np.rint(signal * GAIN), -32767, 32767).astype(np.int16)
+    adu = _defect(adu, _stream("defect", row["subject_id"], row["study_id"]))
+    adu = adu[[LEADS.index(lead) for lead in STORED_LEADS]]
+    total = adu.sum(axis=1, dtype=np.int64)
+    lines = [f"{stem.name} 12 500 {adu.shape[1]}"]
+    for lead, first, checksum in zip(STORED_LEADS, adu[:, 0], (total + 32768) % 65536 - 32768):
+        lines.append(f"{dat.name} 16 {GAIN}(0)/mV 16 0 {first} {checksum} 0 {lead}")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(dat, np.ascontiguousarray(adu.T, dtype="<i2").tobytes(), sync=False)
+    replace_file(hea, ("\n".join(lines) + "\n").encode(), sync=False)
+
+
+def _write_patient(job: tuple) -> int:
+    """Write a patient's records; returns how many."""
+    root, subject_id, label_fidelity, nuisance = job
+    rows = demo_history(subject_id, label_fidelity)
+    for row in rows:
+        _write_record(Path(root), row, nuisance)
+    return len(rows)
+
+
+def _write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
+    """Write the named columns of the rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
+
+
+def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
+               label_fidelity: float = LABEL_FIDELITY, nuisance: float = NUISANCE, seed: int = 0,
+               workers: int = 1) -> None:
+    """Write the demo cohort under `root` as MIMIC-IV-ECG would lie there, plus demo_state.csv.
+
+    Deterministic in (label_fidelity, nuisance, seed); patient i does not depend on `patients`.
+    Records already there are kept, so a killed run goes on where it stopped.
+
+    Raises: InputError for a knob out of range, or a `root` that holds a demo of other knobs.
+    """
+    root = Path(root)
+    for flag, value, low, high in (
+            ("--patients", patients, 1, SPACING), ("--label-fidelity", label_fidelity, 0, 1),
+            ("--nuisance", nuisance, 0, 10), ("--seed", seed, 0, 2**31)):
+        if not low <= value <= high:
+            raise InputError(f"{flag} {value}: a value from {low} to {high} is wanted")
+    stamp = dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed))
+    root.mkdir(parents=True, exist_ok=True)
+    if (root / "demo.json").exists():
+        if (found := json.loads((root / "demo.json").read_text())) != stamp:
+            raise InputError(f"{root} holds a demo cohort of {found}, wanted is {stamp}: "
+                             "name another folder, or delete that one")
+    else:
+        replace_file(root / "demo.json", json.dumps(stamp).encode())
+    subjects = [10_000_000 + SPACING * seed + i for i in range(patients)]
+    rows = [row for subject_id in subjects for row in demo_history(subject_id, label_fidelity)]
+    jobs = [(str(root), subject_id, label_fidelity, nuisance) for subject_id in subjects]
+    progress = Progress(len(rows), "records", "simulating")
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            for n in pool.imap_unordered(_write_patient, jobs, chunksize=4):
+                progress.update(n)
+    else:
+        for job in jobs:
+            progress.update(_write_patient(job))
+    progress.close()
+    _write_csv(root / "demo_state.csv", ("study_id", "state"), rows)
+    _write_csv(root / "records_w_diag_icd10.csv", DIAGNOSES, rows)
+    _write_csv(root / "record_list.csv", RECORD_LIST, rows)
+
+
+def read_state(root: Path, table: dict) -> np.ndarray:
+    """(N, K) uint8: the codes that the simulator truly expressed, from demo_state.csv."""
+    codes = {}
+    for row in csv_rows(root / "demo_state.csv", ("study_id", "state")):
+        codes[number(row[0])] = {code[:3] for code in parse_codes(row[1])}
+    state = np.zeros_like(table["label"])
+    for row, study_id in enumerate(table["study_id"]):
+        state[row] = [name in codes[study_id] for name in table["class_name"]]
+    return state
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------
+
+
+def build(
+    source: str,
+    root: str | Path | None = None,
+    out: str | Path | None = None,
+    fs: int | None = None,
+    labels: str | Path | None = None,
+    workers: int | None = None,
+    patients: int | None = None,
+    label_fidelity: float | None = None,
+    nuisance: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Build a cohort file and print its summary; None takes the command line's default.
+
+    An `out` that these very arguments made of the same CSV files and records is left as it is, any
+    other existing file is an InputError. Returns: out.
+    """
+    check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance)
+    fs = fs or (500 if source == "mimic" else 100)
+    root = Path(root or "data/demo")
+    out = Path(out or ("data/cohort.h5" if source == "demo" else f"data/{source}.h5"))
+    workers = workers or os.cpu_count() or 1
+    arguments = {"fs": fs, "patients": patients}
+    if source == "demo":
+        arguments["patients"] = DEMO_PATIENTS if patients is None else patients
+        arguments["label_fidelity"] = LABEL_FIDELITY if label_fidelity is None else label_fidelity
+        arguments["nuisance"] = NUISANCE if nuisance is None else nuisance
+        arguments["seed"] = seed
+    if out.exists():  # before the demo's folder is touched
+        refuse_other(out, {"source": source, "arguments": arguments})
+    if source == "demo":
+        simulated = {name: value for name, value in arguments.items() if name != "fs"}
+        write_demo(root, workers=workers, **simulated)
+    if not root.is_dir():
+        raise InputError(f"--root {root}: no such folder; wanted: the one that holds the CSV files")
+    print(f"{root}: reading the CSV files")
+    if source == "ptbxl":
+        csv_files = [root / "ptbxl_database.csv", root / "scp_statements.csv"]
+        table = read_ptbxl(root, fs, patients)
+    else:
+        csv_files = [root / "record_list.csv", Path(labels or root / "records_w_diag_icd10.csv")]
+        table = read_mimic(root, csv_files[1], patients)
+    if source == "demo":
+        csv_files.append(root / "demo_state.csv")
+        table["state"] = read_state(root, table)
+    identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments}
+    identity["csv_sha256"] = {file.name: sha256_of(file) for file in csv_files}
+    identity["records_sha256"] = hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()
+    if out.exists():
+        refuse_other(out, identity)
+        print(f"{out}: complete already, built of the same files with the same arguments")
+    else:
+        with locked(out):
+            fill(out, root, table, identity, workers)
+            write_cohort(out, table, identity | {"fs": fs, "synthetic": source == "demo"})
+    print(summary(Cohort(out)))
+    return out
+
+
+def refuse_other(out: Path, identity: dict) -> None:
+    """Raise InputError unless the file `out` is a cohort with these entries of its identity."""
+    stored = Cohort(out)
+    if differs := difference({name: getattr(stored, name) for name in identity}, identity):
+        raise InputError(
+            f"--out {out} exists and differs in {differs}; it is never overwritten: delete it, or "
+            "name another --out"
+        )
+
+
+def check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance) -> None:
+    """Raise InputError for arguments that are out of range or mean nothing to the source."""
+    if source not in SOURCES:
+        raise InputError(f"--source {source}: wanted one of {', '.join(SOURCES)}")
+    if root is None and source != "demo":
+        raise InputError(f"--root: missing; wanted: the folder with the CSV files of {source}")
+    for name, value in (("fs", fs), ("workers", workers), ("patients", patients)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: wanted a whole number above 0")
+    if labels is not None and source != "mimic":
+        raise InputError(f"--labels: {source} has its labels under --root; leave the flag out")
+    for name, value in (("label-fidelity", label_fidelity), ("nuisance", nuisance)):
+        if value is not None and source != "demo":
+            raise InputError(f"--{name}: a knob of --source demo; {source} has none, leave it out")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
+    what = parser.add_argument_group("what to do (one of the two)").add_argument
+    what("--source", choices=SOURCES, help="build a cohort file from this source")
+    what("--check", metavar="FILE.h5", help="verify a cohort file and print its summary")
+    files = parser.add_argument_group("files").add_argument
+    files("--root", metavar="DIR", help="folder of record_list.csv (mimic) or ptbxl_database.csv; "
+          "for demo the folder to write into (default: data/demo)")
+    files("--labels", metavar="CSV", help="mimic only: labels of MIMIC-IV-ECG-Ext-ICD (default: "
+          "ROOT/records_w_diag_icd10.csv)")
+    files("--out", metavar="FILE.h5", help="cohort file to write, never overwritten (default: "
+          "data/SOURCE.h5, for demo data/cohort.h5)")
+    content = parser.add_argument_group("content").add_argument
+    content("--fs", type=int, metavar="HZ", help="sampling rate; the records' own must be a "
+            "multiple (default: mimic 500, ptbxl and demo 100)")
+    content("--patients", type=int, metavar="N", help="mimic, ptbxl: only the first N by "
+            f"subject_id (default: all); demo: how many to simulate (default: {DEMO_PATIENTS})")
+    demo = parser.add_argument_group("demo cohort").add_argument
+    demo("--label-fidelity", type=float, metavar="F", help="0 to 1, how far codes follow the "
+         f"simulated state (default: {LABEL_FIDELITY})")
+    demo("--nuisance", type=float, metavar="F", help="scale of the differences between "
+         f"recordings of one state: rate, electrodes, noise (default: {NUISANCE})")
+    demo("--seed", type=int, default=0, metavar="N", help="of the simulator (default: %(default)s)")
+    speed = parser.add_argument_group("speed").add_argument
+    speed("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    args = vars(make_parser().parse_args(argv))
+    check = args.pop("check")
+    try:
+        if (check is None) == (args["source"] is None):
+            raise InputError("give either --source (to build) or --check FILE.h5 (to verify)")
+        if check is not None:
+            cohort = Cohort(check)
+            check_cohort(cohort)
+            print(summary(cohort), "ok", sep="\n")
+        else:
+            build(**args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

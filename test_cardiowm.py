@@ -1,0 +1,2760 @@
+"""Tests of cardiowm, in the order of the modules: closed forms, slow oracles, then whole runs.
+
+    pip install -r requirements.txt pytest && python -m pytest -q
+
+Real-data tests run where the environment variable PTBXL_ROOT points at unpacked PTB-XL records.
+"""
+
+import ast
+import collections
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import wfdb
+from torch import nn
+from torch.nn import functional as F
+
+import cardiowm
+import evaluate
+import prepare_data
+import train
+from prepare_data import InputError
+
+HERE = Path(__file__).resolve().parent
+PTBXL_ROOT = os.environ.get("PTBXL_ROOT")
+needs_ptbxl = pytest.mark.skipif(not PTBXL_ROOT, reason="PTBXL_ROOT is not set")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------
+# cardiowm.py
+# ----------------------------------------------------------------------------------------------
+
+
+def test_normalize_equals_numpy_zscore_with_ddof_0_for_any_float():
+    x = np.random.default_rng(0).normal(0.3, 0.5, (3, 12, 400))
+    wanted = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.float16, 5e-3)):
+        got = cardiowm.normalize(torch.from_numpy(x).to(dtype))
+        assert got.dtype == torch.float32
+        np.testing.assert_allclose(got.numpy(), wanted, atol=tolerance)
+
+
+def test_normalize_makes_a_flat_lead_zero_and_keeps_a_tiny_one():
+    x = torch.zeros(1, 3, 1000)
+    x[0, 1] = 0.3  # flat, with an offset that float32 cannot hold
+    x[0, 2] = 5e-6 * torch.sin(torch.arange(1000.0))  # 3.5e-6 mV: small, but a signal
+    z = cardiowm.normalize(x)
+    assert (z[0, :2] == 0).all()
+    assert z[0, 2].std() == pytest.approx(1, abs=1e-2)
+
+
+def test_parameter_counts_and_output_lengths_are_the_known_ones():
+    def count(m):
+        return sum(p.numel() for p in m.parameters())
+
+    encoder = cardiowm.XResNet1d50().eval()
+    assert count(encoder) == 886_400
+    assert count(cardiowm.Classifier(encoder, 76)) == 926_412
+    assert count(cardiowm.WorldModel()) == 6_709_120
+    with torch.no_grad():
+        assert encoder.features(torch.randn(1, 12, 1000)).shape == (1, 256, 32)
+        assert encoder.features(torch.randn(1, 12, 5000)).shape == (1, 256, 157)
+        x = torch.randn(2, 12, 1000)
+        torch.testing.assert_close(encoder(x), encoder.features(x).mean(-1))
+
+
+@pytest.mark.parametrize("samples, mflop", [(1000, 210.07), (5000, 1048.2)])
+def test_encoder_flops_are_the_known_ones(samples, mflop):
+    total = 0
+
+    def hook(module, inputs, output):
+        nonlocal total
+        total += 2 * module.weight[0].numel() * output[0].numel()  # 2 x multiply-accumulate
+
+    encoder = cardiowm.XResNet1d50().eval()
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv1d):
+            module.register_forward_hook(hook)
+    with torch.no_grad():
+        encoder(torch.randn(1, 12, samples))
+    assert total / 1e6 == pytest.approx(mflop, rel=5e-5)  # the known value has five digits
+
+
+def test_residual_blocks_start_as_their_identity_path():
+    encoder = cardiowm.XResNet1d50().eval()
+    for block in encoder.blocks:
+        c_in = block.convs[0].in_channels
+        x = torch.randn(2, c_in, 63)  # odd, so that ceil_mode matters
+        torch.testing.assert_close(block(x), F.relu(block.identity(x)))
+    assert all(p.ndim == 3 for n, p in encoder.named_parameters() if p.ndim > 1)  # plain Conv1d
+
+
+def test_bottleneck_equals_a_plain_numpy_convolution():
+    torch.manual_seed(0)
+    block = cardiowm.Bottleneck(3, 4, 5, stride=2).double().eval()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(1, 3, 9, dtype=torch.float64)
+
+    def conv(x, w, stride):
+        k = w.shape[2]
+        padded = np.pad(x, ((0, 0), (k // 2, k // 2)))
+        starts = range(0, padded.shape[1] - k + 1, stride)
+        return np.stack(
+            [[(padded[:, s : s + k] * w[o]).sum() for s in starts] for o in range(len(w))]
+        )
+
+    def bn(x, m):  # running mean 0, running variance 1
+        scale, shift = (v.detach().numpy()[:, None] for v in (m.weight, m.bias))
+        return x / math.sqrt(1 + m.eps) * scale + shift
+
+    c = block.convs
+    v = x[0].numpy()
+    v = np.maximum(bn(conv(v, c[0].weight.detach().numpy(), 1), c[1]), 0)
+    v = np.maximum(bn(conv(v, c[3].weight.detach().numpy(), 2), c[4]), 0)
+    v = bn(conv(v, c[6].weight.detach().numpy(), 1), c[7])
+    halves = np.stack(
+        [x[0, :, i : i + 2].mean(-1).numpy() for i in range(0, 9, 2)], axis=1
+    )  # last is alone
+    v = np.maximum(
+        v + bn(conv(halves, block.identity[1].weight.detach().numpy(), 1), block.identity[2]), 0
+    )
+    np.testing.assert_allclose(block(x)[0].detach().numpy(), v, atol=1e-12)
+
+
+def test_world_model_forward_is_encode_project_predict_with_batch_norm_per_branch():
+    torch.manual_seed(0)
+    model = cardiowm.WorldModel(num_classes=5, z_dim=16)
+    x, x_next = torch.randn(2, 8, 12, 200)
+    a = torch.randint(-1, 2, (8, 5), dtype=torch.int8)
+    h, z, z_pred, z_next = model(x, x_next, a)
+    assert h.shape == (8, 256) and z.shape == z_pred.shape == z_next.shape == (8, 16)
+    # in train mode, two calls: each branch is normalised by its own batch
+    for branch in (z, z_next):
+        torch.testing.assert_close(branch.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
+    model.eval()
+    h, z, z_pred, z_next = model(x, x_next, a)
+    torch.testing.assert_close(z_next, model.project(model.encode(x_next)))
+    by_hand = model.predictor(torch.cat([z, model.action_encoder(a.float())], 1))
+    torch.testing.assert_close(z_pred, by_hand)
+    for dtype in (torch.float64, torch.int64, torch.bool):
+        assert model.predict(z, a.to(dtype)).dtype == torch.float32
+
+
+def test_residual_adds_z_and_invariance_ignores_the_action():
+    torch.manual_seed(0)
+    z, a = torch.randn(4, 256), torch.ones(4, 3)
+    residual = cardiowm.WorldModel(3, residual=True).eval()
+    plain = cardiowm.WorldModel(3).eval()
+    plain.load_state_dict(residual.state_dict())
+    torch.testing.assert_close(residual.predict(z, a), z + plain.predict(z, a))
+    invariance = cardiowm.WorldModel(3, action=False).eval()
+    assert invariance.action_encoder is None and invariance.predictor[0].in_features == 256
+    assert torch.equal(invariance.predict(z, a), invariance.predict(z))
+    assert not torch.equal(plain.predict(z, a), plain.predict(z, -a))
+
+
+def sigreg_by_quadrature(z, directions, t_max=3.0, knots=17):
+    """Textbook definition: |empirical - normal characteristic function|^2, complex, trapezoid over
+    the whole [-t_max, t_max]."""
+    t = np.linspace(-t_max, t_max, 2 * knots - 1)
+    phi = np.exp(-(t**2) / 2)
+    values = []
+    for s in range(directions.shape[1]):
+        u = z @ directions[:, s]
+        ecf = np.array([np.exp(1j * tq * u).mean() for tq in t])
+        values.append(len(z) * np.trapezoid(np.abs(ecf - phi) ** 2 * phi, t))
+    return np.mean(values)
+
+
+def test_sigreg_equals_the_complex_integral_on_any_data():
+    rng = np.random.default_rng(0)
+    sigreg = cardiowm.SIGReg()
+    for z in (rng.normal(size=(50, 8)), rng.exponential(size=(7, 8)) * 3, np.ones((3, 8))):
+        directions = rng.normal(size=(8, 5))
+        directions /= np.linalg.norm(directions, axis=0)
+        got = sigreg(torch.from_numpy(z), directions=torch.from_numpy(directions))
+        assert got.dtype == torch.float32
+        assert got.item() == pytest.approx(sigreg_by_quadrature(z, directions), rel=1e-5)
+
+
+def test_sigreg_known_values():
+    sigreg = cardiowm.SIGReg()
+    for n in (1, 10, 512):  # all-zero embeddings
+        value = sigreg(torch.zeros(n, 16), generator=generator()).item()
+        assert value == pytest.approx(0.402048 * n, rel=1e-5)
+    for n in (16, 256):  # E = 1.05246 under N(0, I), for any N
+        g = generator(n)
+        values = torch.tensor(
+            [sigreg(torch.randn(n, 64, generator=g), generator=g).item() for _ in range(400)]
+        )
+        assert values.mean().item() == pytest.approx(1.05246, abs=4 * values.std().item() / 20)
+    # infinitely spread embeddings: the characteristic function is 0 but at t = 0, where it is 1, so
+    # that sqrt(2 pi / 3) = 1.44720 loses the weight dt = 3/16 of the knot at 0
+    value = (
+        sigreg(torch.randn(4000, 8, generator=generator()) * 1e4, generator=generator()).item()
+        / 4000
+    )
+    assert value == pytest.approx(math.sqrt(2 * math.pi / 3) - 3 / 16, abs=2e-3)
+    # one far point has |e^{iut} - phi|^2 = 1 + phi^2 on average over slices: more than 1.4472
+    value = sigreg(torch.full((1, 64), 1e4), generator=generator()).item()
+    wanted = math.sqrt(2 * math.pi) + math.sqrt(2 * math.pi / 3) - 2 * 3 / 16
+    assert value == pytest.approx(wanted, rel=0.05)  # 256 random slices
+
+
+def test_sigreg_is_rotation_and_order_invariant_and_penalises_the_wrong_scale():
+    g = generator()
+    sigreg, z = cardiowm.SIGReg(), torch.randn(200, 6, generator=g)
+    directions = F.normalize(torch.randn(6, 32, generator=g), dim=0)
+    base = sigreg(z, directions=directions)
+    torch.testing.assert_close(
+        sigreg(z[torch.randperm(200, generator=g)], directions=directions), base
+    )
+    q = torch.linalg.qr(torch.randn(6, 6, generator=g)).Q
+    torch.testing.assert_close(
+        sigreg(z @ q, directions=q.T @ directions), base, rtol=1e-4, atol=1e-4
+    )
+    assert sigreg(2 * z, directions=directions) > 5 * base
+    assert sigreg(z / 2, directions=directions) > 5 * base
+
+
+def test_sigreg_directions_are_unit_columns_of_the_given_generator():
+    sigreg = cardiowm.SIGReg(slices=7)
+    directions = sigreg.draw_directions(5, generator(3), "cpu")
+    assert directions.shape == (5, 7)
+    torch.testing.assert_close(directions.norm(dim=0), torch.ones(7))
+    z = torch.randn(30, 5)
+    assert torch.equal(sigreg(z, generator=generator(3)), sigreg(z, directions=directions))
+    g = generator(3)
+    assert sigreg(z, generator=g) != sigreg(z, generator=g)  # fresh per call
+
+
+def test_sigreg_gradient_matches_finite_differences():
+    g = generator()
+    sigreg, z = cardiowm.SIGReg(), torch.randn(5, 4, generator=g) * 1.5
+    directions = F.normalize(torch.randn(4, 8, generator=g), dim=0)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(sigreg(z, directions=directions), z)
+    for i, j in itertools.product(range(5), range(4)):
+        step = np.zeros((5, 4))
+        step[i, j] = 1e-4
+        z64, d64 = z.detach().double().numpy(), directions.double().numpy()
+        numeric = (
+            sigreg_by_quadrature(z64 + step, d64) - sigreg_by_quadrature(z64 - step, d64)
+        ) / 2e-4
+        assert grad[i, j].item() == pytest.approx(numeric, rel=1e-3, abs=1e-4)
+
+
+def halves(function, *tensors):
+    """Value and gradients of `function` as two ranks see it, each with its half of the rows.
+
+    First each rank's local means are recorded, call by call; then each rank is evaluated with the
+    other's as constants, which is what a differentiable all-reduce hands to the local gradient.
+    """
+    n = len(tensors[0]) // 2
+    parts = [
+        [t[:n].clone().requires_grad_() for t in tensors],
+        [t[n:].clone().requires_grad_() for t in tensors],
+    ]
+    known: list[list] = [[], []]
+    while True:  # one more collective is known in each round
+        asked = [[], []]
+        values = []
+        for rank in (0, 1):
+
+            def mean(local, rank=rank):
+                call = len(asked[rank])
+                asked[rank].append(local.detach())
+                other = known[1 - rank][call] if call < len(known[1 - rank]) else local.detach()
+                return (local + other) / 2
+
+            mean.world_size = 2
+            values.append(function(*parts[rank], mean_over_ranks=mean))
+        if len(known[0]) == len(asked[0]) and all(
+            torch.equal(a, b) for k, q in zip(known, asked) for a, b in zip(k, q)
+        ):
+            return values, [torch.autograd.grad(v, p) for v, p in zip(values, parts)]
+        known = asked
+
+
+@pytest.mark.parametrize("name", ["sigreg", "vicreg"])
+def test_two_ranks_give_the_loss_of_the_global_batch(name):
+    g = generator()
+    z, z_next = torch.randn(16, 6, generator=g) * 1.5, torch.randn(16, 6, generator=g) * 0.5 + 1
+    directions = F.normalize(torch.randn(6, 32, generator=g), dim=0)
+    sigreg = cardiowm.SIGReg()
+    if name == "sigreg":
+
+        def function(z, z_next, mean_over_ranks=None):
+            return (
+                sigreg(z, directions=directions, mean_over_ranks=mean_over_ranks) + 0 * z_next.sum()
+            )
+    else:
+
+        def function(z, z_next, mean_over_ranks=None):
+            terms = cardiowm.vicreg_loss(z, z_next, mean_over_ranks=mean_over_ranks)
+            return 25 * terms["var"] + terms["cov"]  # pred is a plain mean: DDP averages it
+
+    z.requires_grad_(), z_next.requires_grad_()
+    whole = function(z, z_next)
+    values, grads = halves(function, z.detach(), z_next.detach())
+    for value in values:
+        torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5)
+    if name == "sigreg":  # local paths only: each rank's gradient is its rows' global gradient
+        (wanted,) = torch.autograd.grad(whole, z)
+        torch.testing.assert_close(
+            torch.cat([grads[0][0], grads[1][0]]), wanted, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_dynamics_loss_is_its_definition_and_draws_z_first():
+    g = generator()
+    z, z_pred, z_next = torch.randn(3, 32, 8, generator=g)
+    sigreg = cardiowm.SIGReg(slices=16)
+    out = cardiowm.dynamics_loss(z, z_pred, z_next, sigreg, lam=0.3, generator=generator(5))
+    g = generator(5)
+    first, second = sigreg(z, generator=g), sigreg(z_next, generator=g)
+    pred = (
+        sum((p - n) ** 2 for p, n in zip(z_pred.flatten().tolist(), z_next.flatten().tolist()))
+        / z.numel()
+    )
+    assert set(out) == {"loss", "pred", "sigreg_t", "sigreg_next"}
+    assert torch.equal(out["sigreg_t"], first) and torch.equal(out["sigreg_next"], second)
+    assert out["pred"].item() == pytest.approx(pred, rel=1e-5)
+    assert out["loss"].item() == pytest.approx(0.7 * pred + 0.3 * (first + second).item(), rel=1e-5)
+
+
+def test_dynamics_loss_sends_gradient_through_the_target_and_regularises_no_prediction():
+    z, z_pred, z_next = (t.requires_grad_() for t in torch.randn(3, 16, 4, generator=generator()))
+    out = cardiowm.dynamics_loss(z, z_pred, z_next, cardiowm.SIGReg(), generator=generator())
+    grad_pred, grad_next = torch.autograd.grad(out["pred"], [z_pred, z_next], retain_graph=True)
+    torch.testing.assert_close(grad_next, -grad_pred)  # no stop-gradient
+    torch.testing.assert_close(grad_pred, 2 * (z_pred - z_next).detach() / z.numel())
+    (grad,) = torch.autograd.grad(out["sigreg_t"] + out["sigreg_next"], z_pred, allow_unused=True)
+    assert grad is None  # never on z_pred
+
+
+def test_losses_compute_in_float32_under_autocast():
+    z = torch.randn(3, 32, 8, generator=generator())
+    logits, y = torch.randn(4, 3), torch.ones(4, 3)
+    sigreg = cardiowm.SIGReg()
+
+    def losses(z, logits):
+        return [
+            cardiowm.dynamics_loss(*z, sigreg, generator=generator())["loss"],
+            cardiowm.vicreg_loss(z[0], z[1])["loss"],
+            cardiowm.asymmetric_loss(logits, y),
+            cardiowm.weighted_bce(logits, y, torch.ones(4), torch.ones(3)),
+        ]
+
+    wanted = losses(z, logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = losses(z, logits)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got))
+    assert all(v.dtype == torch.float32 for v in losses(z.bfloat16(), logits.bfloat16()))
+
+
+def test_vicreg_known_value_and_loop_oracle():
+    assert cardiowm.vicreg_loss(torch.zeros(8, 4), torch.zeros(8, 4))[
+        "loss"
+    ].item() == pytest.approx(24.75)
+    z_pred, z_next = torch.randn(2, 9, 5, generator=generator()).double().numpy() * 0.7
+    pred = np.mean((z_pred - z_next) ** 2)
+    var = cov = 0.0
+    for z in (z_pred, z_next):
+        c = np.cov(z.T)  # unbiased
+        var += 0.5 * np.mean([max(0.0, 1 - math.sqrt(c[d, d] + 1e-4)) for d in range(5)])
+        cov += sum(c[i, j] ** 2 for i in range(5) for j in range(5) if i != j) / 5
+    got = cardiowm.vicreg_loss(torch.from_numpy(z_pred), torch.from_numpy(z_next))
+    assert [got[k].item() for k in ("pred", "var", "cov")] == pytest.approx(
+        [pred, var, cov], rel=1e-4
+    )
+    assert got["loss"].item() == pytest.approx(25 * pred + 25 * var + cov, rel=1e-5)
+
+
+def test_vicreg_gradient_matches_finite_differences():
+    z_pred, z_next = torch.randn(2, 6, 3, generator=generator()) * 0.5
+    z_pred.requires_grad_()
+    (grad,) = torch.autograd.grad(cardiowm.vicreg_loss(z_pred, z_next)["loss"], z_pred)
+    for i, j in itertools.product(range(6), range(3)):
+        values = []
+        for sign in (1, -1):
+            moved = z_pred.detach().clone()
+            moved[i, j] += sign * 1e-2
+            values.append(cardiowm.vicreg_loss(moved, z_next)["loss"].item())
+        # float32 values of about 10 over a step of 2e-2: errors of 1e-4; curvature adds as much
+        assert grad[i, j].item() == pytest.approx(
+            (values[0] - values[1]) / 2e-2, rel=2e-2, abs=5e-3
+        )
+
+
+def asl_by_loop(logits, y, gamma_neg, gamma_pos, clip, eps=1e-8):
+    total = 0.0
+    for x, t in zip(logits.flatten().tolist(), y.flatten().tolist()):
+        p = 1 / (1 + math.exp(-x))
+        q = min(1 - p + clip, 1.0)
+        total -= (
+            (1 - p) ** gamma_pos * math.log(max(p, eps))
+            if t
+            else (1 - q) ** gamma_neg * math.log(max(q, eps))
+        )
+    return total
+
+
+@pytest.mark.parametrize("settings", [(4, 1, 0.05), (2, 0, 0.0), (0, 3, 0.2)])
+def test_asymmetric_loss_equals_a_plain_loop(settings):
+    logits = torch.randn(6, 4, generator=generator()) * 4
+    y = torch.randint(0, 2, (6, 4), generator=generator())
+    got = cardiowm.asymmetric_loss(logits, y, *settings)
+    assert got.item() == pytest.approx(asl_by_loop(logits, y, *settings), rel=1e-4)
+    assert cardiowm.asymmetric_loss(
+        logits, y, *settings, reduction="mean"
+    ).item() * 24 == pytest.approx(got.item(), rel=1e-5)
+
+
+def test_asymmetric_loss_without_focus_is_summed_bce_with_its_gradient():
+    logits = (torch.randn(5, 3, generator=generator()) * 3).requires_grad_()
+    y = torch.randint(0, 2, (5, 3), generator=generator()).float()
+    ours = cardiowm.asymmetric_loss(logits, y, gamma_neg=0, gamma_pos=0, clip=0)
+    bce = F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+    torch.testing.assert_close(ours, bce)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logits)[0], torch.autograd.grad(bce, logits)[0]
+    )
+
+
+def test_asymmetric_loss_gradient_and_the_detached_variant():
+    # one positive, one negative beyond the clip, one negative within it
+    logits, y = torch.tensor([[0.4, 0.8, -4.0]], requires_grad=True), torch.tensor([[1, 0, 0]])
+    (grad,) = torch.autograd.grad(cardiowm.asymmetric_loss(logits, y), logits)
+    for k in range(3):
+        ends = [
+            asl_by_loop(logits.detach().double() + s * torch.eye(3)[k], y, 4, 1, 0.05)
+            for s in (1e-5, -1e-5)
+        ]
+        assert grad[0, k].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3, abs=1e-6)
+    assert grad[0, 2] == 0  # p = 0.018 < clip: an easy negative costs nothing
+    (detached,) = torch.autograd.grad(cardiowm.asymmetric_loss(logits, y, detach=True), logits)
+    p = torch.sigmoid(logits.detach())[0]
+    assert detached[0, 0].item() == pytest.approx(-((1 - p[0]) * (1 - p[0])).item(), rel=1e-5)
+    assert not torch.allclose(grad, detached)
+    extreme = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    for labels in ([[0, 1]], [[1, 0]]):
+        loss = cardiowm.asymmetric_loss(extreme, torch.tensor(labels))
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, extreme)[0]).all()
+    with pytest.raises(ValueError, match="reduction"):
+        cardiowm.asymmetric_loss(logits, y, reduction="avg")
+
+
+def test_classifier_pools_max_then_mean():
+    encoder = cardiowm.XResNet1d50().eval()
+    model = cardiowm.Classifier(encoder, 3).eval()
+    x = torch.randn(2, 12, 200)
+    f = encoder.features(x)
+    pooled = torch.cat([f.max(-1).values, f.mean(-1)], 1) / math.sqrt(1 + model.head[0].eps)
+    torch.testing.assert_close(model(x), pooled @ model.head[2].weight.T + model.head[2].bias)
+
+
+def test_probes_are_their_formulas():
+    torch.manual_seed(0)
+    v = torch.randn(5, 7)
+    probe = cardiowm.LinearProbe(7, 3)
+    z = (v - v.mean(0)) / (v.var(0, unbiased=False) + probe.norm.eps).sqrt()
+    torch.testing.assert_close(probe(v), z @ probe.linear.weight.T + probe.linear.bias)
+    mlp = cardiowm.MLPProbe(7, 3).eval()
+
+    def layer_norm(v):
+        return (v - v.mean(1, keepdim=True)) / (
+            v.var(1, unbiased=False, keepdim=True) + 1e-5
+        ).sqrt()
+
+    def linear(v, m):
+        return v @ m.weight.T + m.bias
+
+    w = linear(v, mlp.inputs)
+    for block in mlp.blocks:
+        w = w + linear(F.gelu(linear(layer_norm(w), block[1])), block[3])
+    torch.testing.assert_close(mlp(v), linear(layer_norm(w), mlp.linear))
+    assert w.shape == (5, 512) and len(mlp.blocks) == 2
+
+
+def test_positive_weight_is_capped_negatives_over_positives():
+    y = torch.zeros(100, 4)
+    y[:50, 0], y[:20, 1], y[:2, 2] = 1, 1, 1
+    assert cardiowm.positive_weight(y).tolist() == [1, 4, 5, 1]  # no positives: 1
+    assert cardiowm.positive_weight(y, math.inf).tolist() == [1, 4, 49, 1]
+
+
+def test_weighted_bce_is_its_formula_with_its_gradient():
+    g = generator()
+    logits = torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_()
+    y = torch.randint(0, 2, (4, 3), generator=g)
+    w, pos = torch.tensor([1, 1, 0.3, 0.3]), torch.tensor([1.0, 5.0, 2.0])
+    total = 0.0
+    for n in range(4):
+        for k in range(3):
+            p = 1 / (1 + math.exp(-logits[n, k].item()))
+            total -= w[n].item() * (pos[k].item() * math.log(p) if y[n, k] else math.log(1 - p))
+    loss = cardiowm.weighted_bce(logits, y, w, pos)
+    assert loss.item() == pytest.approx(total / (3 * 2.6), rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, logits)
+    p = torch.sigmoid(logits.detach())
+    wanted = w[:, None] * torch.where(y == 1, -pos * (1 - p), p) / (3 * 2.6)
+    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_label_combinations_are_exact_sets_by_count_then_lexicographic():
+    rows = (
+        [[0, 0, 0, 0, 0]] * 9
+        + [[1, 0, 0, 0, 0]] * 3
+        + [[0, 1, 0, 0, 0]] * 3
+        + [[1, 1, 0, 0, 0]] * 5
+        + [[1, 1, 1, 1, 1]] * 7
+        + [[0, 0, 1, 0, 0]] * 2
+    )
+    y = torch.tensor(rows)[torch.randperm(len(rows), generator=generator())]
+    combinations, counts = cardiowm.label_combinations(y, min_count=3)
+    assert combinations.tolist() == [[1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+    assert counts.tolist() == [5, 3, 3] and counts.dtype == combinations.dtype == torch.int64
+    assert cardiowm.label_combinations(y, min_count=1, top=2)[1].tolist() == [5, 3]
+    assert cardiowm.label_combinations(y, max_size=5, min_count=6)[0].tolist() == [[1] * 5]
+    normal = torch.tensor([True, True, False, False, False])
+    assert cardiowm.label_combinations(y, min_count=2, normal=normal)[0].tolist() == [
+        [0, 0, 1, 0, 0]
+    ]
+    assert cardiowm.label_combinations(y, min_count=100)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 1000, 2_000_000])
+def test_allocation_sums_to_the_total_and_is_proportional_to_one_over_count(total):
+    counts = torch.tensor([5000, 333, 77, 50, 50])
+    allocation = cardiowm.allocate(counts, total)
+    quota = total * (1 / counts.double()) / (1 / counts.double()).sum()
+    assert int(allocation.sum()) == total
+    assert ((allocation - quota).abs() < 1).all()  # largest remainder: within one row
+    with pytest.raises(ValueError):
+        cardiowm.allocate(counts[:0], total)
+
+
+def make_augmentor(total=1000):
+    torch.manual_seed(0)
+    model = cardiowm.WorldModel(num_classes=4)
+    model(
+        torch.randn(4, 12, 100), torch.randn(4, 12, 100), torch.zeros(4, 4)
+    )  # move BN's statistics
+    combinations = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+    return (
+        model,
+        combinations,
+        cardiowm.Augmentor(model, combinations, torch.tensor([100, 50, 10]), total),
+    )
+
+
+def test_augmentor_applies_the_frozen_predictor_in_eval_mode_and_leaves_the_model_alone():
+    model, combinations, augmentor = make_augmentor()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    z_normal = torch.randn(6, 256)
+    z, y = augmentor.sample(z_normal, 64, generator())
+    assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()) and not z.requires_grad
+    assert z.dtype == y.dtype == torch.float32 and z.shape == (64, 256) and y.shape == (64, 4)
+    # every row is r([z_n; p(y_C)]) of one of the sources
+    model.eval()
+    with torch.no_grad():
+        candidates = torch.stack(
+            [model.predict(z_normal, c.expand(6, -1)) for c in combinations]
+        )  # (3, 6, 256)
+    for row, label in zip(z, y):
+        m = (combinations == label).all(1).nonzero().item()
+        assert (candidates[m] - row).abs().amax(1).min() < 1e-4
+    # a later change of the model does not reach the frozen copy
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    assert torch.equal(augmentor.sample(z_normal, 64, generator())[0], z)
+
+
+def test_augmentor_subtracts_the_label_of_the_normal_source():
+    model, _, augmentor = make_augmentor()
+    y_normal = torch.tensor([[0, 0, 1, 0]])
+    z_normal = torch.randn(1, 256)
+    z, y = augmentor.sample(z_normal, 8, generator(), y_normal=y_normal)
+    model.eval()
+    with torch.no_grad():
+        wanted = model.predict(z_normal.expand(8, -1), y - y_normal)
+    torch.testing.assert_close(z, wanted)
+
+
+def test_augmentor_batches_hold_exactly_the_allocation():
+    _, combinations, augmentor = make_augmentor(total=1003)
+    sizes, labels = [], []
+    for z, y in augmentor.batches(torch.randn(5, 256), 100, generator()):
+        sizes.append(len(z))
+        labels.append(y)
+    assert sum(sizes) == 1003 and max(sizes) == 100
+    y = torch.cat(labels)
+    found = [int((y == c).all(1).sum()) for c in combinations]
+    assert found == augmentor.allocation.tolist()
+    first = labels[0]
+    assert len(first.unique(dim=0)) == 3  # combinations are mixed in every batch
+    drawn = augmentor.sample(torch.randn(5, 256), 20_000, generator())[1]
+    share = torch.stack([(drawn == c).all(1).double().mean() for c in combinations])
+    expected = augmentor.allocation / augmentor.allocation.sum()
+    assert (share - expected).abs().max() < 0.015  # four standard errors of 20,000 draws
+
+
+def test_augmentor_refuses_what_it_cannot_use():
+    model, combinations, _ = make_augmentor()
+    counts = torch.tensor([1, 1, 1])
+    with pytest.raises(ValueError, match="action encoder"):
+        cardiowm.Augmentor(cardiowm.WorldModel(4, action=False), combinations, counts, 10)
+    with pytest.raises(ValueError, match="5 classes"):
+        cardiowm.Augmentor(model, torch.eye(5).long()[:3], counts, 10)
+    with pytest.raises(ValueError, match="0 combinations"):
+        cardiowm.Augmentor(model, combinations[:0], counts[:0], 10)
+
+
+def test_interpolator_stays_between_neighbours_of_one_label_set():
+    g = generator()
+    y = torch.tensor([[1, 0]] * 20 + [[0, 1]] * 20 + [[1, 1]])
+    z = torch.randn(41, 3, generator=g)
+    combinations, counts = cardiowm.label_combinations(y, min_count=1)
+    smote = cardiowm.Interpolator(z, y, combinations, counts, 300, neighbours=2)
+    rows = [b for b in smote.batches(64, g)]
+    z_new, y_new = torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
+    assert len(z_new) == 300
+    for row, label in zip(z_new, y_new):
+        own = z[(y == label).all(1)]
+        distance = torch.cdist(own, own)
+        nearest = distance.argsort(1)[:, 1:3] if len(own) > 1 else torch.zeros(1, 1).long()
+        off = min(
+            _segment_distance(row, own[i], own[j]) for i in range(len(own)) for j in nearest[i]
+        )
+        assert off < 1e-5
+    copies = cardiowm.Interpolator(z, y, combinations, counts, 50, neighbours=0)
+    for z_new, _ in copies.batches(50, g):
+        assert (torch.cdist(z_new, z).amin(1) < 1e-3).all()
+
+
+def _segment_distance(p, a, b):
+    d = b - a
+    t = ((p - a) @ d / (d @ d).clamp_min(1e-12)).clamp(0, 1)
+    return (a + t * d - p).norm().item()
+
+
+def test_effective_rank_counts_the_dimensions_in_use():
+    z = torch.randn(4000, 6, generator=generator())
+    assert cardiowm.effective_rank(z).item() == pytest.approx(6, abs=0.05)
+    z[:, 2:] = 0
+    assert cardiowm.effective_rank(z).item() == pytest.approx(2, abs=0.05)
+    assert cardiowm.effective_rank(torch.ones(5, 3)).item() == pytest.approx(1)
+
+
+def test_cardiowm_alone_in_an_empty_folder_imports_and_trains(tmp_path):
+    shutil.copy(HERE / "cardiowm.py", tmp_path)
+    example = cardiowm.__doc__[cardiowm.__doc__.index("import torch, cardiowm") :].split("\n\n")[0]
+    code = "\n".join(line.strip() for line in example.splitlines())
+    code = f"""import sys
+{code}
+print([m for m in ("h5py", "wfdb", "train") if m in sys.modules])
+print(all(p.grad is not None for p in model.parameters()))"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[]\nTrue\n"  # silent, nothing else imported, gradients everywhere
+
+
+def test_sigreg_training_spreads_a_collapsed_batch():
+    torch.manual_seed(0)
+    z = (0.01 * torch.randn(256, 4)).requires_grad_()
+    optimizer, sigreg = torch.optim.Adam([z], lr=0.05), cardiowm.SIGReg()
+    for step in range(200):
+        optimizer.zero_grad()
+        sigreg(z, generator=generator(step)).backward()
+        optimizer.step()
+    covariance = torch.cov(z.detach().T)
+    assert (covariance - torch.eye(4)).abs().max() < 0.2
+
+
+# ----------------------------------------------------------------------------------------------
+# prepare_data.py: records, tables, pairs, the cohort file
+# ----------------------------------------------------------------------------------------------
+
+
+PREPARE_MIMIC_LEADS = "I II III aVR aVF aVL V1 V2 V3 V4 V5 V6".split()  # as the release stores them
+PREPARE_LIST = "subject_id study_id file_name ecg_time path".split()
+PREPARE_LABELS = (
+    "file_name study_id subject_id ecg_time ed_stay_id hosp_hadm_id all_diag_all gender age "
+    "ecg_no_within_stay fold"
+).split()
+
+
+def prepare_write(
+    path, adc, fs=500, names=PREPARE_MIMIC_LEADS, gain="200.0(0)/mV", split=None, **edit
+):
+    """Write adc (n, signals) int16 in format 16; split=k puts the first k leads elsewhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adc = np.asarray(adc).astype("<i2")
+    files = [path.name + ".dat"] * len(names)
+    if split:
+        files[:split] = [path.name + "_a.dat"] * split
+    for file in set(files):
+        adc[:, [k for k, f in enumerate(files) if f == file]].tofile(path.parent / file)
+    lines = [f"{path.name} {len(names)} {fs} {len(adc)} 09:36:00 22/06/2180"]
+    for k, name in enumerate(names):
+        checksum = edit.get("checksum", int(adc[:, k].sum(dtype=np.int16)))
+        lines.append(f"{files[k]} 16 {gain} 16 0 {adc[0, k]} {checksum} 0 {name}")
+    path.with_suffix(".hea").write_text("\n".join(lines[: edit.get("lines")]) + "\n")
+
+
+def prepare_adc(seed, n=5000, signals=12):
+    """Smooth random walk of about 1 mV at a gain of 200, so that a decimated copy stays alike."""
+    steps = np.random.default_rng(seed).normal(0, 6, (n, signals)).cumsum(axis=0)
+    return np.clip(steps - steps.mean(axis=0), -1900, 1900).round().astype(np.int16)
+
+
+def prepare_records(root):
+    """Write one record of every kind; returns {study_id: path}, and what each is to become."""
+    adc, path, fate = prepare_adc, {}, {}
+
+    def record(study_id, becomes, data=None, **options):
+        path[study_id] = f"files/p1000/p{10_000_000 + study_id // 3}/s{study_id}/{study_id}"
+        fate[study_id] = becomes
+        prepare_write(root / path[study_id], adc(study_id) if data is None else data, **options)
+
+    quality = prepare_data
+    record(1, 0)
+    record(2, 0, names=list(prepare_data.LEADS))
+    record(3, 0, names=[name.upper() for name in reversed(PREPARE_MIMIC_LEADS)])
+    record(4, 0, adc(4, signals=14), names=["resp", *PREPARE_MIMIC_LEADS, "V7"])
+    record(5, 0, adc(5, 10_000), fs=1000)
+    record(6, 0, adc(6, 1000), fs=100, gain="200")
+    record(7, 0, gain="0.2(-30)/uV")
+    record(8, 0, split=6)
+    gap = adc(9)
+    gap[100:150, 2], gap[4990:, 3] = -32768, -32768  # 100 ms inside, 20 ms at the end
+    record(9, quality.INTERPOLATED, gap)
+    gap = adc(10)
+    gap[:51, 0], gap[:, 7] = -32768, -32768  # 102 ms; a whole lead
+    record(10, quality.ZEROED | quality.DEAD, gap)
+    dead = adc(11)
+    dead[:, 4] = 0
+    record(11, quality.DEAD, dead)
+    high = adc(12)
+    high[500:600, 1] = 2100
+    record(12, quality.BEYOND, high)
+    record(13, quality.CUT, adc(13, 6000))
+    record(14, quality.PADDED, adc(14, 4001))
+    record(31, "header file missing")
+    (root / path[31]).with_suffix(".hea").unlink()
+    record(32, "signal file missing")
+    (root / path[32]).with_suffix(".dat").unlink()
+    record(33, "signal file truncated")
+    with open(root / f"{path[33]}.dat", "r+b") as handle:
+        handle.truncate(119_998)
+    record(34, "unreadable", lines=0)
+    record(35, "unreadable", lines=8)
+    record(36, "fs not a multiple", adc(36, 3600), fs=360)
+    record(37, "fs not a multiple", adc(37, 500), fs=50)
+    record(38, "lead missing or twice", names=["I"] + PREPARE_MIMIC_LEADS[:11])
+    record(39, "checksum differs", checksum=7)
+    record(40, "unit unknown", gain="200/mmHg")
+    record(41, "beyond float16", gain="0.001/mV")
+    record(42, "unit unknown", gain="x")  # to wfdb this is a unit without a gain
+    record(46, "lead missing or twice", adc(46, signals=11), names=PREPARE_MIMIC_LEADS[1:])
+    record(43, "no label row")
+    record(44, "label row malformed")
+    record(45, "subject_id differs between the CSV files")
+    return path, fate
+
+
+def prepare_mimic(root, labels=PREPARE_LABELS):
+    """A folder in MIMIC's layout with every defect; returns the fate of each study."""
+    path, fate = prepare_records(root)
+    with open(root / "record_list.csv", "w", newline="") as handle:
+        write = csv.writer(handle).writerow
+        write(PREPARE_LIST)
+        for study_id in reversed(path):  # unsorted, as a reader may not rely on order
+            time_text = f"2180-07-{study_id % 3 + 1:02d} 08:00:00"
+            write([10_000_000 + study_id // 3, study_id, study_id, time_text, path[study_id]])
+        write([10_000_000, 1, 1, "2181-01-01 00:00:00", path[1]])  # duplicated
+        write(["?", 99, 99, "", ""])
+        write([10_000_000, 98])
+    with open(root / "records_w_diag_icd10.csv", "w", newline="") as handle:
+        write = csv.writer(handle).writerow
+        write(labels)
+        for study_id in path.keys() - {43}:
+            patient = study_id // 3
+            row = {
+                "file_name": "elsewhere/and/wrong",
+                "study_id": f"{study_id}.0",
+                "subject_id": 10_000_000 + patient,
+                "ecg_time": "",
+                "gender": "FM?"[patient % 3],
+                "age": 40 + patient,
+                "fold": patient + 14 if patient < 6 else 0,
+                "ed_stay_id": "",
+                "hosp_hadm_id": 500 + study_id // 2 if study_id < 8 else "",
+                "ecg_no_within_stay": study_id % 2 - 1,
+                "all_diag_all": [[], ["I4891", "E11"], ["I10", "I4891"], ["J18"]][study_id % 4],
+            }
+            row |= {"all_diag_all": "['I48'"} if study_id == 44 else {}
+            row |= {"subject_id": 7} if study_id == 45 else {}
+            write([row[name] for name in labels])
+            if study_id == 2:
+                write([row[name] for name in labels])
+        write(
+            [
+                {
+                    "study_id": 777,
+                    "subject_id": 1,
+                    "all_diag_all": "['I99', 'I210']",
+                    "fold": 3,
+                    "ecg_no_within_stay": -1,
+                }.get(name, "")
+                for name in labels
+            ]
+        )
+        write([""] * len(labels))
+        handle.write("\n888,1\n")
+    return fate
+
+
+@pytest.fixture(scope="session")
+def prepare_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mimic")
+    fate = prepare_mimic(root)
+    out = prepare_data.build("mimic", root, root / "cohort.h5", fs=100, workers=1)
+    return root, out, fate
+
+
+def prepare_oracle(file, fs=100):
+    """Slow twin of read_record: wfdb, a loop over samples, scipy. (12, 10 * fs) float64 mV."""
+    scipy_signal, wfdb = pytest.importorskip("scipy.signal"), pytest.importorskip("wfdb")
+    signal, fields = wfdb.rdsamp(str(file))
+    names = [name.lower() for name in fields["sig_name"]]
+    out = np.zeros((12, 10 * fs))
+    for row, lead in enumerate(prepare_data.LEADS):
+        x, unit = (
+            signal[:, names.index(lead.lower())].copy(),
+            fields["units"][names.index(lead.lower())],
+        )
+        x, recorded, i = x * {"mV": 1.0, "uV": 1e-3}[unit], fields["fs"], 0
+        while i < len(x):
+            j = i
+            while j < len(x) and np.isnan(x[j]):
+                j += 1
+            if j - i > 0.1 * recorded:
+                x[i:j] = 0
+            elif j > i:
+                left = x[i - 1] if i else x[j]
+                right = x[j] if j < len(x) else left
+                x[i:j] = left + (right - left) * np.arange(1, j - i + 1) / (j - i + 1)
+            i = max(j, i + 1)
+        x = scipy_signal.resample_poly(x, 1, round(recorded / fs))[: 10 * fs]
+        out[row, : len(x)] = x
+    return out
+
+
+def test_a_damaged_header_cannot_ask_for_any_amount_of_memory(tmp_path):
+    prepare_write(tmp_path / "x", prepare_adc(1))
+    header = (tmp_path / "x.hea").read_text()
+    (tmp_path / "x.hea").write_text(header.replace(" 5000 ", " 5000000000000 ", 1))
+    with pytest.raises(prepare_data.Rejected, match="truncated"):
+        prepare_data.read_record(tmp_path / "x", 100)
+
+
+@pytest.mark.parametrize("q", [1, 2, 5, 7, 10])
+@pytest.mark.parametrize("n", [5000, 4999, 137, 3])
+def test_decimation_equals_resample_poly(q, n):
+    resample_poly = pytest.importorskip("scipy.signal").resample_poly
+    x = np.random.default_rng(n).normal(0, 2, (12, n))
+    y = prepare_data.decimate(x.astype(np.float32), q)
+    # float32 products of values up to 8 mV; float16 storage is 1,000 times coarser
+    np.testing.assert_allclose(y, resample_poly(x, 1, q, axis=1), rtol=0, atol=2e-6)
+
+
+def test_each_kind_of_record_is_read_as_wfdb_and_scipy_would(prepare_folder):
+    root, out, fate = prepare_folder
+    cohort = prepare_data.Cohort(out)
+    for row, study_id in enumerate(cohort.study_id):
+        wanted = prepare_oracle(
+            next(root.glob(f"files/*/*/s{study_id}/{study_id}.hea")).with_suffix("")
+        )
+        # float16 keeps 11 bits: half a unit in the last place is 2^-11 of the value
+        np.testing.assert_allclose(
+            cohort.signal[row], wanted, rtol=2**-10.9, atol=2e-6, err_msg=str(study_id)
+        )
+
+
+def test_plain_reader_and_wfdb_agree_to_the_bit(prepare_folder):
+    pytest.importorskip("wfdb")
+    root, _, fate = prepare_folder
+    for study_id in (1, 2, 3, 4, 5, 6, 7, 9, 10, 13):
+        path = str(next(root.glob(f"files/*/*/s{study_id}/{study_id}.hea")).with_suffix(""))
+        assert prepare_data.plain_header(path + ".hea")
+        (a, fs_a), (b, fs_b) = prepare_data.read_signal(path), prepare_data.read_with_wfdb(path)
+        assert fs_a == fs_b and a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    for study_id in (38, 39, 40, 46):
+        path = str(next(root.glob(f"files/*/*/s{study_id}/{study_id}.hea")).with_suffix(""))
+        for read in (prepare_data.read_signal, prepare_data.read_with_wfdb):
+            with pytest.raises(prepare_data.Rejected, match=fate[study_id]):
+                read(path)
+
+
+def test_other_formats_go_through_wfdb(tmp_path):
+    wfdb = pytest.importorskip("wfdb")
+    adc = prepare_adc(5) // 2
+    adc[30:40, 3] = -2048  # format 212's code for a missing sample
+    for fmt in ("16", "212"):
+        data = np.where(adc == -2048, {"16": -32768, "212": -2048}[fmt], adc)
+        wfdb.wrsamp(
+            f"f{fmt}",
+            500,
+            ["mV"] * 12,
+            list(prepare_data.LEADS),
+            d_signal=data.astype(int),
+            fmt=[fmt] * 12,
+            adc_gain=[200.0] * 12,
+            baseline=[3] * 12,
+            write_dir=str(tmp_path),
+        )
+        signal, quality = prepare_data.read_record(tmp_path / f"f{fmt}", 100)
+        assert quality == prepare_data.INTERPOLATED
+        assert (prepare_data.plain_header(f"{tmp_path}/f{fmt}.hea") is None) == (fmt != "16")
+        if fmt == "16":
+            first = signal
+        np.testing.assert_array_equal(signal, first)
+
+
+def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(prepare_folder):
+    _, out, fate = prepare_folder
+    cohort = prepare_data.Cohort(out)
+    kept = {study_id: bits for study_id, bits in fate.items() if isinstance(bits, int)}
+    assert cohort.study_id.tolist() == sorted(kept)  # here study order is subject and time order
+    assert dict(zip(cohort.study_id.tolist(), cohort.quality.tolist())) == kept
+    wanted = collections.Counter(reason for reason in fate.values() if isinstance(reason, str))
+    wanted["record_list row duplicated"] += 1
+    wanted["record_list row malformed"] += 2
+    wanted["label row duplicated"] += 1
+    wanted["label row malformed"] += 2  # a row of blanks, a row of two fields
+    wanted["label row without a listed record"] += 1
+    assert cohort.rejected == dict(wanted)
+    assert cohort.listed == len(fate) + 3
+    prepare_data.check_cohort(cohort)
+
+
+def test_table_holds_what_the_csv_says(prepare_folder):
+    cohort = prepare_data.Cohort(prepare_folder[1])
+    n = cohort.study_id
+    assert cohort.class_name == ["I10", "I21", "I48", "I99"]  # I21 and I99 stand in the CSV alone
+    texts = [[], ["I48"], ["I10", "I48"], []]
+    for row, study_id in enumerate(n):
+        positive = [cohort.class_name[k] for k in np.flatnonzero(cohort.label[row])]
+        assert positive == texts[study_id % 4]
+    np.testing.assert_array_equal(cohort.has_label, n % 4 != 0)  # J18 is a code, of another chapter
+    np.testing.assert_array_equal(cohort.subject_id, 10_000_000 + n // 3)
+    np.testing.assert_array_equal(cohort.fold, n // 3 + 14)
+    np.testing.assert_array_equal(cohort.split, np.maximum(n // 3 - 3, 0))
+    np.testing.assert_array_equal(cohort.stay, np.where(n < 8, 500 + n // 2, -1))
+    np.testing.assert_array_equal(cohort.age, 40 + n // 3)
+    np.testing.assert_array_equal(cohort.sex, np.array([0, 1, -1])[n // 3 % 3])
+    np.testing.assert_array_equal(cohort.ecg_no_within_stay, n % 2 - 1)
+    day = np.datetime64("2180-07-01T08:00:00") + (n % 3).astype("timedelta64[D]")
+    np.testing.assert_array_equal(cohort.ecg_time, day.astype("datetime64[s]").astype(np.int64))
+
+
+def test_pairs_are_consecutive_records_of_one_patient(prepare_folder):
+    cohort, pairs = prepare_data.Cohort(prepare_folder[1]), []
+    for row in range(1, len(cohort)):
+        if cohort.subject_id[row] == cohort.subject_id[row - 1]:
+            pairs.append((row - 1, row))
+    assert cohort.pair.tolist() == [list(pair) for pair in pairs] and len(pairs) > 5
+    for p, (a, b) in enumerate(pairs):
+        np.testing.assert_array_equal(
+            cohort.action[p], cohort.label[b].astype(int) - cohort.label[a]
+        )
+        assert cohort.gap_days[p] == 1
+        same = cohort.stay[a] == cohort.stay[b] != -1
+        both = cohort.has_label[a] and cohort.has_label[b]
+        assert cohort.pair_kind[p] == (2 if not both else 0 if same else 1)
+    assert set(cohort.pair_kind) == {0, 1, 2}
+
+
+def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
+    required = "study_id subject_id all_diag_all fold ecg_no_within_stay".split()
+    prepare_mimic(tmp_path, required)
+    out = prepare_data.build("mimic", tmp_path, tmp_path / "c.h5", fs=100, workers=1, patients=2)
+    cohort = prepare_data.Cohort(out)
+    assert (cohort.stay == -1).all() and (cohort.sex == -1).all() and np.isnan(cohort.age).all()
+    assert cohort.study_id.tolist() == [1, 2, 3, 4, 5]  # the first two patients
+    assert not (cohort.pair_kind == 0).any()  # two records without a stay do not share one
+    printed = capsys.readouterr().out
+    assert printed.count("no column hosp_hadm_id, ed_stay_id, age, gender") == 1
+    assert "partial build" in printed
+
+
+def test_a_patient_in_two_folds_is_named(tmp_path):
+    prepare_mimic(tmp_path)
+    text = (tmp_path / "records_w_diag_icd10.csv").read_text()
+    rows = [row.rsplit(",", 1)[0] + ",19" if ",4.0," in row else row for row in text.splitlines()]
+    (tmp_path / "records_w_diag_icd10.csv").write_text("\n".join(rows))
+    with pytest.raises(prepare_data.InputError, match="patient 10000001 lies in folds 15 and 19"):
+        prepare_data.read_mimic(tmp_path, tmp_path / "records_w_diag_icd10.csv", None)
+
+
+def prepare_many(root, n):
+    """n short records of n / 4 patients, for runs that are killed."""
+    with (
+        open(root / "record_list.csv", "w") as a,
+        open(root / "records_w_diag_icd10.csv", "w") as b,
+    ):
+        print(*PREPARE_LIST, sep=",", file=a)
+        print("study_id,subject_id,all_diag_all,fold,ecg_no_within_stay", file=b)
+        for k in range(n):
+            prepare_write(root / f"files/{k % 50}/{k}", prepare_adc(k, 500))
+            print(
+                k // 4,
+                k,
+                k,
+                f"2180-01-01 00:00:{k % 60:02d}",
+                f"files/{k % 50}/{k}",
+                sep=",",
+                file=a,
+            )
+            print(k, k // 4, f"\"['I{10 + k % 5}']\"", k // 4 % 20, k % 4, sep=",", file=b)
+
+
+def prepare_command(*arguments):
+    program = Path(prepare_data.__file__)
+    return [sys.executable, str(program), *map(str, arguments)]
+
+
+def test_a_killed_build_resumes_and_ends_in_the_same_bytes(tmp_path):
+    n = 1500
+    prepare_many(tmp_path, n)
+    options = ("--source", "mimic", "--root", tmp_path, "--fs", 100)
+    killed, whole = tmp_path / "killed.h5", tmp_path / "whole.h5"
+    process = subprocess.Popen(
+        prepare_command(*options, "--workers", 1, "--out", killed),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    status, deadline = tmp_path / "killed.h5.partial/status.npy", time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (tmp_path / "killed.h5.partial/plan.json").exists() and np.load(status).any():
+            break
+        time.sleep(0.002)
+    process.kill()  # SIGKILL
+    process.wait()
+    time.sleep(0.5)  # the orphaned worker notices
+    assert not killed.exists() and 0 < np.count_nonzero(np.load(status)) < n
+    other = subprocess.run(
+        prepare_command(*options[:-1], 50, "--out", killed), capture_output=True, text=True
+    )
+    assert other.returncode == 2 and "differs in fs (100 there, 50 now)" in other.stderr
+    again = subprocess.run(
+        prepare_command(*options, "--workers", 2, "--out", killed), capture_output=True, text=True
+    )
+    assert again.returncode == 0 and "going on" in again.stdout, again.stderr
+    prepare_data.build("mimic", tmp_path, whole, fs=100, workers=2)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+    # a kill while compacting: the partial file is whole, the temporary one is not
+    table = prepare_data.read_mimic(tmp_path, tmp_path / "records_w_diag_icd10.csv", None)
+    stored, third = prepare_data.Cohort(whole), tmp_path / "third.h5"
+    identity = {
+        name: getattr(stored, name)
+        for name in ("format_version", "source", "arguments", "csv_sha256", "records_sha256")
+    }
+    with prepare_data.locked(third):
+        prepare_data.fill(third, tmp_path, table, identity, 1)
+        with pytest.raises(prepare_data.InputError, match="another process is building it"):
+            prepare_data.build("mimic", tmp_path, third, fs=100)
+    (tmp_path / "third.h5.partial/cohort.h5").write_bytes(b"torn")
+    prepare_data.build("mimic", tmp_path, third, fs=100, workers=1)
+    assert third.read_bytes() == whole.read_bytes()
+
+
+def test_an_existing_file_is_never_overwritten(prepare_folder, tmp_path, capsys):
+    root, out, _ = prepare_folder
+    before = out.stat()
+    assert prepare_data.build("mimic", root, out, fs=100, workers=2) == out
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(
+        prepare_data.InputError, match=r"differs in fs \(100 there, 50 now\).*delete it"
+    ):
+        prepare_data.build("mimic", root, out, fs=50)
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("mine")
+    with pytest.raises(prepare_data.InputError, match="is a text file"):
+        prepare_data.build("mimic", root, foreign, fs=100)
+    assert foreign.read_text() == "mine"
+    assert (out.stat().st_mtime_ns, out.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_a_disk_too_small_is_refused_before_reading(prepare_folder, tmp_path, monkeypatch, capsys):
+    usage = collections.namedtuple("usage", "total used free")(10**9, 10**9, 10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(prepare_data.InputError, match="needs 0.00 GB of disk, 0.00 GB are free"):
+        prepare_data.build("mimic", prepare_folder[0], tmp_path / "c.h5", fs=100)
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_golden_counts_are_consistent_and_a_difference_is_named():
+    g = prepare_data.GOLDEN
+    assert g["stable pairs"] + g["changed pairs"] == g["pairs"] == g["records"] - g["patients"]
+    assert sum(value for name, value in g.items() if name.startswith("|a|1")) == g["changed pairs"]
+    for what, total in (
+        ("records", "records"),
+        ("pairs", "pairs"),
+        ("changed pairs", "changed pairs"),
+    ):
+        assert sum(g[f"{split} {what}"] for split in prepare_data.SPLITS) == g[total]
+    assert g["patients with one record"] + g["patients with two or more"] == g["patients"]
+    assert prepare_data.golden_differences(dict(g)) == []
+    found = dict(g) | {"pairs": g["pairs"] - 1, "classes per record, mean": 1.456}
+    assert prepare_data.golden_differences(found) == [
+        "pairs: 638,682 found, 638,683 wanted",
+        "classes per record, mean: 1.456 found, 1.45 wanted",
+    ]
+    close = dict(g) | {
+        "classes per record, mean": 1.4539,
+        "records per patient, mean": 800_035 / 161_352,
+    }
+    assert prepare_data.golden_differences(close) == []
+
+
+def test_golden_counts_are_asked_of_a_full_build_only(prepare_folder):
+    cohort = prepare_data.Cohort(prepare_folder[1])
+    assert "partial build" in prepare_data.golden_lines(cohort, {})[0]
+    cohort.listed = prepare_data.GOLDEN_RECORDS
+    assert "PASS" in prepare_data.golden_lines(cohort, dict(prepare_data.GOLDEN))[0]
+    lines = prepare_data.golden_lines(cohort, prepare_data.count(cohort))
+    assert len(lines) > 30 and "records: 14 found, 800,035 wanted" in lines
+
+
+def test_every_golden_count_is_counted(prepare_folder):
+    counts = prepare_data.count(prepare_data.Cohort(prepare_folder[1]))
+    assert not [name for name in prepare_data.GOLDEN if name not in counts and "with I" not in name]
+    assert counts["codes in the source"] == 6 and counts["records"] == 14
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "text", "empty", "hdf5", "truncated", "npz"])
+def test_cohort_says_what_a_wrong_file_is(kind, tmp_path, prepare_folder):
+    path = tmp_path / "x.h5"
+    wanted = {
+        "absent": "does not exist",
+        "folder": "is a folder",
+        "text": "is a text file",
+        "empty": "is empty",
+        "hdf5": "is an HDF5 file without",
+        "truncated": "truncated",
+        "npz": "npz",
+    }[kind]
+    if kind == "folder":
+        path.mkdir()
+    elif kind in ("text", "empty"):
+        path.write_text("a,b\n" * (kind == "text"))
+    elif kind == "hdf5":
+        h5py.File(path, "w").close()
+    elif kind == "truncated":
+        path.write_bytes(prepare_folder[1].read_bytes()[:-100])
+    elif kind == "npz":
+        np.savez(tmp_path / "x.npz", a=1)
+        (tmp_path / "x.npz").rename(path)
+    with pytest.raises(prepare_data.InputError, match=wanted) as error:
+        prepare_data.Cohort(path)
+    assert "wanted: a cohort .h5" in str(error.value)
+
+
+def test_cohort_signal_is_a_read_only_memory_map_of_the_file(prepare_folder):
+    cohort = prepare_data.Cohort(prepare_folder[1])
+    assert isinstance(cohort.signal, np.memmap) and not cohort.signal.flags.writeable
+    with h5py.File(prepare_folder[1]) as file:
+        np.testing.assert_array_equal(cohort.signal, file["signal"][()])
+    assert cohort.signal.shape == (14, 12, 1000) and cohort.leads == list(prepare_data.LEADS)
+    assert (cohort.fs, cohort.unit, cohort.source, cohort.synthetic) == (100, "mV", "mimic", False)
+    assert cohort.state is None and cohort.normal_codes == [] and len(cohort.sha256) == 64
+
+
+@pytest.mark.parametrize(
+    "name, fault", [("signal", "checksum"), ("label", "action"), ("fold", "fold"), ("pair", "pair")]
+)
+def test_check_finds_a_changed_value(name, fault, prepare_folder, tmp_path, capsys):
+    path = shutil.copy(prepare_folder[1], tmp_path / "c.h5")
+    whole = prepare_data.Cohort(path).sha256
+    assert prepare_data.main(["--check", str(path)]) == 0
+    assert capsys.readouterr().out.endswith("\nok\n")
+    with h5py.File(path, "r+") as file:
+        dataset = file[name]
+        where = (1,) + (0,) * (dataset.ndim - 1)
+        dataset[where] = dataset[where] + 1
+    assert prepare_data.main(["--check", str(path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert fault in error[-1] and "build it anew" in error[-1]
+    assert (prepare_data.Cohort(path).sha256 == whole) == (name == "signal")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give either --source"),
+        (["--source", "mimic"], "--root: missing"),
+        (["--source", "mimic", "--root", "/no/such"], "no such folder"),
+        (["--source", "ptbxl", "--root", "."], "neither records100 nor records500"),
+        (["--source", "ptbxl", "--root", ".", "--fs", "0"], "--fs 0"),
+        (["--source", "ptbxl", "--root", ".", "--nuisance", "1"], "--nuisance"),
+        (["--source", "ptbxl", "--root", ".", "--labels", "x.csv"], "--labels"),
+        (["--check", "/no/such.h5"], "does not exist"),
+    ],
+)
+def test_prepare_data_ends_bad_input_with_one_line(
+    arguments, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert prepare_data.main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_plain_records_imports_neither_wfdb_nor_scipy_nor_torch(prepare_folder):
+    file = next(prepare_folder[0].glob("files/*/*/s1/1.hea")).with_suffix("")
+    code = (
+        "import sys, prepare_data\n"
+        f"prepare_data.read_record({str(file)!r}, 100)\n"
+        "print([name for name in ('torch', 'wfdb', 'scipy', 'pandas') if name in sys.modules])"
+    )
+    folder = Path(prepare_data.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_reading_is_much_faster_than_wfdb_and_scipy(prepare_folder):
+    wfdb, resample_poly = (
+        pytest.importorskip("wfdb"),
+        pytest.importorskip("scipy.signal").resample_poly,
+    )
+    file = str(next(prepare_folder[0].glob("files/*/*/s1/1.hea")).with_suffix(""))
+
+    def cost(function, repeats):
+        function()
+        start = time.process_time()
+        for _ in range(repeats):
+            function()
+        return (time.process_time() - start) / repeats
+
+    ours = min(cost(lambda: prepare_data.read_record(file, 100), 50) for _ in range(3))
+    theirs = min(
+        cost(lambda: resample_poly(wfdb.rdsamp(file)[0], 1, 5, axis=0), 10) for _ in range(3)
+    )
+    assert theirs > 8 * ours  # measured 15 to 32; the rest is room for a busy machine
+
+
+def test_progress_prints_a_last_line_with_the_total_time(capsys):
+    progress = prepare_data.Progress(10, "records", "reading")
+    for _ in range(10):
+        progress.update()
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("reading 10/10 records") and "in 0 s" in lines[0]
+    assert [prepare_data.clock(s) for s in (4, 125, 11_220)] == ["4 s", "2 min 05 s", "3 h 07 min"]
+
+
+@pytest.mark.skipif(
+    "PTBXL_ROOT" not in os.environ, reason="PTBXL_ROOT does not name the real records"
+)
+def test_ptbxl_sample_builds_to_its_known_counts(tmp_path, capsys):
+    root = Path(os.environ["PTBXL_ROOT"])
+    cohort = prepare_data.Cohort(prepare_data.build("ptbxl", root, tmp_path / "p.h5"))
+    counts = prepare_data.count(cohort)
+    assert (counts["records"], counts["patients"], counts["pairs"]) == (1987, 1850, 137)
+    assert [counts[f"{split} pairs"] for split in prepare_data.SPLITS] == [99, 22, 16]
+    assert (
+        len(cohort.class_name) == 71
+        and cohort.normal_codes == ["NORM", "SR"]
+        and not cohort.rejected
+    )
+    assert (cohort.stay == -1).all() and (cohort.ecg_no_within_stay == -1).all()
+    printed = capsys.readouterr().out
+    assert "triage is not defined" in printed and "nothing is shown by gap" in printed
+    path = prepare_data.read_ptbxl(root, 100, None)["path"]
+    for row in range(0, 1987, 200):
+        file = root / path[row]
+        np.testing.assert_allclose(
+            cohort.signal[row], prepare_oracle(file), rtol=2**-10.9, atol=2e-6
+        )
+        a, b = prepare_data.read_signal(file), prepare_data.read_with_wfdb(str(file))
+        np.testing.assert_array_equal(a[0], b[0])
+    first = cohort.study_id.tolist().index(1)
+    positive = {cohort.class_name[k] for k in np.flatnonzero(cohort.label[first])}
+    assert (
+        positive == {"NORM", "LVOLT", "SR"} and cohort.sex[first] == 0 and cohort.age[first] == 56
+    )
+
+
+def test_ptbxl_layout_builds_from_the_nearest_usable_rate(tmp_path):
+    with open(tmp_path / "scp_statements.csv", "w") as handle:
+        handle.write(",description\nNORM,normal\nAFIB,atrial fibrillation\nSR,sinus rhythm\n")
+    with open(tmp_path / "ptbxl_database.csv", "w", newline="") as handle:
+        write = csv.writer(handle).writerow
+        write(
+            "ecg_id patient_id age sex recording_date scp_codes strat_fold".split()
+            + ["filename_lr", "filename_hr"]
+        )
+        for k in range(1, 5):
+            prepare_write(
+                tmp_path / f"records500/{k}_hr", prepare_adc(k), names=list(prepare_data.LEADS)
+            )
+            codes = [{}, {"NORM": 80.0, "SR": 0.0}, {"AFIB": 0.0}, {"AFIB": 100.0, "XYZ": 0.0}][
+                k - 1
+            ]
+            write(
+                [
+                    k,
+                    "7.0",
+                    300,
+                    0,
+                    f"1984-11-0{k} 09:17:34",
+                    codes,
+                    9,
+                    f"records100/{k}_lr",
+                    f"records500/{k}_hr",
+                ]
+            )
+    cohort = prepare_data.Cohort(
+        prepare_data.build("ptbxl", tmp_path, tmp_path / "p.h5", workers=1)
+    )
+    assert cohort.class_name == ["AFIB", "NORM", "SR"]
+    assert cohort.label.tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 0], [1, 0, 0]]
+    assert (
+        cohort.has_label.tolist() == [False, True, True, True] and cohort.split.tolist() == [1] * 4
+    )
+    assert cohort.pair_kind.tolist() == [2, 1, 1] and cohort.action[1].tolist() == [1, -1, -1]
+    assert cohort.age.tolist() == [90] * 4 and cohort.sex.tolist() == [1] * 4
+    np.testing.assert_allclose(
+        cohort.signal[0], prepare_oracle(tmp_path / "records500/1_hr"), rtol=2**-10.9, atol=2e-6
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# prepare_data.py: the demo cohort
+# ----------------------------------------------------------------------------------------------
+
+
+DEMO_SILENT = ("I63", "I73", "I82")
+
+
+def demo_beats(x, fs=500):
+    """R samples and the median beat (12, from 300 ms before R to 450 ms after) of (12, T) mV."""
+    energy = np.convolve((np.diff(x[:, ::2], axis=1) ** 2).sum(axis=0), np.hanning(30), "same")
+    far = np.pad(energy, 70, constant_values=0)                     # the largest within 280 ms
+    largest = np.lib.stride_tricks.sliding_window_view(far, 141).max(axis=1)
+    peaks = 2 * np.flatnonzero((energy == largest) & (energy > .3 * np.percentile(energy, 98)))
+    inside = [p for p in peaks if 150 <= p < x.shape[1] - 225]
+    return peaks, np.median([x[:, p - 150:p + 225] for p in inside], axis=0)
+
+
+def demo_qrs_seconds(beat, fs=500):
+    """QRS duration: from the first to the last sample whose speed exceeds 15 % of the largest."""
+    speed = np.sqrt((np.diff(beat[:, 90:235], axis=1) ** 2).sum(axis=0))
+    fast = np.flatnonzero(speed > .15 * speed.max())
+    return (fast[-1] - fast[0]) / fs
+
+
+def test_simulate_is_deterministic_and_keyed_by_patient_and_seed():
+    x = prepare_data.simulate(7, ["I48", "I10"], 3)
+    assert x.shape == (12, 5000) and x.dtype == np.float32 and np.isfinite(x).all()
+    assert np.array_equal(x, prepare_data.simulate(7, ("I10", "I48", "I10"), 3))
+    assert not np.array_equal(x, prepare_data.simulate(8, ["I48", "I10"], 3))
+    assert not np.array_equal(x, prepare_data.simulate(7, ["I48", "I10"], 4))
+    assert prepare_data.simulate(7, [], 3, fs=100, seconds=5).shape == (12, 500)
+
+
+@pytest.mark.parametrize("codes", [["I99"], ["i10"], [""]])
+def test_simulate_names_an_unknown_code_and_the_known_ones(codes):
+    with pytest.raises(prepare_data.InputError, match="I48"):
+        prepare_data.simulate(1, codes, 1)
+
+
+def test_a_code_without_signature_leaves_the_signal_bit_identical():
+    for patient in range(4):
+        plain, sick = (prepare_data.simulate(patient, c, 5) for c in ([], ["I48", "I44"]))
+        for code in DEMO_SILENT:
+            assert np.array_equal(plain, prepare_data.simulate(patient, [code], 5))
+            assert np.array_equal(sick, prepare_data.simulate(patient, ["I44", code, "I48"], 5))
+
+
+def test_a_code_changes_the_heart_vector_and_neither_noise_nor_electrodes():
+    """What any code adds is seen through one lead matrix, so it has rank 3: equal noise cancels."""
+    for patient in range(3):
+        plain = prepare_data.simulate(patient, [], 9).astype(np.float64)
+        for code in sorted(set(prepare_data.SIGNATURE) - set(DEMO_SILENT)):
+            change = prepare_data.simulate(patient, [code], 9) - plain
+            s = np.linalg.svd(change, compute_uv=False)
+            assert s[0] > .5 and s[3] < 1e-4 * s[0], (patient, code)   # float32 rounding is left
+
+
+def test_a_code_without_rhythm_leaves_every_beat_where_it_was():
+    for code in ("I10", "I35", "I45", "I21", "I25", "I34"):
+        a, b = prepare_data.simulate(2, [], 1), prepare_data.simulate(2, [code], 1)
+        (pa, _), (pb, _) = demo_beats(a), demo_beats(b)
+        assert len(pa) == len(pb) and np.abs(pa - pb).max() <= 25, code  # a new R' moves the mark
+        assert (np.abs(a - b).max(axis=0) < 1e-6).any(), code    # far from any wave nothing moves
+
+
+def test_limb_leads_obey_einthoven_and_goldberger():
+    for codes in ([], ["I48"], ["I44", "I21", "I49"]):
+        i, ii, iii, avr, avl, avf = prepare_data.simulate(11, codes, 2)[:6]
+        for lead, wanted in ((iii, ii - i), (avr, -(i + ii) / 2), (avl, i - ii / 2),
+                             (avf, ii - i / 2)):
+            assert np.abs(lead - wanted).max() < 1e-5    # float32 rounding
+
+
+def demo_repeats(x, peaks):
+    """How much of the 200 to 90 ms before R repeats in every beat: 1 a P wave, ~1/beats none."""
+    window = np.stack([x[:, p - 100:p - 45] for p in peaks if p >= 100])     # (beats, 12, 55)
+    window = window - window.mean(axis=-1, keepdims=True)
+    return (window.mean(axis=0) ** 2).mean() / (window ** 2).mean()
+
+
+def test_atrial_fibrillation_has_no_p_wave_and_irregular_beats_of_the_same_shape():
+    repeats, same = [], []
+    for patient in range(10):
+        x, x_af = (prepare_data.simulate(patient, codes, 1, nuisance=.3) for codes in ([], ["I48"]))
+        (peaks, beat), (peaks_af, beat_af) = demo_beats(x), demo_beats(x_af)
+        rr, rr_af = np.diff(peaks), np.diff(peaks_af)
+        assert rr.std() / rr.mean() < .06 and rr_af.std() / rr_af.mean() > .10, patient
+        repeats.append((demo_repeats(x, peaks), demo_repeats(x_af, peaks_af)))
+        same.append(np.corrcoef(beat[:, 125:180].ravel(), beat_af[:, 125:180].ravel())[0, 1])
+    p, p_af = np.median(repeats, axis=0)
+    assert p > .6 and p_af < .3, (p, p_af)
+    assert np.median(same) > .98, same                              # the QRS is the patient's own
+
+
+def test_block_widens_the_qrs_or_lengthens_the_pr_interval():
+    kinds = []
+    for patient in range(10):
+        beat, right, left = (demo_beats(prepare_data.simulate(patient, c, 1, nuisance=.1))[1]
+                             for c in ([], ["I45"], ["I44"]))
+        qrs = demo_qrs_seconds(beat)
+        assert .04 < qrs < .13 and demo_qrs_seconds(right) > qrs + .02, (patient, qrs)
+        p, p_left = (int(np.linalg.norm(b[:, :112], axis=0).argmax()) for b in (beat, left))
+        wide, long = demo_qrs_seconds(left) > qrs + .02, p_left < p - 20
+        assert wide or long, patient
+        kinds.append(wide)
+        assert right[6, 150:215].max() > beat[6, 150:215].max() + .2, patient   # R' in V1
+        assert (right - beat)[0, 165:205].min() < -.1, patient                  # broad S in I
+    assert 2 <= sum(kinds) <= 9, kinds
+
+
+def test_infarction_raises_st_in_one_territory_with_reciprocal_depression():
+    groups = {"anterior": (6, 7, 8, 9), "inferior": (1, 2, 5), "lateral": (0, 4, 10, 11)}
+    found = []
+    for patient in range(16):
+        a, b = (demo_beats(prepare_data.simulate(patient, codes, 1, nuisance=.1))[1]
+                for codes in ([], ["I21"]))
+        rise = (b - a)[:, 195:215].mean(axis=1)                    # 90 to 130 ms after R
+        name = max(groups, key=lambda g: rise[list(groups[g])].mean())
+        assert np.sort(rise[list(groups[name])])[-2] > .08, (patient, rise)     # two leads at least
+        assert rise.min() < -.02, (patient, rise)
+        if name == "inferior":
+            assert rise[4] < -.04, (patient, rise)                 # aVL mirrors III
+        found.append(name)
+    assert set(found) == set(groups), found
+
+
+def test_two_recordings_of_one_state_are_nearer_than_two_patients():
+    """DESIGN's third condition: RMS distance of R-aligned median beats, in mV, over all leads."""
+    beats = [[demo_beats(prepare_data.simulate(p, [], s))[1] for s in (1, 2)] for p in range(20)]
+    within = np.median([np.sqrt(np.mean((a - b) ** 2)) for a, b in beats])
+    between = np.median([np.sqrt(np.mean((beats[i][0] - beats[j][1]) ** 2))
+                         for i in range(20) for j in range(20) if i != j])
+    assert within <= .5 * between, (within, between)
+
+
+def test_histories_are_shaped_like_mimic():
+    histories = [prepare_data.demo_history(10_000_000 + i) for i in range(600)]
+    rows = [row for history in histories for row in history]
+    count = np.array([len(history) for history in histories])
+    assert .28 < np.mean(count == 1) < .40 and np.median(count) == 2 and 3.9 < count.mean() < 5.6
+    assert count.max() <= prepare_data.MAX_RECORDS
+    classes = {row["study_id"]: {c[:3] for c in row["all_diag_all"] if c[0] == "I"} for row in rows}
+    pairs = [(a, b) for history in histories for a, b in zip(history, history[1:])]
+    changed = np.mean([classes[a["study_id"]] != classes[b["study_id"]] for a, b in pairs])
+    assert .22 < changed < .32, changed                            # MIMIC 0.271
+    unlabelled = [row for row in rows if not row["all_diag_all"]]
+    assert .28 < len(unlabelled) / len(rows) < .45                 # MIMIC 0.415
+    assert all(row["ecg_no_within_stay"] >= 0 for row in rows if row["all_diag_all"])
+    assert 1.1 < np.mean([len(c) for c in classes.values()]) < 1.9                 # MIMIC 1.45
+    frequency = [sum(code in c for c in classes.values()) for code in prepare_data.COURSE]
+    assert min(frequency) > 0 and max(frequency) > 12 * min(frequency)             # a long tail
+    assert len({row["study_id"] for row in rows}) == len(rows)
+    for history in histories:
+        assert sorted(history, key=lambda r: r["ecg_time"]) == history
+        assert len({row["fold"] for row in history}) == 1
+        infarct = [i for i, row in enumerate(history) if "I21" in row["state"]]
+        later = history[infarct[0] + 1:] if infarct else []
+        for row in later:                   # a scar from the next episode on, unless silent for life
+            if row["ecg_no_within_stay"] > 0:
+                continue
+            assert "I25" in row["state"] or not any("I25" in r["state"] for r in history)
+
+
+def test_full_label_fidelity_means_coded_is_expressed():
+    for subject_id in range(10_000_000, 10_000_080):
+        for row in prepare_data.demo_history(subject_id, label_fidelity=1):
+            if row["all_diag_all"]:
+                coded = {code[:3] for code in row["all_diag_all"] if code[0] == "I"}
+                assert sorted(coded) == sorted(row["state"])
+
+
+def demo_tree(root):
+    """{relative path: digest of the bytes} of every file under root."""
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def demo_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    prepare_data.write_demo(root, patients=6, workers=1)
+    return root
+
+
+def demo_rows(path):
+    """The rows of a CSV file as dicts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_written_records_are_what_was_simulated(demo_root):
+    states = {row["study_id"]: ast.literal_eval(row["state"])
+              for row in demo_rows(demo_root / "demo_state.csv")}
+    for row in demo_rows(demo_root / "record_list.csv"):
+        signal, fields = wfdb.rdsamp(str(demo_root / row["path"]))
+        assert fields["fs"] == 500 and signal.shape == (5000, 12) and set(fields["units"]) == {"mV"}
+        stored = "I II III aVR aVF aVL V1 V2 V3 V4 V5 V6".split()
+        assert fields["sig_name"] == stored
+        signal = signal[:, [stored.index(lead) for lead in prepare_data.LEADS]].T
+        wanted = prepare_data.simulate(int(row["subject_id"]), states[row["study_id"]],
+                                       int(row["study_id"]))
+        sound = np.abs(np.nan_to_num(signal, nan=99) - wanted) < .00251   # half of 5 uV, float32
+        assert sound.all(axis=1).sum() >= 11, row["path"]           # a defect hits one lead at most
+        header = wfdb.rdrecord(str(demo_root / row["path"]), physical=False)
+        assert [c & 0xffff for c in header.d_signal.astype(int).sum(axis=0)] == [
+            c & 0xffff for c in header.checksum]
+        assert list(header.init_value) == list(header.d_signal[0])
+
+
+def test_demo_csvs_have_mimics_columns(demo_root):
+    rows = demo_rows(demo_root / "records_w_diag_icd10.csv")
+    assert list(rows[0]) == (
+        "file_name study_id subject_id ecg_time ed_stay_id ed_hadm_id hosp_hadm_id ed_diag_ed "
+        "ed_diag_hosp hosp_diag_hosp all_diag_hosp all_diag_all gender age anchor_year anchor_age "
+        "dod ecg_no_within_stay ecg_taken_in_ed ecg_taken_in_hosp ecg_taken_in_ed_or_hosp fold "
+        "strat_fold").split()
+    assert all(isinstance(ast.literal_eval(row["all_diag_all"]), list) for row in rows)
+    assert list(demo_rows(demo_root / "record_list.csv")[0]) == [
+        "subject_id", "study_id", "file_name", "ecg_time", "path"]
+
+
+def test_a_larger_demo_begins_with_the_smaller_and_does_not_depend_on_workers(demo_root, tmp_path):
+    prepare_data.write_demo(tmp_path, patients=9, workers=2)
+    small, large = demo_tree(demo_root), demo_tree(tmp_path)
+    for name, digest in small.items():
+        if name.endswith(".csv"):
+            assert (tmp_path / name).read_bytes().startswith((demo_root / name).read_bytes()), name
+        else:
+            assert large[name] == digest, name
+    assert len(large) > len(small)
+
+
+def test_an_interrupted_demo_ends_in_the_same_bytes_and_keeps_what_was_finished(demo_root):
+    before, hea = demo_tree(demo_root), sorted(demo_root.rglob("*.hea"))
+    hea[0].unlink()
+    hea[1].with_suffix(".dat").write_bytes(b"cut")
+    kept = hea[2].stat().st_mtime_ns
+    prepare_data.write_demo(demo_root, patients=6)
+    assert demo_tree(demo_root) == before and hea[2].stat().st_mtime_ns == kept
+
+
+def test_another_cohort_seed_is_of_other_patients(demo_root, tmp_path):
+    prepare_data.write_demo(tmp_path, patients=2, seed=1)
+    subjects = [{row["subject_id"] for row in demo_rows(root / "record_list.csv")}
+                for root in (demo_root, tmp_path)]
+    assert len(subjects[1]) == 2 and not subjects[0] & subjects[1]
+
+
+@pytest.mark.parametrize("knob", [dict(nuisance=.5), dict(label_fidelity=.1), dict(seed=1),
+                                  dict(patients=0)])
+def test_a_demo_of_other_knobs_is_refused(demo_root, knob):
+    with pytest.raises(prepare_data.InputError):
+        prepare_data.write_demo(demo_root, **{"patients": 6, **knob})
+
+
+def test_planted_defects_come_at_mimics_rates():
+    blank, kinds = np.full((12, 5000), 100, dtype=np.int16), np.zeros(3)
+    for seed in range(4000):
+        x = prepare_data._defect(blank.copy(), prepare_data._stream("defect", 1, seed))
+        kinds += [(x == -32768).any(), (x == 0).all(axis=1).any(), (np.abs(x // 8) == 300).any()]
+    for rate, wanted in zip(kinds / 4000, (.0132, .0024, .0012)):
+        assert abs(rate - wanted) < 4 * np.sqrt(wanted / 4000), (rate, wanted)  # 4 std errors
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluate.py: AUROC, bootstrap, checkpoints, runs, tables
+# ----------------------------------------------------------------------------------------------
+
+
+def evaluate_pair_count(y, s):
+    """O(n^2) oracle: the fraction of (positive, negative) pairs in order, ties one half."""
+    difference = s[y == 1][:, None] - s[y == 0][None]
+    return np.mean((difference > 0) + 0.5 * (difference == 0))
+
+
+def evaluate_random(n=120, classes=6, seed=0, levels=9):
+    """Labels and scores with many ties; class 4 has one positive, class 5 none."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, classes)) < np.linspace(0.5, 0.1, classes)).astype(np.uint8)
+    y[:, 4] = np.arange(n) == 7
+    y[:, 5] = 0
+    higher = (y == 1) & (rng.random((n, classes)) < 0.4)  # by one level: ties across labels stay
+    return y, ((rng.integers(0, levels, (n, classes)) + higher) / levels).astype(np.float32)
+
+
+def evaluate_naive_bootstrap(y, s, n_boot, seed, unit=None):
+    """The definition of DESIGN, one replicate and class at a time: (n_boot, K)."""
+    unit = np.arange(len(y)) if unit is None else unit
+    ids, rng, out = np.unique(unit), np.random.default_rng(seed), []
+    for _ in range(n_boot):
+        draw = rng.integers(0, len(ids), len(ids))
+        rows = np.concatenate([np.flatnonzero(unit == ids[i]) for i in draw])
+        out.append([evaluate_pair_count(y[rows, k], s[rows, k]) if 0 < y[rows, k].sum() < len(rows)
+                    else np.nan for k in range(y.shape[1])])
+    return np.array(out)
+
+
+def test_auroc_has_its_known_values():
+    assert evaluate.auroc([0, 0, 1, 1], [0.1, 0.5, 0.5, 0.9]).tolist() == [0.875]
+    assert evaluate.auroc([0, 1, 1, 0, 1], np.full(5, 0.3)).tolist() == [0.5]
+    assert evaluate.auroc([0, 1, 1], [-np.inf, 0.0, np.inf]).tolist() == [1.0]
+    assert evaluate.auroc([1, 0, 0], [0.1, 0.2, 0.3]).tolist() == [0.0]
+    both = evaluate.auroc(np.array([[0, 1], [1, 1]]), np.array([[0.2, 0.5], [0.4, 0.1]]))
+    assert both[0] == 1 and np.isnan(both[1]) and both.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.float32])
+def test_auroc_equals_the_pair_count_with_ties_whatever_the_label_dtype(dtype):
+    y, s = evaluate_random(seed=1)
+    got = evaluate.auroc(y.astype(dtype), s)
+    expected = [evaluate_pair_count(y[:, k], s[:, k]) for k in range(5)]
+    np.testing.assert_allclose(got[:5], expected, rtol=0, atol=1e-12)
+    assert np.isnan(got[5])
+    assert evaluate.macro_auroc(y.astype(dtype), s) == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+def test_auroc_ignores_record_order_and_monotone_maps_of_the_score():
+    y, s = evaluate_random(seed=2)
+    order = np.random.default_rng(0).permutation(len(y))
+    np.testing.assert_array_equal(evaluate.auroc(y[order], s[order]), evaluate.auroc(y, s))
+    np.testing.assert_array_equal(evaluate.auroc(y, np.exp(3.0 * s)), evaluate.auroc(y, s))
+    np.testing.assert_allclose(evaluate.auroc(y, -s), 1 - evaluate.auroc(y, s), atol=1e-12)
+
+
+def test_macro_auroc_without_a_defined_class_is_nan():
+    assert np.isnan(evaluate.macro_auroc(np.zeros((3, 2)), np.ones((3, 2))))
+
+
+@pytest.mark.parametrize("y, s", [
+    ([0, 1], [0.1, np.nan]), ([0, 1], [0.1, 0.2, 0.3]), ([0, 2], [0.1, 0.2]), ([], []),
+    ([0.0, np.nan], [0.1, 0.2]), ([0, 1], ["a", "b"]), (np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))])
+def test_auroc_refuses_what_has_no_rank(y, s):
+    with pytest.raises(ValueError):
+        evaluate.auroc(y, s)
+    with pytest.raises(ValueError):
+        evaluate.bootstrap_auroc(y, s, n_boot=3)
+
+
+@pytest.mark.parametrize("by_patient", [False, True])
+@pytest.mark.parametrize("levels", [3, 9, 10**6])
+def test_bootstrap_equals_the_naive_loop_on_the_same_draws(by_patient, levels):
+    y, s = evaluate_random(n=90, seed=levels, levels=levels)
+    unit = np.random.default_rng(5).integers(100, 125, len(y)) if by_patient else None
+    naive = evaluate_naive_bootstrap(y, s, 40, 11, unit)
+    assert 0 < np.isnan(naive[:, 4]).sum() < 40  # the class of one positive comes and goes
+    got = evaluate.bootstrap_auroc(y, s, n_boot=40, seed=11, unit=unit, block=16)
+    np.testing.assert_allclose(got["replicates"], np.nanmean(naive[:, :5], axis=1), atol=1e-12)
+    point = [evaluate_pair_count(y[:, k], s[:, k]) for k in range(5)]
+    np.testing.assert_allclose(got["per_class"][:5, 0], point, atol=1e-12)
+    for column, q in ((1, 2.5), (2, 97.5)):
+        np.testing.assert_allclose(got["per_class"][:5, column],
+                                   np.nanpercentile(naive[:, :5], q, axis=0), atol=1e-12)
+    assert np.isnan(got["per_class"][5]).all() and got["per_class"].shape == (6, 3)
+    assert got["point"] == pytest.approx(np.mean(point), abs=1e-12)
+    expected = np.percentile(np.nanmean(naive[:, :5], axis=1), (2.5, 97.5))
+    np.testing.assert_allclose((got["low"], got["high"]), expected, atol=1e-12)
+
+
+def test_bootstrap_of_patients_takes_all_records_of_a_drawn_patient():
+    # Patient 30 has two records, 10 and 20 one each. Ids sort to 10, 20, 30 = draws 0, 1, 2.
+    y, s = np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.3, 0.6])
+    unit = np.array([30, 10, 30, 20])
+    got = evaluate.bootstrap_auroc(y, s, n_boot=50, seed=3, unit=unit)["replicates"]
+    rng = np.random.default_rng(3)
+    for value in got:
+        n10, n20, n30 = np.bincount(rng.integers(0, 3, 3), minlength=3)
+        if n30 and n10 + n20:  # .9 beats both negatives; .3 beats neither .4 nor .6
+            assert value == 0.5
+        else:
+            assert np.isnan(value)
+    assert np.isnan(got).any() and (got == 0.5).any()
+
+
+def test_bootstrap_by_distinct_units_is_the_record_bootstrap_and_blocks_do_not_matter():
+    y, s = evaluate_random(seed=4)
+    first = evaluate.bootstrap_auroc(y, s, n_boot=30, seed=2)
+    for other in (evaluate.bootstrap_auroc(y, s, n_boot=30, seed=2, unit=np.arange(len(y))),
+                  evaluate.bootstrap_auroc(y, s, n_boot=30, seed=2, block=7)):
+        np.testing.assert_array_equal(first["replicates"], other["replicates"])
+        np.testing.assert_array_equal(first["per_class"], other["per_class"])
+    more = evaluate.bootstrap_auroc(y, s, n_boot=60, seed=2)["replicates"]
+    np.testing.assert_array_equal(first["replicates"], more[:30])
+    with pytest.raises(ValueError):
+        evaluate.bootstrap_auroc(y, s, unit=np.arange(3))
+    with pytest.raises(ValueError):
+        evaluate.bootstrap_auroc(y, s, n_boot=0)
+
+
+def test_bootstrap_without_a_defined_class_is_nan_and_no_warning():
+    got = evaluate.bootstrap_auroc(np.zeros((4, 2)), np.zeros((4, 2)), n_boot=5)
+    assert np.isnan([got["point"], got["low"], got["high"], *got["replicates"]]).all()
+
+
+# Checkpoints and run folders
+
+def evaluate_checkpoint(**change):
+    return {"format": evaluate.CHECKPOINT_FORMAT, "kind": "worldmodel", "model_args": {},
+            "model": {"w": torch.arange(3.0)}, "class_name": ["I10"], "leads": ["I"], "fs": 100,
+            "normalize": "zscore", "step": 1, "epoch": 0} | change
+
+
+def test_load_checkpoint_returns_what_was_saved(tmp_path):
+    torch.save(evaluate_checkpoint(), tmp_path / "last.pt")
+    got = evaluate.load_checkpoint(tmp_path / "last.pt")
+    assert got["class_name"] == ["I10"] and torch.equal(got["model"]["w"], torch.arange(3.0))
+
+
+def test_load_checkpoint_names_what_it_found(tmp_path):
+    import h5py
+    h5py.File(tmp_path / "cohort", "w").close()
+    np.savez(tmp_path / "a.npz", x=1)
+    (tmp_path / "text").write_text("hello é\n")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "empty").touch()
+    zipfile.ZipFile(tmp_path / "zip", "w").writestr("a.txt", "x")
+    torch.save(evaluate_checkpoint(format="cardiowm-9"), tmp_path / "future.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save(evaluate_checkpoint(path=Path("x")), tmp_path / "objects.pt")
+    short = evaluate_checkpoint()
+    del short["leads"]
+    torch.save(short, tmp_path / "short.pt")
+    torch.save(evaluate_checkpoint(), tmp_path / "cut.pt")
+    whole = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    for name, words in (
+            ("absent.pt", "no such file"), ("cohort", "HDF5"), ("a.npz", "npz"),
+            ("text", "text file"), ("binary", "binary"), ("empty", "empty"), ("zip", "zip"),
+            ("future.pt", "cardiowm-9"), ("other.pt", "another project"),
+            ("objects.pt", "tensors and plain values"), ("short.pt", "without leads"),
+            ("cut.pt", "truncated"), (".", "folder")):
+        with pytest.raises(InputError, match=words) as error:
+            evaluate.load_checkpoint(tmp_path / name)
+        assert name in str(error.value) or name == "."
+        assert "\n" not in str(error.value) and "wanted" in str(error.value)
+
+
+def evaluate_write_run(root, name, seed=0, score_seed=None, cohort="toy", n=80, **args):
+    """A finished run folder over one fixed truth per cohort: 4 classes, the last never positive."""
+    rng = np.random.default_rng(sum(map(ord, cohort)))
+    y = (rng.random((n, 4)) < (0.4, 0.3, 0.2, 0.0)).astype(np.uint8)
+    subject = np.sort(rng.integers(0, n // 3, n))
+    has_label = (y.any(axis=1) | (rng.random(n) < 0.5))
+    noise = np.random.default_rng(seed if score_seed is None else score_seed)
+    arrays = {"y_true": y, "y_score": (noise.random((n, 4)) * 0.8 + 0.2 * y).astype(np.float32),
+              "study_id": np.arange(n) + 1000, "subject_id": subject,
+              "class_name": np.array(["I10", "I21", "I48", "I99"]), "has_label": has_label,
+              "first_in_stay": np.arange(n) % 3 == 0, "pair_first": np.arange(n) % 2 == 0}
+    folder = Path(root) / name
+    folder.mkdir(parents=True)
+    args = {"mode": "finetune", "init": "scratch", "frac": 1.0, "seed": seed} | args
+    (folder / "config.json").write_text(json.dumps({
+        "args": args, "init": None, "cohort": {
+            "name": cohort, "path": str(Path(root) / "absent.h5"), "source": "demo",
+            "synthetic": True, "sha256": cohort * 3}}))
+    np.savez(folder / "predictions_test.npz", **arrays)
+    return arrays
+
+
+def evaluate_cli(capsys, *argv):
+    """Exit code, stdout, last line of stderr."""
+    code = evaluate.main([str(a) for a in argv])
+    got = capsys.readouterr()
+    return code, got.out, (got.err.strip().splitlines() or [""])[-1]
+
+
+@pytest.fixture
+def evaluate_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def evaluate_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_score_equals_the_direct_computation_task_by_task(evaluate_root, capsys):
+    a = evaluate_write_run(evaluate_root, "one", seed=1)
+    b = evaluate_write_run(evaluate_root, "two", seed=2, init="one", objective="invariance")
+    code, out, _ = evaluate_cli(capsys, "--runs", "one", "runs/two", "--n-boot", 50)
+    assert code == 0
+    rows = evaluate_csv("runs/score/score.csv")
+    masks = {"triage": a["first_in_stay"], "monitoring": np.ones(80, bool),
+             "pairs": a["pair_first"]}
+    assert [(r["run"], r["task"]) for r in rows] == [(n, t) for n in ("one", "two") for t in masks]
+    values = set()
+    for row, run in zip(rows, [a] * 3 + [b] * 3, strict=True):
+        m = masks[row["task"]]
+        want = evaluate.bootstrap_auroc(run["y_true"][m], run["y_score"][m], n_boot=50, seed=0)
+        for key in ("low", "high"):
+            assert float(row[key]) == want[key]
+        assert float(row["auroc"]) == want["point"]
+        assert f"{want['point']:.3f} [{want['low']:.3f}-{want['high']:.3f}]" in out
+        assert int(row["records"]) == int(row["scored"]) == m.sum()
+        assert int(row["labelled"]) == (m & run["has_label"]).sum()
+        assert int(row["patients"]) == len(set(run["subject_id"][m].tolist()))
+        assert int(row["positives"]) == run["y_true"][m].sum()
+        assert (row["classes"], row["classes_of"], row["left_out"]) == ("3", "4", "I99")
+        values.add(row["auroc"])
+    assert len(values) == 6  # the tasks differ, and the runs
+    classes = evaluate_csv("runs/score/per_class.csv")
+    got = [r for r in classes if (r["run"], r["task"]) == ("two", "pairs")]
+    assert [r["class"] for r in got] == ["I10", "I21", "I48", "I99"]
+    m = a["pair_first"]
+    np.testing.assert_array_equal([float(r["auroc"]) for r in got],
+                                  evaluate.auroc(b["y_true"][m], b["y_score"][m]))
+    assert [int(r["positives"]) for r in got] == b["y_true"][m].sum(axis=0).tolist()
+    assert "SYNTHETIC" in out and "fold 19" in out and "seed 1, 2" in out and "I99" in out
+    assert Path("runs/score/score.md").read_text().strip() in out
+
+
+def test_score_by_patient_and_on_labelled_records_only(evaluate_root, capsys):
+    a = evaluate_write_run(evaluate_root, "one", seed=1)
+    m = a["has_label"]
+    assert 0 < m.sum() < 80
+    code, out, _ = evaluate_cli(capsys, "--runs", "one", "--task", "monitoring", "--labelled-only",
+                                "--unit", "patient", "--n-boot", 40, "--out", "there")
+    assert code == 0 and "labelled records only" in out and "bootstraps of patients" in out
+    row, = evaluate_csv("there/score.csv")
+    want = evaluate.bootstrap_auroc(a["y_true"][m], a["y_score"][m], 40, 0, a["subject_id"][m])
+    assert [float(row[k]) for k in ("auroc", "low", "high")] == [want[k] for k in
+                                                                  ("point", "low", "high")]
+    assert (int(row["records"]), int(row["scored"])) == (80, m.sum())  # both counts, always
+    assert f"| {m.sum()} " in out and "| 80 " in out and not Path("runs/score").exists()
+
+
+def test_score_says_not_defined_where_a_cohort_has_no_stays(evaluate_root, capsys):
+    arrays = evaluate_write_run(evaluate_root, "one")
+    arrays["first_in_stay"][:] = False
+    np.savez(evaluate_root / "one" / "predictions_test.npz", **arrays)
+    code, out, _ = evaluate_cli(capsys, "--runs", "one", "--n-boot", 5)
+    assert code == 0 and "| not defined" in out and "triage: not defined, the cohort has no" in out
+
+
+def test_score_puts_cohorts_and_test_sets_into_tables_of_their_own(evaluate_root, capsys):
+    for name, cohort, n in (("a1", "aa", 80), ("b1", "bb", 80), ("a2", "aa", 80), ("a3", "aa", 60)):
+        evaluate_write_run(evaluate_root, name, cohort=cohort, n=n)
+    code, out, _ = evaluate_cli(capsys, "--runs", "a1", "b1", "a2", "a3", "--n-boot", 5)
+    tables = out.split("\n## ")
+    assert code == 0 and len(tables) == 3
+    assert [[n for n in ("a1", "a2", "a3", "b1") if f"| {n} " in t] for t in tables] == [
+        ["a1", "a2"], ["b1"], ["a3"]]
+
+
+def test_score_puts_the_papers_numbers_beside_their_own_method_only(evaluate_root, capsys):
+    evaluate_write_run(evaluate_root, "pre", mode="pretrain", objective="invariance", action="none")
+    runs = {  # arguments, what must stand in the row, what must not
+        "sup": ({}, ["supervised", "A 0.735 [0.727-0.751]", "A 0.786 [0.776-0.797], B 0.772"]),
+        "sup1": ({"frac": 0.01}, ["A 0.515 [0.500-0.526]"]),
+        "lin": ({"mode": "probe", "init": "x", "head": "linear", "features": "h"},
+                ["linear probe, dynamics", "A 0.744 [0.734-0.755]"]),
+        "fine": ({"init": "x", "reg": "vicreg"}, ["A 0.770 [0.759-0.780]"]),
+        "mlp": ({"mode": "probe", "init": "x", "head": "mlp", "features": "z",
+                 "augment": "dynamics", "class_weight": "5"}, ["B 0.743"]),
+        "rand": ({"mode": "probe", "init": "random", "head": "linear"}, ["untrained encoder"]),
+        "half": ({"frac": 0.5}, ["supervised"]),
+        "lam": ({"init": "x", "lam": 0.02}, ["finetuned, dynamics, --lam 0.02"]),
+        "state": ({"init": "x", "action": "state"}, ["--action state"]),
+        "smote": ({"mode": "probe", "init": "x", "head": "mlp", "features": "z",
+                   "augment": "smote"}, ["smote"])}
+    for name, (args, _) in runs.items():
+        evaluate_write_run(evaluate_root, name, **args)
+    code, out, _ = evaluate_cli(capsys, "--runs", *runs, "--n-boot", 2)
+    assert code == 0
+    for name, (_, words) in runs.items():
+        line = next(x for x in out.splitlines() if x.startswith(f"| {name} "))
+        assert all(word in line for word in words), line
+        has_number = "A 0." in line or "B 0." in line
+        assert has_number == (name in ("sup", "sup1", "lin", "fine", "mlp")), line
+
+
+def test_method_reads_objective_from_the_pretraining_it_started_from(evaluate_root):
+    evaluate_write_run(evaluate_root, "pre", mode="pretrain", objective="invariance", residual=True)
+    config = {"args": {"mode": "finetune", "init": "pre", "objective": "dynamics"}, "init": "pre"}
+    assert evaluate.method(config, evaluate_root) == "finetuned, invariance, --residual"
+
+
+def test_score_refuses_bad_input_in_one_line_and_writes_nothing(evaluate_root, capsys):
+    for name in ("good", "unfinished", "broken", "keyless", "misfit", "diverged", "torn"):
+        arrays = evaluate_write_run(evaluate_root, name)
+    del arrays["has_label"]
+    (evaluate_root / "unfinished" / "predictions_test.npz").unlink()
+    npz = evaluate_root / "broken" / "predictions_test.npz"
+    npz.write_bytes(npz.read_bytes()[:500])
+    np.savez(evaluate_root / "keyless" / "predictions_test.npz", **arrays)
+    full = arrays | {"has_label": np.ones(3, bool)}
+    np.savez(evaluate_root / "misfit" / "predictions_test.npz", **full)
+    full = arrays | {"has_label": np.ones(80, bool), "y_score": np.full((80, 4), np.nan)}
+    np.savez(evaluate_root / "diverged" / "predictions_test.npz", **full)
+    (evaluate_root / "torn" / "config.json").write_text("{")
+    torch.save(evaluate_checkpoint(), evaluate_root / "good" / "last.pt")
+    (evaluate_root / "c.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    for argv, words in (
+            (["--runs", "goood"], "closest first: good, "), (["--runs", "unfinished"], "--resume"),
+            (["--runs", "broken"], "damaged"), (["--runs", "keyless"], "has_label"),
+            (["--runs", "misfit"], "do not fit"), (["--runs", "diverged"], "NaN"),
+            (["--runs", "torn"], "config.json"), (["--runs", "good", "runs/good"], "twice"),
+            (["--runs", "runs/good/last.pt"], "PyTorch"), (["--runs", "runs/c.h5"], "HDF5"),
+            ([], "--runs"), (["--runs", "good", "--mode", "cohort"], "not in this version"),
+            (["--runs", "good", "--onset", "I44"], "--onset"),
+            (["--runs", "good", "--study-id", "7"], "--study-id"),
+            (["--runs", "good", "--n-boot", "0"], "--n-boot"),
+            (["--runs", "good", "--data", "runs/absent.h5"], "absent.h5"),
+            (["--runs", "good", "--out", "runs/c.h5"], "--out"),
+            (["--runs", "good", "--out", "runs/c.h5/x"], "HDF5"), (["--runs", "runs"], "folder")):
+        code = evaluate.main(argv)
+        got = capsys.readouterr()
+        assert code == 2 and got.out == "", argv
+        assert len(got.err.splitlines()) == 1 and words in got.err, (argv, got.err)
+    assert not (evaluate_root / "score").exists()
+
+
+# Controls
+
+def evaluate_toy_cohort():
+    """Patient 1: records at rows 0-2; patient 2: rows 3, 4; row 5 is a training patient's."""
+    return types.SimpleNamespace(
+        name="toy", sha256="s", class_name=["I10", "I21"], subject_id=np.array([1, 1, 1, 2, 2, 9]),
+        study_id=np.array([50, 10, 40, 30, 20, 60]), split=np.array([2, 2, 2, 2, 2, 0], np.int8),
+        label=np.array([[1, 0], [0, 1], [1, 1], [0, 1], [0, 0], [1, 1]], np.uint8),
+        age=np.array([50, 51, np.nan, 70, 71, 60], np.float32),
+        sex=np.array([0, 0, 0, 1, 1, -1], np.int8))
+
+
+def test_carry_forward_is_the_label_of_the_patients_previous_record():
+    rows = np.array([4, 0, 1, 2, 3, 5])
+    assert evaluate.carry_forward(evaluate_toy_cohort(), rows).tolist() == [
+        [0, 1], [0, 0], [1, 0], [0, 1], [0, 0], [0, 0]]
+    alone = types.SimpleNamespace(subject_id=np.array([1, 1]), label=np.array([[0], [1]]))
+    assert evaluate.carry_forward(alone, np.array([0, 1])).tolist() == [[0], [0]]
+
+
+def test_controls_follow_study_id_and_refuse_other_labels():
+    cohort = evaluate_toy_cohort()
+    rows = np.array([3, 1, 0])
+    run = {"path": "runs/x", "class_name": np.array(cohort.class_name),
+           "study_id": cohort.study_id[rows], "y_true": cohort.label[rows]}
+    carry, demographic = evaluate.controls(run, cohort)
+    assert carry["y_score"].tolist() == [[0, 0], [1, 0], [0, 0]]
+    assert demographic["y_score"].shape == (3, 2) and np.isfinite(demographic["y_score"]).all()
+    for change in ({"y_true": 1 - run["y_true"]}, {"study_id": run["study_id"] + 1},
+                   {"class_name": np.array(["I21", "I10"])}):
+        with pytest.raises(InputError, match="not those of the cohort"):
+            evaluate.controls(run | change, cohort)
+
+
+def test_age_and_sex_recovers_the_probabilities_it_was_made_from():
+    rng = np.random.default_rng(0)
+    n = 40_000
+    age, sex = rng.integers(20, 90, n).astype(np.float32), rng.integers(-1, 2, n).astype(np.int8)
+    logit = np.stack([0.08 * (age - 60) + 0.7 * (sex == 1), -3 - 0.5 * (sex < 0),
+                      np.full(n, -99)], 1)
+    p = 1 / (1 + np.exp(-logit))
+    age[:400] = np.nan
+    cohort = types.SimpleNamespace(age=age, sex=sex, split=np.zeros(n, np.int8),
+                                   label=(rng.random((n, 3)) < p).astype(np.uint8))
+    got = evaluate.age_and_sex(cohort, np.arange(n))
+    # 40,000 records pin each coefficient to about 0.02, hence the probabilities to about 0.02
+    np.testing.assert_allclose(got[400:], p[400:], atol=0.02)
+    # Score equations: predicted equals observed per class, up to the weak prior
+    np.testing.assert_allclose(got.sum(axis=0), cohort.label.sum(axis=0), atol=2)
+
+
+def test_age_and_sex_is_the_penalised_maximum_even_for_separable_and_rare_classes():
+    from scipy.optimize import minimize
+    age, sex = np.array([30, 40, 50, 60, 70, 80.0]), np.array([0, 0, 0, 1, 1, 1])
+    label = np.array([[0, 0], [0, 0], [0, 0], [1, 0], [1, 0], [1, 1]], np.uint8)
+    cohort = types.SimpleNamespace(age=age, sex=sex, split=np.zeros(6), label=label)
+    got = evaluate.age_and_sex(cohort, np.arange(6))
+    a = (age - age.mean()) / age.std()
+    x = np.stack([np.ones(6), a, a**2, sex], 1)
+    for k in range(2):
+        y = label[:, k]
+        prior = np.log((y.sum() + 0.5) / (6 - y.sum() + 0.5))
+
+        def loss(beta):
+            logit = prior + x @ beta
+            return (np.logaddexp(0, logit) - y * logit).sum() + (beta**2).sum() / 2
+        logit = prior + x @ minimize(loss, np.zeros(4), tol=1e-10).x
+        np.testing.assert_allclose(got[:, k], 1 / (1 + np.exp(-logit)), atol=1e-4)
+
+
+def test_score_adds_controls_from_the_cohort_and_says_when_it_cannot(
+        evaluate_root, capsys, monkeypatch):
+    run = evaluate_write_run(evaluate_root, "one")
+    n = len(run["y_true"])
+    cohort = types.SimpleNamespace(
+        name="toy", sha256="toy" * 3, class_name=run["class_name"].tolist(), label=np.concatenate(
+            [run["y_true"], run["y_true"]]), subject_id=np.concatenate(
+            [run["subject_id"], run["subject_id"] + 1000]), split=np.repeat([2, 0], n),
+        study_id=np.arange(2 * n) + 1000, age=np.tile(np.arange(n), 2).astype(np.float32),
+        sex=np.zeros(2 * n, np.int8))
+    monkeypatch.setattr(evaluate, "Cohort", lambda path: cohort)
+    code, out, _ = evaluate_cli(capsys, "--runs", "one", "--data", "c.h5", "--n-boot", 5,
+                                "--task", "monitoring")
+    assert code == 0 and "untrained encoder" in out
+    rows = {r["run"]: r for r in evaluate_csv("runs/score/score.csv")}
+    assert list(rows) == ["one", "carry-forward", "age and sex"]
+    carried = np.zeros((n, 4))
+    for i in range(1, n):
+        if run["subject_id"][i] == run["subject_id"][i - 1]:
+            carried[i] = run["y_true"][i - 1]
+    want = evaluate.macro_auroc(run["y_true"], carried)
+    assert float(rows["carry-forward"]["auroc"]) == pytest.approx(want, abs=1e-12)
+    cohort.sha256 = "other"
+    code, out, error = evaluate_cli(capsys, "--runs", "one", "--data", "c.h5")
+    assert code == 2 and "--data" in error and "other" in error and "toytoyto" in error
+    code, out, _ = evaluate_cli(capsys, "--runs", "one", "--n-boot", 5)
+    assert code == 0 and "changed since the runs" in out and "| carry-forward" not in out
+
+
+def test_evaluate_help_lists_every_flag_and_import_brings_no_torch(capsys):
+    with pytest.raises(SystemExit) as done:
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0
+    for flag in ("--mode", "--runs", "--data", "--out", "--task", "--labelled-only", "--unit",
+                 "--n-boot", "--onset", "--resolve", "--stable", "--study-id"):
+        assert flag in text
+    for mode in ("score", "cohort", "transitions", "worldmodel", "counterfactual", "embedding"):
+        assert mode in text
+    code = "import sys, evaluate; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(evaluate.__file__).parent)
+    assert done.returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# train.py
+# ----------------------------------------------------------------------------------------------
+
+TINY_PATIENTS = 60
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a tiny demo cohort in data/; the command-line tests run in it."""
+    folder = tmp_path_factory.mktemp("train")
+    before = Path.cwd()
+    os.chdir(folder)
+    prepare_data.build(
+        "demo",
+        root=folder / "demo",
+        out=folder / "data/tiny.h5",
+        patients=TINY_PATIENTS,
+        fs=50,
+        workers=1,
+    )  # 500 samples: fast
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture
+def tiny(workplace):
+    return prepare_data.Cohort(workplace / "data/tiny.h5")
+
+
+def run_train(*flags, data="data/tiny.h5"):
+    data = [] if data is None else ["--data", str(data)]
+    return train.main([*data, "--device", "cpu", *(str(f) for f in flags)])
+
+
+QUICK = ("--epochs", "1", "--batch-size", "64", "--allow-tiny")
+
+
+@pytest.fixture(scope="module")
+def pretrained(workplace):
+    """runs/base: two epochs of the world model, which the other command-line tests start from."""
+    assert (
+        run_train(
+            "--mode", "pretrain", "--run", "base", "--epochs", 2, "--batch-size", 48, "--allow-tiny"
+        )
+        == 0
+    )
+    return workplace / "runs/base"
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_fractions_of_the_training_patients_are_nested_and_seeded(tiny):
+    def patients(frac, seed=0):
+        return set(tiny.subject_id[train.training_rows(tiny, frac, seed, False)].tolist())
+
+    everyone = set(tiny.subject_id[tiny.split == 0].tolist())
+    assert patients(0.01) < patients(0.1) < patients(0.5) < patients(1.0) == everyone
+    assert len(patients(0.1)) == round(0.1 * len(everyone))
+    assert patients(0.1) == patients(0.1) != patients(0.1, seed=1)
+    rows = train.training_rows(tiny, 0.5, 0, True)
+    assert tiny.has_label[rows].all() and (tiny.split[rows] == 0).all()
+
+
+def test_no_patient_crosses_folds(tiny):
+    folds = {}
+    for subject, fold in zip(tiny.subject_id.tolist(), tiny.fold.tolist()):
+        assert folds.setdefault(subject, fold) == fold
+
+
+def test_selected_pairs_lie_inside_the_rows_and_are_of_the_kind_asked_for(tiny):
+    rows = train.training_rows(tiny, 0.5, 0, False)
+    pairs = train.select_pairs(tiny, rows, "all", False)
+    assert set(tiny.pair[pairs].ravel().tolist()) <= set(rows.tolist()) and len(pairs) > 0
+    assert (tiny.pair_kind[train.select_pairs(tiny, rows, "between", False)] == 1).all()
+    labelled = train.select_pairs(tiny, rows, "labelled", False)
+    assert tiny.has_label[tiny.pair[labelled]].all() and len(labelled) < len(pairs)
+    np.testing.assert_array_equal(labelled, train.select_pairs(tiny, rows, "all", True))
+
+
+def test_epoch_order_is_a_permutation_of_full_batches_fixed_by_seed_and_epoch():
+    order = train.epoch_order(103, 10, seed=3, epoch=5)
+    assert order.shape == (10, 10) and len(np.unique(order)) == 100 and order.max() <= 102
+    np.testing.assert_array_equal(order, train.epoch_order(103, 10, 3, 5))
+    assert not np.array_equal(order, train.epoch_order(103, 10, 3, 6))
+    assert not np.array_equal(order, train.epoch_order(103, 10, 4, 5))
+
+
+def test_cosine_schedule_closed_form_and_onecycle_is_torchs():
+    def rates(name, total, **how):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+        schedule, out = train.make_schedule(optimizer, name, 1e-3, total, **how), []
+        for _ in range(total):
+            out.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return out
+
+    cosine = rates("cosine", 200, warmup=0.05, final_lr=1e-5)
+    assert cosine[0] == pytest.approx(1e-5) and cosine[10] == pytest.approx(
+        1e-3
+    )  # 1 %, then the peak
+    assert cosine[5] == pytest.approx(0.505e-3) and cosine[-1] == pytest.approx(1e-5)
+    middle = 10 + 189 * 0.5
+    value = 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * (104 - 10) / 189))
+    assert cosine[104] == pytest.approx(value) and abs(104 - middle) < 1
+    assert rates("constant", 5) == [1e-3] * 5
+    onecycle = rates("onecycle", 100)
+    assert onecycle[0] == pytest.approx(1e-3 / 25) and max(onecycle) == pytest.approx(
+        1e-3, rel=1e-3
+    )
+
+
+def test_weight_decay_spares_everything_of_one_dimension():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    decayed, spared = train.make_optimizer([model], 1e-3, 0.7).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2, 3} and decayed["weight_decay"] == 0.7
+    assert {p.ndim for p in spared["params"]} == {1} and spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == 6
+
+
+def test_recalibrated_batch_norm_holds_the_average_over_the_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model(torch.randn(8, 3) * 100)  # an old memory
+    batches = [torch.randn(16, 3) * s + s for s in (1.0, 2.0, 3.0)]
+    train.recalibrate([model], model, batches)
+    torch.testing.assert_close(
+        model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0)
+    )
+    torch.testing.assert_close(
+        model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0)
+    )
+    assert model[0].momentum == 0.1
+
+
+def test_gradient_ratio_is_the_ratio_of_the_gradient_norms():
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.projector = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    toy = Toy()
+    w, v = toy.encoder.weight, toy.projector.weight
+    with torch.no_grad():
+        w.fill_(3.0), v.fill_(4.0)
+    ratio = train.gradient_ratio((w * v).sum(), (w.square() + v).sum(), toy)
+    assert ratio == pytest.approx(5 / math.sqrt(37))  # |(4, 3)| / |(6, 1)|
+
+
+def test_actions_are_label_changes_state_changes_or_zero(tiny):
+    pairs = np.arange(len(tiny.pair))
+    source, target = tiny.pair.T
+    for which, of in (("coded", tiny.label), ("state", tiny.state)):
+        wanted = of[target].astype(int) - of[source].astype(int)
+        np.testing.assert_array_equal(train.action_of(tiny, pairs, which).numpy(), wanted)
+        assert len(np.unique(wanted)) == 3
+    assert not train.action_of(tiny, pairs, "none").any()
+
+
+def test_prefetch_yields_everything_in_order_and_passes_errors_on():
+    assert list(train.prefetch(lambda i: i * i, range(5))) == [(i, i * i) for i in range(5)]
+    assert list(train.prefetch(len, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(train.prefetch(lambda i: 1 // i, [1, 0, 2]))
+
+
+def test_signals_are_the_same_from_disk_and_ram(tiny):
+    rows, cpu = np.array([5, 0, 5, 17]), torch.device("cpu")
+    disk, ram = (train.Signals(tiny, cpu, cache, "zscore") for cache in ("disk", "ram"))
+    assert torch.equal(disk.read(rows), ram.read(rows)) and disk.read(rows).dtype == torch.float16
+    wanted = cardiowm.normalize(torch.from_numpy(np.asarray(tiny.signal[rows])))
+    assert torch.equal(disk.ready(disk.read(rows)), wanted)
+    raw = train.Signals(tiny, cpu, "ram", "none")
+    assert torch.equal(raw.ready(raw.read(rows)), torch.from_numpy(tiny.signal[rows]).float())
+
+
+def test_pretraining_leaves_checkpoint_log_config_and_predictions(pretrained, tiny):
+    config = json.loads((pretrained / "config.json").read_text())
+    assert config["args"]["epochs"] == 2 and config["cohort"]["sha256"] == tiny.sha256
+    assert set(config["sha256"]) == {"cardiowm.py", "prepare_data.py", "train.py", "evaluate.py"}
+    state = torch.load(pretrained / "last.pt", weights_only=True)
+    model = cardiowm.WorldModel(**state["model_args"])
+    model.load_state_dict(state["model"])
+    assert state["class_name"] == tiny.class_name and state["fs"] == tiny.fs
+    rows = log_of(pretrained)
+    training = [r for r in rows if "loss" in r]
+    validation = [r for r in rows if "val_loss" in r]
+    assert len(rows) == len(training) + len(validation) and len(validation) == 2
+    assert {
+        "step",
+        "epoch",
+        "loss",
+        "pred",
+        "sigreg_t",
+        "sigreg_next",
+        "lr",
+        "z_std_min",
+        "z_rank",
+    } <= set(training[0])
+    assert training[0]["grad_ratio"] > 0 and "grad_ratio" not in training[-1]
+    assert all(k.startswith("val_") for r in validation for k in set(r) - {"step", "epoch"})
+    for r in training:  # terms under their own names add up
+        assert r["loss"] == pytest.approx(
+            0.9 * r["pred"] + 0.1 * (r["sigreg_t"] + r["sigreg_next"]), rel=1e-5
+        )
+    best = torch.load(pretrained / "best.pt", weights_only=True)
+    assert best["epoch"] - 1 == int(np.argmin([r["val_loss"] for r in validation]))
+    with np.load(pretrained / "predictions_test.npz") as p:
+        test = np.flatnonzero(tiny.split == 2)
+        np.testing.assert_array_equal(p["y_true"], tiny.label[test])
+        np.testing.assert_array_equal(p["study_id"], tiny.study_id[test])
+        np.testing.assert_array_equal(p["first_in_stay"], tiny.ecg_no_within_stay[test] == 0)
+        np.testing.assert_array_equal(p["pair_first"], np.isin(test, tiny.pair[:, 0]))
+        assert ((p["y_score"] > 0) & (p["y_score"] < 1)).all()
+    assert (
+        evaluate.main(["--mode", "score", "--runs", "base", "--n-boot", "20", "--out", "scores"])
+        == 0
+    )
+
+
+def test_validation_losses_follow_from_the_stored_weights(pretrained, tiny):
+    state = torch.load(pretrained / "last.pt", weights_only=True)
+    model = cardiowm.WorldModel(**state["model_args"]).eval()
+    model.load_state_dict(state["model"])
+    val = np.flatnonzero((tiny.split[tiny.pair] == 1).all(1))
+    n = min(48, len(val))
+    val = val[: len(val) // n * n]
+    x, x_next = (
+        cardiowm.normalize(torch.from_numpy(tiny.signal[tiny.pair[val, i]])) for i in (0, 1)
+    )
+    with torch.no_grad():
+        _, _, z_pred, z_next = model(x, x_next, torch.from_numpy(tiny.action[val]))
+    # float32 in other batch sizes
+    assert log_of(pretrained)[-1]["val_pred"] == pytest.approx(
+        F.mse_loss(z_pred, z_next).item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--objective", "invariance", "--reg", "vicreg"),
+        ("--residual", "--action", "state", "--lam", "0.02"),
+        ("--schedule", "onecycle", "--z-dim", "32", "--normalize", "none", "--pairs", "labelled"),
+    ],
+)
+def test_variants_of_the_pretraining_train(workplace, flags):
+    assert run_train("--mode", "pretrain", *QUICK, *flags) == 0
+    folders = [p.name for p in (workplace / "runs").iterdir()]
+    state = [
+        torch.load(workplace / "runs" / p / "last.pt", weights_only=True)
+        for p in folders
+        if flags[0].removeprefix("--") in p
+    ]
+    assert state and all(torch.isfinite(v).all() for v in state[0]["model"].values())
+    if "invariance" in flags:
+        assert state[0]["model_args"]["action"] is False
+        rows = log_of(workplace / "runs" / [p for p in folders if "invariance" in p][0])
+        assert rows[0]["loss"] == pytest.approx(
+            25 * rows[0]["pred"] + 25 * rows[0]["var"] + rows[0]["cov"], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--init", "random"),
+        ("--features", "z"),
+        ("--head", "mlp", "--features", "h"),
+        ("--head", "mlp", "--augment", "dynamics"),
+        ("--head", "mlp", "--augment", "smote", "--class-weight", "full"),
+        ("--head", "mlp", "--augment", "oversample", "--class-weight", "none", "--labelled-only"),
+    ],
+)
+def test_probes_train_and_predict(pretrained, tiny, flags):
+    init = () if "random" in flags else ("--init", "base")
+    name = "probe" + "".join(flags).replace("--", "-")
+    few = ("--min-count", 5) if "--augment" in flags else ()
+    assert run_train("--mode", "probe", *init, *flags, *few, "--epochs", 3, "--run", name) == 0
+    run = Path("runs") / name
+    state = torch.load(run / "best.pt", weights_only=True)
+    head = (cardiowm.MLPProbe if "mlp" in flags else cardiowm.LinearProbe)(**state["model_args"])
+    head.load_state_dict(state["model"])
+    base = torch.load(pretrained / "last.pt", weights_only=True)
+    torch.manual_seed(0)
+    world = cardiowm.WorldModel(**base["model_args"])
+    if "random" not in flags:
+        world.load_state_dict(base["model"])
+    world.eval(), head.eval()
+    rows = np.flatnonzero(tiny.split == 2)
+    with torch.no_grad():  # predictions follow from the two stored files alone
+        h = world.encode(cardiowm.normalize(torch.from_numpy(tiny.signal[rows])))
+        on_z = "mlp" in flags and "h" not in flags or "z" in flags
+        wanted = head(world.project(h) if on_z else h).sigmoid()
+    with np.load(run / "predictions_test.npz") as p:
+        np.testing.assert_allclose(p["y_score"], wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["base", "scratch"])
+def test_finetuning_starts_where_it_says(pretrained, init, capsys):
+    assert (
+        run_train(
+            "--mode", "finetune", "--init", init, "--run", f"fine-{init}", "--lr", 1e-12, *QUICK[:4]
+        )
+        == 0
+    )
+    state = torch.load(Path("runs") / f"fine-{init}" / "best.pt", weights_only=True)
+    base = torch.load(pretrained / "last.pt", weights_only=True)["model"]
+    same = all(
+        torch.allclose(state["model"][k], base[k], atol=1e-5)
+        for k in base
+        if k.startswith("encoder.") and k.endswith("weight")
+    )
+    assert same == (init == "base")  # a rate of 1e-12 moves nothing
+    assert state["kind"] == "classifier"
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "finetune", "probe"])
+def test_a_resumed_run_equals_the_uninterrupted_one(pretrained, monkeypatch, mode):
+    flags = {
+        "pretrain": ("--epochs", 2, "--batch-size", 40, "--allow-tiny"),
+        "finetune": ("--init", "scratch", "--epochs", 2, "--batch-size", 64),
+        "probe": ("--init", "base", "--head", "mlp", "--epochs", 4, "--batch-size", 64),
+    }[mode]
+    flags = ("--mode", mode, *flags, "--checkpoint-minutes", 0)
+    assert run_train(*flags, "--run", f"whole-{mode}") == 0
+    steps = 0
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps in (3, 5):  # in the middle of an epoch, twice
+            raise Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            run_train(*flags, "--run", f"parts-{mode}")
+    assert run_train(*flags, "--run", f"parts-{mode}") == 0
+    whole, parts = Path("runs") / f"whole-{mode}", Path("runs") / f"parts-{mode}"
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(p / name, weights_only=True) for p in (whole, parts))
+        assert a["step"] == b["step"]
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+    def clock_free(run):
+        ends = ("_seconds", "_per_second", "_fraction")
+        return [{k: v for k, v in row.items() if not k.endswith(ends)} for row in log_of(run)]
+
+    assert clock_free(whole) == clock_free(parts)
+    with np.load(whole / "predictions_test.npz") as a, np.load(parts / "predictions_test.npz") as b:
+        assert all(np.array_equal(a[k], b[k]) for k in a.files)
+
+
+def last_line(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_finished_run_is_never_overwritten(pretrained, capsys):
+    before = (pretrained / "last.pt").read_bytes()
+    again = (
+        "--mode",
+        "pretrain",
+        "--run",
+        "base",
+        "--epochs",
+        2,
+        "--batch-size",
+        48,
+        "--allow-tiny",
+    )
+    assert run_train(*again) == 2 and "finished" in last_line(capsys)
+    assert run_train(*again, "--resume") == 0 and "predictions_test.npz" in capsys.readouterr().out
+    assert (
+        run_train(
+            "--mode", "pretrain", "--run", "base", "--epochs", 3, "--batch-size", 48, "--allow-tiny"
+        )
+        == 2
+    )
+    assert "epochs = 2, asked for 3" in last_line(capsys)
+    assert (pretrained / "last.pt").read_bytes() == before
+
+
+def test_overwrite_moves_the_old_folder_aside(pretrained, capsys):
+    flags = ("--mode", "probe", "--init", "base", "--epochs", 2, "--run", "moved")
+    assert run_train(*flags) == 0
+    assert run_train(*flags, "--overwrite", "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (Path("runs") / "moved.old-1" / "predictions_test.npz").exists()
+    assert (Path("runs") / "moved" / "predictions_test.npz").exists()
+
+
+def test_a_run_is_named_by_what_differs_from_the_defaults():
+    parser = train.build_parser()
+
+    def name(*flags):
+        return train.run_name(parser.parse_args(["--mode", *flags]), parser, "cohort")
+
+    assert name("pretrain") == "cohort-pretrain"
+    assert name("pretrain", "--frac", "0.1", "--device", "cpu") == "cohort-pretrain-frac0.1"
+    assert (
+        name("probe", "--init", "runs/cohort-pretrain-lam0.02", "--labelled-only", "--seed", "1")
+        == "cohort-probe-labelled-only-initpretrain-lam0.02-seed1"
+    )
+
+
+def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_seed(
+    pretrained, tiny, capsys
+):
+    parser = train.build_parser()
+    args = parser.parse_args(["--mode", "probe", "--seed", "7"])
+    with pytest.raises(
+        InputError, match="train.py --mode pretrain --data .*tiny.h5 --frac 1 --seed 7"
+    ):
+        train.find_init(args, tiny)
+    folder = Path("runs/tiny-pretrain-seed7")
+    shutil.copytree(pretrained, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["args"]["seed"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    assert train.find_init(args, tiny) == folder
+    (folder / "predictions_test.npz").unlink()
+    with pytest.raises(InputError, match="unfinished"):
+        train.find_init(args, tiny)
+    shutil.rmtree(folder)
+
+
+BAD_INPUT = [
+    (["--mode", "pretrain", "--frac", "0"], "0 < frac <= 1"),
+    (["--mode", "pretrain", "--frac", "2"], "0 < frac <= 1"),
+    (["--mode", "pretrain", "--frac", "nan"], "0 < frac <= 1"),
+    (["--mode", "pretrain", "--frac", "0.01"], "training pairs, wanted at least 64"),
+    (["--mode", "pretrain", "--data", "nowhere.h5"], "nowhere.h5"),
+    (["--mode", "pretrain", "--data", "runs/base/last.pt"], "cohort"),
+    (["--mode", "pretrain", "--data", "runs/base/config.json"], "cohort"),
+    (["--mode", "pretrain", "--data", "runs"], "runs"),
+    (["--mode", "pretrain", "--lam", "1.5"], "--lam: found 1.5"),
+    (["--mode", "pretrain", "--device", "tpu"], "--device tpu"),
+    (["--mode", "pretrain", "--objective", "invariance", "--action", "state"], "no action"),
+    (["--mode", "pretrain", "--augment", "dynamics"], "--mode probe"),
+    (["--mode", "pretrain", "--cache", "gpu"], "the device is the CPU"),
+    (["--mode", "finetune", "--init", "nosuchrun"], "nosuchrun"),
+    (["--mode", "finetune", "--init", "fine-scratch"], "found a classifier"),
+    (["--mode", "finetune", "--init", "random"], "--init scratch"),
+    (["--mode", "finetune", "--init", "base", "--normalize", "none"], "--normalize zscore"),
+    (["--mode", "probe", "--init", "scratch"], "random"),
+    (["--mode", "probe", "--init", "base", "--augment", "dynamics"], "--head mlp"),
+    (
+        [
+            "--mode",
+            "probe",
+            "--init",
+            "base",
+            "--head",
+            "mlp",
+            "--augment",
+            "dynamics",
+            "--min-count",
+            "100000",
+        ],
+        "no combination",
+    ),
+    (
+        [
+            "--mode",
+            "probe",
+            "--init",
+            "base",
+            "--head",
+            "mlp",
+            "--augment",
+            "dynamics",
+            "--features",
+            "h",
+        ],
+        "z",
+    ),
+    (
+        [
+            "--mode",
+            "probe",
+            "--init",
+            "base",
+            "--data",
+            "data/other.h5",
+            "--head",
+            "mlp",
+            "--augment",
+            "dynamics",
+        ],
+        "another vocabulary",
+    ),
+    (["--mode", "probe", "--init", "leads"], "leads"),
+    (["--mode", "probe", "--init", "shape"], "another architecture"),
+    (["--mode", "reproduce"], "not in this version"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_INPUT)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(
+    pretrained, workplace, capsys, flags, message
+):
+    if not (workplace / "data/other.h5").exists():  # the same cohort with another vocabulary
+        import h5py
+
+        shutil.copy(workplace / "data/tiny.h5", workplace / "data/other.h5")
+        with h5py.File(workplace / "data/other.h5", "r+") as f:
+            f["class_name"][0] = b"X99"
+        for name, change in (
+            ("leads", {"leads": ["I"]}),
+            ("shape", {"model_args": {"num_classes": 3}}),
+        ):
+            shutil.copytree(pretrained, workplace / "runs" / name)
+            state = torch.load(pretrained / "last.pt", weights_only=True)
+            torch.save(state | change, workplace / "runs" / name / "last.pt")
+        shutil.copytree(pretrained, workplace / "runs/fine-scratch", dirs_exist_ok=True)
+        torch.save(state | {"kind": "classifier"}, workplace / "runs/fine-scratch/last.pt")
+    runs = sorted(p.name for p in (workplace / "runs").iterdir())
+    capsys.readouterr()
+    assert run_train(*flags, data=None if "--data" in flags else "data/tiny.h5") == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) <= 2, (
+        captured.err
+    )  # a progress line may come first
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line, line
+    leftovers = [
+        p for p in (workplace / "runs").iterdir() if p.name not in runs and (p / "last.pt").exists()
+    ]
+    assert not leftovers
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_records(pretrained, monkeypatch):
+    original = cardiowm.dynamics_loss
+
+    def broken(*args, **kwargs):
+        terms = original(*args, **kwargs)
+        return terms | {"loss": terms["loss"] * math.nan}
+
+    monkeypatch.setattr(cardiowm, "dynamics_loss", broken)
+    with pytest.raises(
+        RuntimeError, match=r"step 0: loss is nan; terms .*'pred'.* record rows \[\d+"
+    ):
+        run_train("--mode", "pretrain", "--run", "broken", *QUICK)
+
+
+# ----------------------------------------------------------------------------------------------
+# The whole: imports, command lines, README, real records
+# ----------------------------------------------------------------------------------------------
+
+IMPORTS = {  # the import table: what each file may import besides the standard library
+    "cardiowm.py": {"torch"},
+    "prepare_data.py": {"numpy", "h5py", "wfdb"},
+    "evaluate.py": {"numpy", "torch", "cardiowm", "prepare_data"},
+    "train.py": {"numpy", "torch", "cardiowm", "prepare_data", "evaluate"},
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_each_file_imports_only_what_the_design_allows(name):
+    found = set()
+    for node in ast.walk(ast.parse((HERE / name).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    assert found - set(sys.stdlib_module_names) <= IMPORTS[name]
+
+
+def test_importing_prints_nothing_and_loads_no_heavy_reader():
+    code = """import prepare_data, evaluate, sys
+print([m for m in ("torch", "wfdb", "scipy", "pandas", "matplotlib") if m in sys.modules])
+import train"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout.strip() == "[]" and out.stderr == ""
+
+
+FLAGS = {
+    "train": """--mode --data --frac --labelled-only --pairs --cache --objective --action --residual
+        --z-dim --normalize --init --head --features --augment --class-weight --min-count --total
+        --reg --lam --slices --epochs --batch-size --lr --schedule --paper --quick --run --seed
+        --device --compile --deterministic --resume --overwrite --allow-tiny
+        --checkpoint-minutes""",
+    "prepare_data": """--source --root --labels --out --fs --workers --patients --label-fidelity
+        --nuisance --seed --check""",
+    "evaluate": """--mode --runs --data --out --task --labelled-only --unit --n-boot --onset
+        --resolve --stable --study-id""",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_lists_exactly_the_flags_of_the_design(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        {"train": train, "prepare_data": prepare_data, "evaluate": evaluate}[name].main(["--help"])
+    assert stop.value.code == 0
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert set(re.findall(r"--[a-z][a-z-]+", usage)) - {"--help"} == set(FLAGS[name].split())
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [c.split("#")[0].strip() for line in lines for c in line.split("&&")]
+    return [c for c in commands if re.match(r"python (train|evaluate|prepare_data)\.py", c)]
+
+
+def test_every_readme_command_parses():
+    commands = readme_commands()
+    assert len(commands) > 10
+    parsers = {
+        "train.py": train.build_parser(),
+        "evaluate.py": evaluate.parser(),
+        "prepare_data.py": prepare_data.make_parser(),
+    }
+    for command in commands:
+        import shlex
+
+        _, script, *flags = shlex.split(command)
+        args = parsers[script].parse_args(flags)  # SystemExit fails the test
+        if script == "train.py":
+            train.check_arguments(args, parsers[script])
+
+
+@needs_ptbxl
+def test_ptbxl_trains_and_refuses_too_few_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare_data.build("ptbxl", root=PTBXL_ROOT, out=tmp_path / "ptbxl.h5")
+    assert run_train("--mode", "pretrain", "--frac", "0.5", data="ptbxl.h5") == 2
+    assert "training pairs, wanted at least 64" in last_line(capsys)
+    assert run_train("--mode", "pretrain", *QUICK, data="ptbxl.h5") == 0
+    assert (
+        run_train(
+            "--mode",
+            "probe",
+            "--head",
+            "mlp",
+            "--augment",
+            "dynamics",
+            "--min-count",
+            20,
+            "--epochs",
+            2,
+            data="ptbxl.h5",
+        )
+        == 0
+    )
+    assert (
+        evaluate.main(
+            [
+                "--mode",
+                "score",
+                "--runs",
+                "ptbxl-probe-headmlp-augmentdynamics-min-count20-epochs2",
+                "--n-boot",
+                "20",
+            ]
+        )
+        == 0
+    )
+    assert "not defined" in capsys.readouterr().out  # no stays, so no triage

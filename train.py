@@ -1,0 +1,1076 @@
+"""Train cardiac world models: pretrain, then finetune or probe. One command, one run folder.
+
+    python train.py --mode pretrain --frac 0.1          # world model (and the demo cohort)
+    python train.py --mode probe --frac 0.1             # paper A: linear probe on frozen h
+    python train.py --mode probe --frac 0.1 --head mlp  # paper B: MLP probe on frozen z
+    python train.py --mode finetune --frac 0.1          # paper A: finetuning
+    python train.py --mode finetune --frac 0.1 --init scratch       # supervised baseline
+    python train.py --mode pretrain --frac 0.1 --objective invariance   # naive patient invariance
+    python train.py --mode pretrain --frac 0.1 --reg vicreg             # VICReg ablation
+
+Every run writes runs/NAME/{config.json, log.jsonl, last.pt, best.pt, predictions_{val,test}.npz};
+evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort epochs
+and batch size shrink to a laptop preset, which is printed (--paper keeps the papers').
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cardiowm
+import prepare_data
+from evaluate import CHECKPOINT_FORMAT, find_run, load_checkpoint, macro_auroc
+from prepare_data import Cohort, InputError, Progress, replace_file
+
+DEFAULT_DATA = Path("data/cohort.h5")
+MIN_PAIRS = 64            # SIGReg tests a distribution: on fewer embeddings it says little
+SYNTHETIC_WEIGHT = 0.3    # paper B: weight of a synthetic row in the probe's loss
+SYNTHETIC_ROWS = 2_000_000, 721_002   # paper B: synthetic rows beside real rows
+PATIENCE = 50             # paper B: epochs without a better validation macro-AUROC
+EMBED_BATCH = 256         # records per batch where nothing is learned
+RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken before validation
+GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
+
+# The papers' settings by recipe. `laptop` and `quick` replace (epochs, batch size) alone.
+RECIPES = {
+    "pretrain": dict(epochs=50, batch_size=512, lr=1e-3, weight_decay=5e-4, schedule="cosine",
+                     warmup=0.05, final_lr=1e-5, laptop=(12, 64), quick=(2, 64)),
+    "finetune": dict(epochs=30, batch_size=256, lr=1e-4, weight_decay=1e-4, schedule="onecycle",
+                     clip=1.0, laptop=(10, 32), quick=(1, 32)),
+    "supervised": dict(epochs=20, batch_size=512, lr=1e-4, weight_decay=1e-4, schedule="onecycle",
+                       clip=1.0, laptop=(10, 32), quick=(1, 32)),
+    "linear": dict(epochs=20, batch_size=1024, lr=1e-3, weight_decay=1e-4, schedule="constant",
+                   laptop=(60, 128), quick=(10, 128)),
+    "mlp": dict(epochs=5000, batch_size=4096, lr=1e-4, weight_decay=1e-2, schedule="cosine",
+                laptop=(400, 256), quick=(20, 256)),
+}
+
+# ----------------------------------------------------------------------------------------------
+# Configuration: which recipe, which run folder, what is stored before step 0
+# ----------------------------------------------------------------------------------------------
+
+# flags that say where or how a run executes, not what it computes: in no run name, free to differ
+HOW_FLAGS = {"data", "cache", "run", "device", "resume", "overwrite", "checkpoint_minutes"}
+# flags with a meaning in some modes only; given elsewhere they are refused, not ignored
+MODE_FLAGS = {
+    "pretrain": {"pairs", "objective", "action", "residual", "z_dim", "reg", "lam", "slices",
+                 "allow_tiny", "normalize"},
+    "finetune": {"init", "normalize"},
+    "probe": {"init", "head", "features", "augment", "class_weight", "min_count", "total"},
+}
+LATER_MODES = {"reproduce", "bench"}
+
+
+def recipe_name(args: argparse.Namespace) -> str:
+    """Which row of RECIPES the arguments ask for."""
+    if args.mode == "probe":
+        return args.head
+    return "supervised" if args.mode == "finetune" and args.init == "scratch" else args.mode
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises InputError where a flag is out of range, or means nothing in this mode."""
+    if args.mode in LATER_MODES:
+        raise InputError(f"--mode {args.mode}: not in this version; pretrain, finetune and probe "
+                         "are")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: several processes found, this version trains in one; run "
+                         "`python train.py` instead")
+    everywhere = set.union(*MODE_FLAGS.values())
+    for name in sorted(everywhere - MODE_FLAGS[args.mode]):
+        if getattr(args, name) != parser.get_default(name):
+            modes = " or ".join(m for m, flags in MODE_FLAGS.items() if name in flags)
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: means nothing in --mode {args.mode}; it belongs to --mode "
+                             f"{modes}")
+    ranges = {  # name: (lowest, highest) allowed
+        "frac": (1e-9, 1.0), "lam": (0.0, 1.0), "slices": (1, 1_000_000), "z_dim": (2, 65_536),
+        "epochs": (1, 1_000_000), "batch_size": (2, 10_000_000), "lr": (1e-12, 100.0),
+        "seed": (0, 2**31 - 1), "min_count": (1, 10**9), "total": (1, 10**9),
+        "checkpoint_minutes": (0.0, 1e6)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # NaN fails as well
+            wanted = "a fraction of the training patients, 0 < frac <= 1" if name == "frac" else \
+                f"{low:g} to {high:g}"
+            raise InputError(f"--{name.replace('_', '-')}: found {value:g}, wanted {wanted}")
+    if args.objective == "invariance" and args.action != "coded":
+        raise InputError(f"--action {args.action}: the invariance objective takes no action; leave "
+                         "--action out, or use --objective dynamics")
+    if args.head == "linear" and (args.augment != "none" or args.class_weight is not None):
+        raise InputError("--augment and --class-weight belong to paper B's probe: add --head mlp")
+    if args.paper and args.quick:
+        raise InputError("--paper and --quick exclude each other: give one")
+    if args.mode == "finetune" and args.init == "random":
+        raise InputError("--init random: a finetuned untrained encoder is the supervised baseline: "
+                         "give --init scratch")
+    if args.mode == "probe" and args.init == "scratch":
+        raise InputError("--init scratch: a probe needs a frozen encoder: give a pretraining run, "
+                         "or --init random for an untrained one")
+
+
+def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device) -> dict:
+    """Fill what was left unset from the recipe; returns the recipe. Prints which preset applies."""
+    recipe = dict(RECIPES[recipe_name(args)])
+    laptop = not args.paper and (cohort.synthetic or device.type == "cpu")
+    preset = "quick" if args.quick else "laptop" if laptop else "paper"
+    if preset != "paper":
+        recipe["epochs"], recipe["batch_size"] = recipe[preset]
+    why = {"quick": "--quick", "paper": "the papers' settings",
+           "laptop": ("synthetic cohort" if cohort.synthetic else "CPU") + "; --paper for the "
+                                                                           "papers'"}
+    for name in ("epochs", "batch_size", "lr", "schedule"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    print(f"preset: {preset} ({why[preset]}): {args.epochs} epochs, batch size {args.batch_size}, "
+          f"lr {args.lr:g}, {args.schedule}")
+    if args.mode == "probe":
+        args.features = args.features or {"linear": "h", "mlp": "z"}[args.head]
+        if args.head == "mlp":
+            args.class_weight = args.class_weight or "5"
+        if args.augment == "dynamics" and args.features != "z":
+            raise InputError("--augment dynamics: the predictor works in z; leave --features out")
+    args.preset = preset
+    return recipe
+
+
+def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: str) -> str:
+    """<cohort stem>-<mode> and every flag that differs from its default, in the parser's order."""
+    parts = [stem, args.mode]
+    for action in parser._actions:
+        name = action.dest
+        value = getattr(args, name, None)
+        if name in HOW_FLAGS | {"mode", "help", "preset"} or value == action.default:
+            continue
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        if name == "init":
+            text = Path(text).name.removeprefix(stem + "-")
+        flag = name.replace("_", "-")
+        parts.append(flag if value is True else flag + text)
+    return "-".join(parts)
+
+
+def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
+             init: Path | None) -> dict:
+    """The content of config.json: arguments, versions, code, cohort."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True,
+                         text=True)
+    files = ("cardiowm.py", "prepare_data.py", "train.py", "evaluate.py")
+    return {
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__},
+        "git": git.stdout.strip() or None,
+        "sha256": {f: hashlib.sha256((here / f).read_bytes()).hexdigest() for f in files},
+        "cohort": {"name": cohort.name, "path": str(cohort.path), "source": cohort.source,
+                   "synthetic": bool(cohort.synthetic), "sha256": cohort.sha256,
+                   "fs": int(cohort.fs), "records": len(cohort.label),
+                   "patients": len(np.unique(cohort.subject_id)),
+                   "classes": len(cohort.class_name),
+                   "frac_patients": len(np.unique(cohort.subject_id[rows])),
+                   "frac_records": len(rows), "frac_pairs": len(pairs)},
+        "init": None if init is None else init.name,
+    }
+
+
+def default_pretraining(stem: str, args: argparse.Namespace) -> str:
+    """Name of the pretraining that probes and finetunings of this fraction and seed start from."""
+    return f"{stem}-pretrain" + (f"-frac{args.frac:g}" if args.frac != 1 else "") \
+        + (f"-seed{args.seed}" if args.seed else "")
+
+
+class Run:
+    """A run folder: its life cycle (new, unfinished, finished), its log and its checkpoints."""
+
+    def __init__(self, path: Path, config: dict, resume: bool, overwrite: bool):
+        """Decides what happens to `path`; raises InputError where nothing may be overwritten."""
+        self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
+        self.finished = (path / "predictions_test.npz").exists()
+        if path.exists() and overwrite:
+            n = 1
+            while (aside := path.with_name(f"{path.name}.old-{n}")).exists():
+                n += 1
+            path.rename(aside)
+            print(f"--overwrite: {path} moved aside to {aside}")
+            self.finished = False
+        if (path / "config.json").exists():
+            self._check_same(json.loads((path / "config.json").read_text()))
+            if self.finished and not resume:
+                raise InputError(f"{path}: this run is finished; score it with `python evaluate.py "
+                                 f"--mode score --runs {path}`, or start anew with --overwrite")
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(f"{path}: found a folder that is no run (no config.json); choose "
+                             "another --run, or move it aside with --overwrite")
+        if self.finished:
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / "last.pt").exists():
+            self.state = load_checkpoint(path / "last.pt")
+            print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}): "
+                  "found unfinished, same configuration, same cohort")
+        elif resume:
+            print(f"--resume: nothing to resume in {path}; starting at step 0")
+        # only the rows that the checkpoint has seen stay in the log: no step is logged twice
+        log = path / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        self.log_rows = self.state["log_rows"] if self.state else 0
+        replace_file(log, "".join(lines[:self.log_rows]).encode())
+        replace_file(path / "config.json", json.dumps(config, indent=2).encode())
+
+    def _check_same(self, old: dict) -> None:
+        def content(config):
+            found = {k: v for k, v in config["args"].items() if k not in HOW_FLAGS}
+            return found | {"cohort": config["cohort"]["sha256"][:12], "init": config["init"]}
+        was, now = content(old), content(self.config)
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key):
+                raise InputError(
+                    f"{self.path}: holds a run with {key} = {was.get(key)}, asked for "
+                    f"{now.get(key)}; choose another --run, or move the old one aside with "
+                    "--overwrite")
+        if old["sha256"] != self.config["sha256"]:
+            changed = [f for f, s in self.config["sha256"].items() if old["sha256"].get(f) != s]
+            print(f"note: {', '.join(changed)} changed since this run began")
+
+    def log(self, row: dict) -> None:
+        """Append a row to log.jsonl (NaN as null); print it, training rows once a second."""
+        row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        self.log_rows += 1
+        if any(k.startswith("val_") for k in row) or time.monotonic() - self.printed_at > 1:
+            self.printed_at = time.monotonic()
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                            for k, v in row.items()), flush=True)
+
+    def save(self, name: str, checkpoint: dict) -> None:
+        """Write a checkpoint: temporary name, fsync, rename. A killed run keeps the old one."""
+        temporary = self.path / (name + ".tmp")
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint | {"log_rows": self.log_rows}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(self.path / name)
+
+
+# ----------------------------------------------------------------------------------------------
+# Data: which patients, which pairs, and batches of signals
+# ----------------------------------------------------------------------------------------------
+
+
+def training_rows(cohort: Cohort, frac: float, seed: int, labelled_only: bool) -> np.ndarray:
+    """Rows of the first `frac` of the training patients in an order that depends on the seed alone.
+
+    Nested: the patients of 1 % are among those of 10 %. At least one patient. Source: paper A,
+    100/10/1 %; A's own draws are not nested.
+    """
+    patients = np.unique(cohort.subject_id[cohort.split == 0])
+    chosen = np.random.default_rng(seed).permutation(patients)[:max(1, round(frac * len(patients)))]
+    keep = (cohort.split == 0) & np.isin(cohort.subject_id, chosen)
+    unlabelled = int((keep & ~cohort.has_label).sum())
+    print(f"training: {len(chosen)} of {len(patients)} patients, {int(keep.sum())} records, of "
+          f"which {unlabelled} unlabelled "
+          f"({'left out' if labelled_only else 'kept as all-zero labels'})")
+    rows = np.flatnonzero(keep & (cohort.has_label | (not labelled_only)))
+    if len(rows) < 2:
+        raise InputError(f"--frac {frac:g}: found {len(rows)} training records, wanted at least 2; "
+                         "raise --frac or prepare more patients")
+    return rows
+
+
+def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bool) -> np.ndarray:
+    """Indices of the pairs whose two records are both in `rows` and of the kind asked for."""
+    keep = np.isin(cohort.pair[:, 0], rows) & np.isin(cohort.pair[:, 1], rows)
+    if kinds == "labelled" or labelled_only:
+        keep &= cohort.pair_kind != 2
+    elif kinds == "between":
+        keep &= cohort.pair_kind == 1
+    return np.flatnonzero(keep)
+
+
+def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Full batches of a permutation that depends on (seed, epoch) alone: (steps, batch_size)."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return order[:n // batch_size * batch_size].reshape(-1, batch_size)
+
+
+class Signals:
+    """Batches of normalised ECGs by row, from a memory map, RAM or the device itself."""
+
+    def __init__(self, cohort: Cohort, device: torch.device, cache: str, how: str):
+        self.device, self.how = device, how
+        size = cohort.signal.nbytes
+        if cache == "auto":
+            if device.type == "cuda" and size < 0.7 * torch.cuda.mem_get_info(device)[0]:
+                cache = "gpu"
+            else:
+                free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") \
+                    if hasattr(os, "sysconf") else 0
+                cache = "ram" if size < 0.4 * free else "disk"
+        if cache == "gpu" and device.type == "cpu":
+            raise InputError("--cache gpu: the device is the CPU; leave --cache out")
+        signal = cohort.signal if cache == "disk" else np.array(cohort.signal)
+        print(f"signals: {len(signal)} records, {size / 1e9:.2f} GB, held in {cache}")
+        self.signal = torch.from_numpy(signal).to(device) if cache == "gpu" else signal
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """(B,) rows -> (B, 12, T) float16 mV, wherever the cohort is held; thread-safe."""
+        if isinstance(self.signal, Tensor):
+            return self.signal[torch.from_numpy(rows).to(self.device)]
+        return torch.from_numpy(self.signal[rows])
+
+    def ready(self, x: Tensor) -> Tensor:
+        """float16 mV -> model input on the device, float32 (B, 12, T)."""
+        x = x.to(self.device, non_blocking=True)  # half the bytes of float32 on the way
+        return cardiowm.normalize(x) if self.how == "zscore" else x.float()
+
+    def batches(self, rows: np.ndarray, batch_size: int = EMBED_BATCH) -> Iterator[Tensor]:
+        """All `rows` in order, ready for the model."""
+        chunks = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        return (self.ready(x) for _, x in prefetch(self.read, chunks))
+
+
+def prefetch(read: Callable, items: Iterable) -> Iterator[tuple]:
+    """Yields (item, read(item)); a thread reads the next item while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for item in items:
+            job = item, pool.submit(read, item)
+            if ahead is not None:
+                yield ahead[0], ahead[1].result()
+            ahead = job
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()
+
+
+# ----------------------------------------------------------------------------------------------
+# The training loop: one for pretraining, finetuning and probing
+# ----------------------------------------------------------------------------------------------
+
+
+def seed_of(*key: int) -> int:
+    """A seed that depends on the whole key: random draws are functions of (seed, step, purpose)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def make_optimizer(modules: Iterable[nn.Module], lr: float,
+                   weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; nothing with one dimension (bias, norm) is decayed (A's runs decayed BN's gamma)."""
+    parameters = [p for m in modules for p in m.parameters()]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+
+
+def make_schedule(optimizer, name: str, lr: float, total: int, warmup: float = 0.0,
+                  final_lr: float = 0.0):
+    """`cosine`: linear warm-up from 1 % of the rate, then down to final_lr at the last step;
+    `onecycle`: torch's defaults, as paper A's text; `constant`."""
+    warm = round(warmup * total)
+
+    def cosine(step: int) -> float:
+        if step < warm:
+            return 0.01 + 0.99 * step / warm
+        progress = min(1.0, (step - warm) / max(1, total - 1 - warm))
+        low = final_lr / lr
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    if name == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total + 1)
+    factor = cosine if name == "cosine" else (lambda step: 1.0)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def recalibrate(modules: Iterable[nn.Module], forward: Callable, batches: Iterable) -> None:
+    """Set batch norm's running statistics to the plain average over `batches` of training data.
+
+    After few steps the moving average still remembers the initial weights (z std 0.49 in eval
+    mode). Training itself never reads these statistics.
+    """
+    norms = [m for module in modules for m in module.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for module in modules:
+        module.train()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative average
+    for batch in batches:
+        forward(batch)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+
+
+def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
+        header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
+        better: tuple[str, int], records_of: Callable, patience: int | None = None) -> None:
+    """Config -> batches -> loss -> step -> log -> validation -> checkpoint, until done.
+
+    Args:    modules     what is trained and stored, by name; "model" is the one users load
+             header      model_args, class_name, leads, ...: what a checkpoint holds besides weights
+             n           training items; a batch is `args.batch_size` of them, the remainder dropped
+             read        (B,) items -> batch on the host, in a thread
+             loss_of     (items, batch, step) -> (scalar to minimise, terms to log)
+             validate    () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
+             records_of  (B,) items -> record rows, to name what made a loss non-finite
+    """
+    batch_size = min(args.batch_size, n)
+    per_epoch = n // batch_size
+    total = per_epoch * args.epochs
+    log_every = max(1, min(total // 100, per_epoch))
+    optimizer = make_optimizer(modules.values(), args.lr, recipe["weight_decay"])
+    schedule = make_schedule(optimizer, args.schedule, args.lr, total, recipe.get("warmup", 0.0),
+                             recipe.get("final_lr", 0.0))
+    stored = modules | {"optimizer": optimizer, "schedule": schedule}
+    step, first_epoch, best, bad_epochs = 0, 0, None, 0
+    if run.state:
+        for name, part in stored.items():
+            part.load_state_dict(run.state[name])
+        step, first_epoch = run.state["step"], run.state["epoch"]
+        best, bad_epochs = run.state["best"], run.state["bad_epochs"]
+
+    def checkpoint(epoch: int) -> dict:
+        return header | {"format": CHECKPOINT_FORMAT, "step": step, "epoch": epoch, "best": best,
+                         "bad_epochs": bad_epochs, "batch_size": batch_size} \
+            | {name: part.state_dict() for name, part in stored.items()}
+
+    print(f"{n} training items, batch {batch_size}, {per_epoch} steps an epoch, {args.epochs} "
+          f"epochs, {total} steps, log every {log_every}")
+    began, saved, begun_at, wait = time.monotonic(), time.monotonic(), step, 0.0
+    for epoch in range(first_epoch, args.epochs):
+        if patience is not None and bad_epochs >= patience:
+            print(f"stopped early: no better {better[0]} for {patience} epochs")
+            break
+        for module in modules.values():
+            module.train()
+        order = epoch_order(n, batch_size, args.seed, epoch)[step - epoch * per_epoch:]
+        waited = time.monotonic()
+        for items, batch in prefetch(read, order):
+            wait += time.monotonic() - waited
+            torch.manual_seed(seed_of(args.seed, step, 1))  # dropout depends on (seed, step) alone
+            loss, terms = loss_of(items, batch, step)
+            if not torch.isfinite(loss):
+                raise RuntimeError(
+                    f"step {step}: loss is {loss.item()}; terms "
+                    f"{({k: v.item() for k, v in terms.items()})}; record rows "
+                    f"{sorted(set(records_of(items).ravel().tolist()))}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if "clip" in recipe:
+                nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()],
+                                         recipe["clip"])
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % log_every == 0 or step == total:
+                elapsed = max(time.monotonic() - began, 1e-9)
+                speed = (step - begun_at) / elapsed
+                run.log({"step": step, "epoch": epoch, **{k: v.item() for k, v in terms.items()},
+                         "lr": rate, "items_per_second": speed * batch_size,
+                         "elapsed_seconds": elapsed, "remaining_seconds": (total - step) / speed,
+                         "wait_fraction": wait / elapsed})
+            if time.monotonic() - saved > 60 * args.checkpoint_minutes:
+                run.save("last.pt", checkpoint(epoch))
+                saved = time.monotonic()
+            waited = time.monotonic()
+        values = validate()
+        run.log({"step": step, "epoch": epoch, **values})
+        score = better[1] * values[better[0]]
+        if not math.isnan(score) and (best is None or score > best):
+            best, bad_epochs = score, 0
+            run.save("best.pt", checkpoint(epoch + 1))
+        else:
+            bad_epochs += 1
+        run.save("last.pt", checkpoint(epoch + 1))
+        saved = time.monotonic()
+    if best is None:
+        print(f"note: {better[0]} was never defined (too few validation records or pairs); best.pt "
+              "is the last epoch's")
+        run.save("best.pt", checkpoint(args.epochs))
+
+
+def load_best(run: Run, modules: dict[str, nn.Module], name: str = "best.pt") -> None:
+    """Load the stored weights back into the modules, strictly, and switch them to eval mode."""
+    state = load_checkpoint(run.path / name)
+    for key, module in modules.items():
+        module.load_state_dict(state[key])
+        module.eval()
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA, off elsewhere; every loss of cardiowm.py switches it off for itself."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+# ----------------------------------------------------------------------------------------------
+# Pretraining: dynamics or invariance, SIGReg or VICReg (paper A)
+# ----------------------------------------------------------------------------------------------
+
+
+def action_of(cohort: Cohort, pairs: np.ndarray, which: str) -> Tensor:
+    """(P,) pair indices -> (P, K) int8: the label change, the true state change, or zeros."""
+    if which == "coded":
+        return torch.from_numpy(cohort.action[pairs])
+    if which == "none":  # same architecture, no information: does the model use the action?
+        return torch.zeros(len(pairs), len(cohort.class_name), dtype=torch.int8)
+    if cohort.state is None:
+        raise InputError(f"--action state: {cohort.path} holds no true states (only the demo "
+                         "cohort does); leave --action out")
+    source, target = cohort.pair[pairs].T
+    state = torch.from_numpy(cohort.state.astype(np.int8))
+    return state[target] - state[source]
+
+
+def gradient_ratio(pred: Tensor, reg: Tensor, model: nn.Module) -> float:
+    """|grad pred| / |grad reg| over encoder and projector, unweighted: A's heuristic for lam."""
+    parameters = [*model.encoder.parameters(), *model.projector.parameters()]
+    norms = []
+    for term in (pred, reg):
+        grads = torch.autograd.grad(term, parameters, retain_graph=True)
+        norms.append(torch.stack([g.float().norm() for g in grads]).norm().item())
+    return norms[0] / max(norms[1], 1e-30)
+
+
+def pretrain(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
+             device: torch.device) -> dict[str, np.ndarray]:
+    """Train the world model on pairs; returns the online probe's scores of val and test records."""
+    model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads),
+                  "residual": args.residual, "action": args.objective == "dynamics",
+                  "z_dim": args.z_dim}
+    model = cardiowm.WorldModel(**model_args).to(device)
+    online = nn.Sequential(nn.LayerNorm(cardiowm.H_DIM),
+                           nn.Linear(cardiowm.H_DIM, len(cohort.class_name))).to(device)
+    modules = {"model": model, "online_probe": online}
+    sigreg = cardiowm.SIGReg(args.slices).to(device)
+    signals = Signals(cohort, device, args.cache, args.normalize)
+    if args.compile:
+        model.encoder.compile()
+    pair = cohort.pair[pairs]                                      # (P, 2) rows
+    action = action_of(cohort, pairs, args.action)                 # (P, K)
+    label = torch.from_numpy(cohort.label)
+
+    def read(items: np.ndarray) -> tuple[Tensor, Tensor]:
+        return signals.read(pair[items, 0]), signals.read(pair[items, 1])
+
+    def objective(z, z_pred, z_next, seed: int) -> dict[str, Tensor]:
+        if args.reg == "vicreg":
+            return cardiowm.vicreg_loss(z_pred, z_next)
+        generator = torch.Generator().manual_seed(seed)
+        return cardiowm.dynamics_loss(z, z_pred, z_next, sigreg, args.lam, generator)
+
+    def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
+        x, x_next = (signals.ready(b) for b in batch)
+        with autocast(device):
+            h, z, z_pred, z_next = model(x, x_next, action[items].to(device))
+        terms = objective(z, z_pred, z_next, seed_of(args.seed, step, 2))
+        y = label[pair[items, 0]].to(device).float()
+        terms["online_bce"] = F.binary_cross_entropy_with_logits(online(h.detach().float()), y)
+        if step < min(GRAD_RATIO_STEPS, len(pair) // len(items)):  # of the first epoch
+            reg = terms["var"] + terms["cov"] if args.reg == "vicreg" else \
+                terms["sigreg_t"] + terms["sigreg_next"]
+            terms["grad_ratio"] = torch.tensor(gradient_ratio(terms["pred"], reg, model))
+        terms["z_std_min"] = z.detach().float().std(dim=0).min()
+        terms["z_rank"] = cardiowm.effective_rank(z)
+        return terms["loss"] + terms["online_bce"], terms  # h is detached: two separate problems
+
+    batch_size = min(args.batch_size, len(pair))
+    fixed = epoch_order(len(pair), batch_size, args.seed, 0)[:RECALIBRATE_BATCHES]
+    val_rows = np.flatnonzero(cohort.split == 1)
+    val_pairs = select_pairs(cohort, val_rows, args.pairs, args.labelled_only)
+    val_n = min(batch_size, len(val_pairs))
+    print(f"validation: {len(val_rows)} records, {len(val_pairs)} pairs, SIGReg at N = {val_n} "
+          "(fixed)")
+
+    def settle() -> None:  # running statistics of batch norm, on training pairs
+        with autocast(device):
+            recalibrate([model], lambda b: model(*(signals.ready(x) for x in b[1]),
+                                                 action[b[0]].to(device)), prefetch(read, fixed))
+        model.eval()
+        online.eval()
+
+    @torch.no_grad()
+    def validate() -> dict:
+        settle()
+        h = embed(model, signals, val_rows, "h", device)
+        z = model.project(h)
+        values = {"val_macro_auroc": macro_auroc(cohort.label[val_rows], scores_of(online, h))}
+        source, target = np.searchsorted(val_rows, cohort.pair[val_pairs]).T
+        a = action_of(cohort, val_pairs, args.action).to(device)
+        terms: dict[str, list[float]] = {}
+        for i in range(len(val_pairs) // max(val_n, 1)):
+            at = slice(i * val_n, (i + 1) * val_n)
+            out = objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]],
+                            seed_of(args.seed, i, 3))
+            for name, value in out.items():
+                terms.setdefault(name, []).append(float(value))
+        values |= {f"val_{k}": float(np.mean(v)) for k, v in terms.items()}
+        values.setdefault("val_loss", math.nan)
+        return values | {"val_z_std_min": float(z.std(dim=0).min()),
+                         "val_z_rank": float(cardiowm.effective_rank(z))}
+
+    header = {"kind": "worldmodel", "model_args": model_args} | checkpoint_header(args, cohort)
+    fit(run, args, recipe, modules, header, len(pair), read, loss_of, validate, ("val_loss", -1),
+        lambda items: pair[items])
+    load_best(run, modules, "last.pt")  # as downstream: paper A probes the last epoch
+    return {name: scores_of(online, embed(model, signals, which, "h", device))
+            for name, which in (("val", val_rows), ("test", np.flatnonzero(cohort.split == 2)))}
+
+
+def checkpoint_header(args, cohort: Cohort) -> dict:
+    """What every checkpoint says of its input: plain values only."""
+    return {"class_name": list(cohort.class_name), "leads": list(cohort.leads),
+            "fs": int(cohort.fs), "normalize": args.normalize, "cohort": cohort.name,
+            "cohort_sha256": cohort.sha256,
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+
+
+@torch.no_grad()
+def embed(model: cardiowm.WorldModel, signals: Signals, rows: np.ndarray, features: str,
+          device: torch.device, progress: Progress | None = None) -> Tensor:
+    """Frozen h or z of the rows, in order: (n,) -> (n, 256) or (n, D) float32 on the device."""
+    out = []
+    for x in signals.batches(rows):
+        with autocast(device):
+            h = model.encode(x).float()
+        out.append(model.project(h) if features == "z" else h)
+        if progress is not None:
+            progress.update(len(x))
+    return torch.cat(out) if out else torch.zeros(0, 256, device=device)
+
+
+@torch.no_grad()
+def scores_of(head: nn.Module, inputs: Tensor) -> np.ndarray:
+    """Probabilities (n, K) float32 of a head in eval mode on embeddings (n, dim)."""
+    return head(inputs).sigmoid().float().cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------
+# Downstream: finetuning, the supervised baseline, probes and augmentation (papers A and B)
+# ----------------------------------------------------------------------------------------------
+
+
+def find_init(args, cohort: Cohort) -> Path | None:
+    """The pretraining to start from: --init, or the one of the same cohort, fraction and seed."""
+    if args.mode == "pretrain" or args.init in ("scratch", "random"):
+        return None
+    if args.init is not None:
+        path = find_run(args.init)
+    else:
+        wanted = {"mode": "pretrain", "frac": args.frac, "seed": args.seed}
+        found = []
+        for config in sorted(Path("runs").glob("*/config.json")):
+            try:
+                old = json.loads(config.read_text())
+                same = old["cohort"]["sha256"] == cohort.sha256 and \
+                    all(old["args"][k] == v for k, v in wanted.items())
+            except (ValueError, KeyError, TypeError):
+                continue  # not a run of ours
+            if same and ".old-" not in config.parent.name:
+                found.append(config.parent)
+        command = (f"python train.py --mode pretrain --data {cohort.path} --frac {args.frac:g} "
+                   f"--seed {args.seed}")
+        if not found:
+            raise InputError(f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and "
+                             f"seed {args.seed} under runs/; run `{command}` first, or name one "
+                             "with --init RUN")
+        default = default_pretraining(cohort.name, args)
+        path = next((p for p in found if p.name == default), found[0])
+        if len(found) > 1 and path.name != default:
+            raise InputError("--init: several pretrainings fit, name one: "
+                             + ", ".join(p.name for p in found))
+        print(f"init: {path} (same cohort, fraction and seed)")
+    if not (path / "predictions_test.npz").exists():
+        raise InputError(f"--init {path}: that run is unfinished; finish it first by running its "
+                         "command again")
+    return path
+
+
+def load_world_model(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel:
+    """The start: an untrained model, or last.pt of a pretraining run, checked and announced."""
+    if init is None:
+        return cardiowm.WorldModel(len(cohort.class_name), len(cohort.leads)).eval()
+    state = load_checkpoint(init / "last.pt")
+    if state["kind"] != "worldmodel":
+        raise InputError(f"--init {init}: found a {state['kind']}, a pretraining run is wanted")
+    if list(state["leads"]) != list(cohort.leads):
+        raise InputError(f"--init {init}: was trained on leads {state['leads']}, the cohort has "
+                         f"{cohort.leads}")
+    if args.mode == "probe":
+        args.normalize = state["normalize"]  # a frozen encoder decides
+    elif state["normalize"] != args.normalize:
+        raise InputError(f"--init {init}: was trained with --normalize {state['normalize']}, asked "
+                         f"for {args.normalize}; give --normalize {state['normalize']}")
+    if state["fs"] != cohort.fs:
+        print(f"note: {init} was trained at {state['fs']} Hz, the cohort has {cohort.fs} Hz")
+    if list(state["class_name"]) != list(cohort.class_name):
+        print(f"note: {init} knows {len(state['class_name'])} classes "
+              f"({' '.join(state['class_name'])}), the cohort has {len(cohort.class_name)} "
+              f"({' '.join(cohort.class_name)}): the encoder goes over")
+        if args.augment == "dynamics":
+            raise InputError(f"--augment dynamics: the action encoder of {init} has another "
+                             "vocabulary; pretrain on this cohort")
+    try:
+        model = cardiowm.WorldModel(**state["model_args"])
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"--init {init}: last.pt holds another architecture: "
+                         f"{str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def finetune(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, init: Path | None,
+             device: torch.device) -> dict[str, np.ndarray]:
+    """Train encoder and concat-pool head end to end; returns scores of val and test records."""
+    encoder = load_world_model(init, args, cohort).encoder if init is not None else \
+        cardiowm.XResNet1d50(len(cohort.leads))
+    model = cardiowm.Classifier(encoder, len(cohort.class_name)).to(device)
+    signals = Signals(cohort, device, args.cache, args.normalize)
+    if args.compile:
+        model.compile()
+    label = torch.from_numpy(cohort.label)
+    val_rows = np.flatnonzero(cohort.split == 1)
+    fixed = epoch_order(len(rows), min(args.batch_size, len(rows)), args.seed, 0)
+
+    def read(items: np.ndarray) -> Tensor:
+        return signals.read(rows[items])
+
+    def loss_of(items: np.ndarray, batch: Tensor, step: int) -> tuple[Tensor, dict]:
+        with autocast(device):
+            logits = model(signals.ready(batch))
+        loss = cardiowm.asymmetric_loss(logits, label[rows[items]].to(device))
+        return loss, {"loss": loss.detach() / len(items)}  # logged per record, whatever the batch
+
+    @torch.no_grad()
+    def score(which: np.ndarray) -> np.ndarray:
+        out = []
+        for x in signals.batches(which):
+            with autocast(device):
+                out.append(model(x).float().sigmoid().cpu())
+        return torch.cat(out).numpy() if out else np.zeros((0, label.shape[1]), np.float32)
+
+    def validate() -> dict:
+        with autocast(device):
+            recalibrate([model], lambda b: model(signals.ready(b[1])),
+                        prefetch(read, fixed[:RECALIBRATE_BATCHES]))
+        model.eval()
+        return {"val_macro_auroc": macro_auroc(cohort.label[val_rows], score(val_rows))}
+
+    header = {"kind": "classifier", "model_args": {"num_classes": len(cohort.class_name),
+                                                   "in_leads": len(cohort.leads)}}
+    fit(run, args, recipe, {"model": model}, header | checkpoint_header(args, cohort), len(rows),
+        read, loss_of, validate, ("val_macro_auroc", 1), lambda items: rows[items])
+    load_best(run, {"model": model})
+    return {"val": score(val_rows), "test": score(np.flatnonzero(cohort.split == 2))}
+
+
+def synthetic_rows(args, model: cardiowm.WorldModel, cohort: Cohort, inputs: Tensor, y: Tensor
+                   ) -> tuple[Tensor, Tensor]:
+    """Paper B's synthetic rows beside the real ones: (total, dim) float16 and (total, K) uint8."""
+    normal_code = torch.tensor([name in cohort.normal_codes for name in cohort.class_name])
+    combinations, counts = cardiowm.label_combinations(y, min_count=args.min_count,
+                                                       normal=normal_code)
+    if len(counts) == 0:
+        raise InputError(f"--min-count {args.min_count}: no combination of 1 to 4 classes is seen "
+                         f"that often in {len(y)} training records; lower --min-count or raise "
+                         "--frac")
+    real, paper_real = len(y), SYNTHETIC_ROWS[1]
+    if args.total is None:
+        args.total = SYNTHETIC_ROWS[0] if args.preset == "paper" else \
+            round(SYNTHETIC_ROWS[0] / paper_real * real)
+    print(f"augmentation ({args.augment}): {len(counts)} label combinations seen "
+          f"{int(counts.min())} to {int(counts.max())} times, {args.total} synthetic rows beside "
+          f"{real} real ones")
+    generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 4))
+    if args.augment == "dynamics":
+        normal = (y[:, ~normal_code] == 0).all(dim=1)
+        if not normal.any():
+            raise InputError("--augment dynamics: found no normal record in the training folds to "
+                             f"start from (label set within {cohort.normal_codes or 'none'})")
+        print(f"sources: {int(normal.sum())} normal records")
+        if model.action_encoder is None:
+            raise InputError("--augment dynamics: found an invariance model, which has no action "
+                             "encoder; give --init with a dynamics pretraining")
+        augmentor = cardiowm.Augmentor(model, combinations, counts, args.total)
+        batches = augmentor.batches(inputs[normal.to(inputs.device)], 65_536, generator, y[normal])
+    else:
+        batches = cardiowm.Interpolator(
+            inputs, y, combinations, counts, args.total,
+            neighbours=5 if args.augment == "smote" else 0).batches(65_536, generator)
+    progress = Progress(args.total, "rows", "augmentation")
+    made = []
+    for z, label in batches:
+        made.append((z.half(), label.byte()))
+        progress.update(len(z))
+    progress.close()
+    return torch.cat([z for z, _ in made]), torch.cat([label for _, label in made])
+
+
+def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, init: Path | None,
+          device: torch.device) -> dict[str, np.ndarray]:
+    """Train a linear (A) or MLP (B) head on frozen h or z; returns scores of val and test."""
+    model = load_world_model(init, args, cohort).to(device)
+    signals = Signals(cohort, device, args.cache, args.normalize)
+    val_rows, test_rows = (np.flatnonzero(cohort.split == k) for k in (1, 2))
+    progress = Progress(len(rows) + len(val_rows) + len(test_rows), "records", "embedding")
+    inputs, val, test = (embed(model, signals, r, args.features, device, progress)
+                         for r in (rows, val_rows, test_rows))
+    progress.close()
+    y = torch.from_numpy(cohort.label[rows])
+    weight = torch.ones(len(y))
+    limit = {"none": None, "5": cardiowm.NORMAL_LIMIT, "full": math.inf}.get(args.class_weight)
+    pos_weight = torch.ones(y.shape[1]) if limit is None else cardiowm.positive_weight(y, limit)
+    if args.augment != "none":
+        z_made, y_made = synthetic_rows(args, model, cohort, inputs, y)
+        inputs = torch.cat([inputs, z_made.to(inputs)])
+        y = torch.cat([y, y_made])
+        weight = torch.cat([weight, torch.full((len(y_made),), SYNTHETIC_WEIGHT)])
+    y, weight, pos_weight = y.to(device), weight.to(device), pos_weight.to(device)
+
+    head_class = cardiowm.LinearProbe if args.head == "linear" else cardiowm.MLPProbe
+    head_args = {"dim": inputs.shape[1], "num_classes": y.shape[1]}
+    torch.manual_seed(args.seed)
+    head = head_class(**head_args).to(device)
+
+    def loss_of(items: np.ndarray, batch: Tensor, step: int) -> tuple[Tensor, dict]:
+        logits = head(inputs[batch])
+        if args.head == "linear":
+            loss = cardiowm.asymmetric_loss(logits, y[batch])
+            return loss, {"loss": loss.detach() / len(items)}
+        loss = cardiowm.weighted_bce(logits, y[batch], weight[batch], pos_weight)
+        return loss, {"loss": loss}
+
+    def validate() -> dict:
+        head.eval()
+        return {"val_macro_auroc": macro_auroc(cohort.label[val_rows], scores_of(head, val))}
+
+    header = {"kind": "probe", "model_args": head_args, "head": args.head,
+              "features": args.features}
+    fit(run, args, recipe, {"model": head}, header | checkpoint_header(args, cohort), len(y),
+        lambda items: torch.from_numpy(items).to(device), loss_of, validate, ("val_macro_auroc", 1),
+        lambda items: rows[items[items < len(rows)]], PATIENCE if args.head == "mlp" else None)
+    load_best(run, {"model": head})
+    return {"val": scores_of(head, val), "test": scores_of(head, test)}
+
+
+# ----------------------------------------------------------------------------------------------
+# Beyond the papers: predictions, summary, command line
+# ----------------------------------------------------------------------------------------------
+
+
+def write_predictions(run: Run, cohort: Cohort, scores: dict[str, np.ndarray]) -> None:
+    """predictions_{val,test}.npz, test last: its presence says that the run is finished."""
+    pair_first = np.zeros(len(cohort.label), bool)
+    pair_first[cohort.pair[:, 0]] = True
+    for name, split in (("val", 1), ("test", 2)):
+        rows = np.flatnonzero(cohort.split == split)
+        path = run.path / f"predictions_{name}.npz"
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as f:
+            np.savez(f, y_true=cohort.label[rows], y_score=scores[name].astype(np.float32),
+                     study_id=cohort.study_id[rows], subject_id=cohort.subject_id[rows],
+                     class_name=np.array(cohort.class_name), pair_first=pair_first[rows],
+                     first_in_stay=cohort.ecg_no_within_stay[rows] == 0,
+                     has_label=cohort.has_label[rows])
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+
+
+def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray], device: torch.device,
+              seconds: float) -> None:
+    """What came out, and what to run next."""
+    kind = "SYNTHETIC demo" if cohort.synthetic else "real"
+    what = "online probe" if args.mode == "pretrain" else f"{args.mode}"
+    print(f"\n{run.path}: done in {seconds:.0f} s on {device} ({kind} cohort {cohort.name}, "
+          f"seed {args.seed}, {run.config['cohort']['frac_patients']} training patients)")
+    for name, split in (("val", 1), ("test", 2)):
+        rows = np.flatnonzero(cohort.split == split)
+        print(f"  {name:<4} macro-AUROC ({what}, all {len(rows)} records): "
+              f"{macro_auroc(cohort.label[rows], scores[name]):.3f}")
+    print("  files: config.json log.jsonl last.pt best.pt predictions_val.npz predictions_test.npz")
+    data = "" if cohort.path == DEFAULT_DATA else f" --data {cohort.path}"
+    frac = "" if args.frac == 1 else f" --frac {args.frac:g}"
+    seed = f" --seed {args.seed}" if args.seed else ""
+    default = default_pretraining(cohort.name, args)
+    print("next:")
+    if args.mode == "pretrain":
+        for more in ("--mode probe", "--mode probe --head mlp", "--mode finetune",
+                     "--mode finetune --init scratch"):
+            init = "" if "scratch" in more or run.path == Path("runs") / default else \
+                f" --init {run.path}"
+            print(f"  python train.py {more}{data}{frac}{seed}{init}")
+    print(f"  python evaluate.py --mode score --runs {run.path}")
+
+
+def open_cohort(path: Path | None) -> Cohort:
+    """--data; else data/cohort.h5; else the demo cohort, built there."""
+    if path is None and not DEFAULT_DATA.exists():
+        print(f"NO --data AND NO {DEFAULT_DATA}: building the SYNTHETIC demo cohort there. Nothing "
+              "learned from it says anything about real patients.", flush=True)
+        prepare_data.build("demo", out=DEFAULT_DATA)
+    return Cohort(path or DEFAULT_DATA)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA, else Apple's MPS, else CPU. A device that is not there is an InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); wanted "
+                         "auto, cpu, cuda, cuda:N or mps") from None
+    return device
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of DESIGN section 7: flags, grouped, no abbreviations."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Shows defaults and keeps the docstring's lines."""
+
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    parser.add_argument("--mode", required=True,
+                        choices=["pretrain", "finetune", "probe", "reproduce", "bench"],
+                        help="what to do (reproduce and bench: not in this version)")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, help="cohort .h5 (unset: data/cohort.h5, else the "
+                                                 "demo is built)")
+    group.add_argument("--frac", type=float, default=1.0, help="fraction of the training "
+                                                               "patients, nested")
+    group.add_argument("--labelled-only", action="store_true", help="leave unlabelled records out "
+                                                                    "of training")
+    group.add_argument("--pairs", choices=["all", "labelled", "between"], default="all",
+                       help="pretrain on all pairs, on those of two labelled records, or between "
+                            "stays")
+    group.add_argument("--cache", choices=["auto", "disk", "ram", "gpu"], default="auto",
+                       help="where the signals are held")
+    group = parser.add_argument_group("model")
+    group.add_argument("--objective", choices=["dynamics", "invariance"], default="dynamics",
+                       help="predict the next state from state and action, or from the state alone")
+    group.add_argument("--action", choices=["coded", "state", "none"], default="coded",
+                       help="label change, true state change (demo only), or zeros")
+    group.add_argument("--residual", action="store_true", help="z_pred = z + MLP (paper A's text)")
+    group.add_argument("--z-dim", type=int, default=256, help="width of z")
+    group.add_argument("--normalize", choices=["zscore", "none"], default="zscore",
+                       help="input scaling; none keeps mV (a probe takes its encoder's)")
+    group.add_argument("--init", help="RUN, scratch (finetune: the supervised baseline) or random "
+                                      "(probe: an untrained encoder); unset: the pretraining of "
+                                      "the same cohort, fraction and seed")
+    group.add_argument("--head", choices=["linear", "mlp"], default="linear", help="probe of "
+                                                                                   "paper A or of "
+                                                                                   "B")
+    group.add_argument("--features", choices=["h", "z"], help="what is probed (unset: linear h, "
+                                                              "mlp z)")
+    group.add_argument("--augment", choices=["none", "dynamics", "smote", "oversample"],
+                       default="none", help="synthetic rows for the mlp head")
+    group.add_argument("--class-weight", choices=["none", "5", "full"],
+                       help="cap on neg/pos weights of the mlp head (unset: 5)")
+    group.add_argument("--min-count", type=int, default=50, help="rarest label combination "
+                                                                 "synthesised")
+    group.add_argument("--total", type=int, help="synthetic rows (unset: 2,000,000; laptop "
+                                                 "preset: 2.77 a real row)")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--reg", choices=["sigreg", "vicreg"], default="sigreg",
+                       help="against collapse")
+    group.add_argument("--lam", type=float, default=0.1, help="weight of SIGReg")
+    group.add_argument("--slices", type=int, default=256, help="random directions of SIGReg")
+    group = parser.add_argument_group("optimisation (unset: the papers' recipe or the laptop "
+                                      "preset)")
+    group.add_argument("--epochs", type=int, help="passes over the training items")
+    group.add_argument("--batch-size", type=int, help="pairs (pretrain) or records a step")
+    group.add_argument("--lr", type=float, help="peak learning rate")
+    group.add_argument("--schedule", choices=["cosine", "onecycle"], help="learning-rate schedule")
+    group.add_argument("--paper", action="store_true", help="the papers' epochs and batch size, "
+                                                            "wherever it runs")
+    group.add_argument("--quick", action="store_true", help="a smoke run: very few epochs")
+    group = parser.add_argument_group("run")
+    group.add_argument("--run", help="name under runs/, or a path (unset: made from the flags)")
+    group.add_argument("--seed", type=int, default=0, help="of patients, weights, batches and "
+                                                           "directions")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    group.add_argument("--resume", action="store_true", help="finished runs: say so and exit 0")
+    group.add_argument("--overwrite", action="store_true", help="move an old run folder aside and "
+                                                                "start anew")
+    group.add_argument("--allow-tiny", action="store_true", help="pretrain on fewer than "
+                                                                 f"{MIN_PAIRS} pairs")
+    group.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between "
+                                                                              "checkpoints in an "
+                                                                              "epoch")
+    return parser
+
+
+def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Config -> data -> run folder -> train -> predictions -> summary."""
+    began = time.monotonic()
+    check_arguments(args, parser)
+    device = pick_device(args.device)
+    cohort = open_cohort(args.data)
+    print(f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, "
+          f"{cohort.source}), {len(cohort.label)} records, {len(cohort.class_name)} classes, "
+          f"{cohort.fs} Hz; device {device}")
+    name = args.run or run_name(args, parser, cohort.name)
+    path = Path(name) if os.sep in name else Path("runs") / name
+    init = find_init(args, cohort)
+    recipe = resolve(args, cohort, device)
+    rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
+    pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+    if args.mode == "pretrain":
+        changed = int((cohort.action[pairs] != 0).any(axis=1).sum())
+        print(f"pairs: {len(pairs)} for training, {changed} of them with a changed label set")
+        if len(pairs) < (2 if args.allow_tiny else MIN_PAIRS):
+            raise InputError(f"--frac {args.frac:g}: found {len(pairs)} training pairs, wanted at "
+                             f"least {MIN_PAIRS} for SIGReg to mean anything; raise --frac, "
+                             "prepare more patients, or force it with --allow-tiny (2 pairs are "
+                             "the least)")
+    run = Run(path, describe(args, cohort, rows, pairs, init), args.resume, args.overwrite)
+    if run.finished:
+        print(f"{path}: finished already; results: {path / 'predictions_test.npz'}")
+        return
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.deterministic)
+    torch.set_float32_matmul_precision("high")
+    if args.mode == "pretrain":
+        scores = pretrain(run, args, recipe, cohort, rows, pairs, device)
+    else:
+        work = finetune if args.mode == "finetune" else probe
+        scores = work(run, args, recipe, cohort, rows, init, device)
+    write_predictions(run, cohort, scores)
+    summarise(run, args, cohort, scores, device, time.monotonic() - began)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 after one line on what the user did wrong."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        train(args, parser)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
