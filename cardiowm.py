@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 FLAT_MV = 1e-6       # a lead whose standard deviation is at most this (in mV) carries no signal
 H_DIM = 256          # encoder output: bottleneck width 64 times expansion 4, in every stage
-NORMAL_LIMIT = 5.0   # paper B: positives of a rare class count at most five times a negative
+POS_WEIGHT_LIMIT = 5.0  # paper B: positives of a rare class count at most five times a negative
 
 # ----------------------------------------------------------------------------------------------
 # Input: z-score per record and lead (papers A and B)
@@ -51,6 +51,7 @@ def normalize(x: Tensor) -> Tensor:
     Source:  paper A, preprocessing. Models take normalised x and never normalise themselves.
     """
     x = x.float()
+    x = x - x[..., :1]  # a constant becomes exactly 0: its float32 mean need not equal it
     x = x - x.mean(dim=-1, keepdim=True)
     std = x.square().mean(dim=-1, keepdim=True).sqrt()  # (B, C, 1)
     return torch.where(std <= FLAT_MV, torch.zeros_like(x), x / std.clamp_min(FLAT_MV))
@@ -190,8 +191,10 @@ class WorldModel(nn.Module):
 # SIGReg: push embeddings towards N(0, I) (LeJEPA, Balestriero & LeCun 2025, arXiv:2511.08544)
 # ----------------------------------------------------------------------------------------------
 
-# Averages a tensor over the ranks of a distributed run, differentiably. Its attribute `world_size`
-# (1 where absent) is the number of ranks. This file never imports torch.distributed.
+# Averages a tensor over the ranks of a distributed run; its backward averages the gradients of all
+# ranks in the same way, so that DDP's mean of the ranks' gradients is the gradient of the global
+# loss. Its attribute `world_size` (1 where absent) is the number of ranks, all of one batch size.
+# This file never imports torch.distributed.
 MeanOverRanks = Callable[[Tensor], Tensor]
 
 
@@ -251,8 +254,8 @@ class SIGReg(nn.Module):
             # the characteristic function is averaged over ranks before it is squared
             cos, sin = _gather_mean(torch.stack([cos, sin]), mean_over_ranks)
             n = z.shape[0] * getattr(mean_over_ranks, "world_size", 1)
-            error = (cos - self.phi).square() + sin.square()                # (Q, S)
-            return n * (self.weights * error).sum(dim=0).mean()
+            error = (cos - self.phi.to(u)).square() + sin.square()          # (Q, S)
+            return n * (self.weights.to(u) * error).sum(dim=0).mean()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -394,7 +397,7 @@ class MLPProbe(nn.Module):
         return self.linear(self.norm(v))
 
 
-def positive_weight(y: Tensor, limit: float = NORMAL_LIMIT) -> Tensor:
+def positive_weight(y: Tensor, limit: float = POS_WEIGHT_LIMIT) -> Tensor:
     """Weight of a positive, min(negatives / positives, limit): (N, K) of 0/1 -> (K,) float32.
 
     Counted on real rows. A class without positives gets 1: nothing is there to be weighted.
@@ -469,12 +472,13 @@ class _Synthesis:
         if combinations.shape[0] != counts.shape[0]:
             raise ValueError(f"found {combinations.shape[0]} combinations and {counts.shape[0]} "
                              "counts, wanted as many of the one as of the other")
-        self.combinations = combinations.long()         # (M, K)
-        self.allocation = allocate(counts, total)       # (M,)
+        self.combinations = combinations.long().cpu()   # (M, K)
+        self.allocation = allocate(counts.cpu(), total)  # (M,)
 
     def _draw(self, which: Tensor, source: tuple, generator) -> tuple[Tensor, Tensor]:
         y = self.combinations[which].float()            # (n, K)
-        return self._rows(which, y, source, generator), y
+        z = self._rows(which, y, source, generator)     # (n, D)
+        return z, y.to(z.device)
 
     def _batches(self, source: tuple, batch_size: int, generator) -> Iterator:
         which = torch.repeat_interleave(torch.arange(len(self.allocation)), self.allocation)
@@ -486,8 +490,8 @@ class _Synthesis:
 class Augmentor(_Synthesis):
     """World-model augmentation: z_aug = r([z_n; p(y_C - y_n)]), labelled C, from normal ECGs' z_n.
 
-    Works on a frozen copy of the predictor and the action encoder in eval mode; the model passed in
-    is never changed. Embeddings are drawn with replacement. The generator is a CPU generator.
+    Works on a frozen copy of the model in eval mode; the model passed in is never changed.
+    Embeddings are drawn with replacement. The generator is a CPU generator.
 
     Args:    world_model with an action encoder; combinations (M, K) and counts (M,) as from
              label_combinations; total = rows to synthesise (paper B: 2,000,000)
@@ -545,7 +549,8 @@ class Interpolator(_Synthesis):
                  neighbours: int = 5):
         super().__init__(combinations, counts, total)
         self.z = z.float()
-        self.members = [(y.long() == c).all(dim=1).nonzero()[:, 0] for c in self.combinations]
+        y = y.long().cpu()
+        self.members = [(y == c).all(dim=1).nonzero()[:, 0] for c in self.combinations]
         if not all(len(m) for m in self.members):
             raise ValueError("combinations: found one that no row of y carries")
         self.nearest = [self._nearest(self.z[m], neighbours) for m in self.members]

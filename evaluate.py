@@ -308,7 +308,7 @@ def load_run(folder: Path) -> dict:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         args, cohort = config["args"], config["cohort"]
         run = {"name": folder.name, "path": folder, "config": config, "mode": args["mode"],
-               "method": method(config, folder.parent), "frac": float(args["frac"]),
+               "method": method(config), "frac": float(args["frac"]),
                "seed": args["seed"], "source": cohort["source"], "sha256": cohort["sha256"],
                "cohort": cohort["name"], "synthetic": bool(cohort["synthetic"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -342,16 +342,14 @@ def load_run(folder: Path) -> dict:
     return run
 
 
-def method(config: dict, root: Path) -> str:
+def method(config: dict) -> str:
     """What a run does, in the words of PAPER; whatever departs from the papers is appended.
 
-    Objective, regulariser and the like belong to the pretraining, so they are read from the run
-    that --init named where its folder still lies under `root`, else from the run's own arguments.
+    Objective, regulariser and the like belong to the pretraining, whose arguments config["init"]
+    holds.
     """
-    args, source = config["args"], config["args"]
-    init = root / Path(config.get("init") or "").name / "config.json"
-    if config.get("init") and init.is_file():
-        source = json.loads(init.read_text(encoding="utf-8"))["args"]
+    args = config["args"]
+    source = config["init"]["args"] if config["init"] else args
     mlp = args["mode"] == "probe" and args.get("head") == "mlp"
     words = {"pretrain": "online probe", "finetune": "finetuned",
              "probe": "mlp probe" if mlp else "linear probe"}[args["mode"]]

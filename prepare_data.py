@@ -1330,7 +1330,7 @@ def simulate(patient: int, codes, seed: int, fs: float = 500, seconds: float = 1
 # Demo cohort: histories of patients, written as WFDB records in MIMIC-IV-ECG's layout
 # ----------------------------------------------------------------------------------------------
 DEMO_PATIENTS = 1200      # 10 % of the training patients then hold about 340 training pairs
-LABEL_FIDELITY = 0.8      # 1: coded = expressed; below: omitted, wrong and silent codes
+LABEL_FIDELITY = 0.85     # 1: coded = expressed; below: omitted, wrong and silent codes
 MAX_RECORDS = 30          # of one patient; MIMIC: 260
 SPACING = 100_000         # subject_ids set aside for one --seed, so that another has other people
 STORED_LEADS = LEADS[:4] + ("aVF", "aVL") + LEADS[6:]            # MIMIC's order
@@ -1377,7 +1377,7 @@ def _episode(rng: np.random.Generator, carried: dict, frailty: float, age: float
     """The codes active in the next episode; `carried` {code: burden} is updated in place."""
     active, draws = set(), rng.random((len(COURSE), 2))
     for (code, (kind, percent, slope, links, _)), (u, v) in zip(COURSE.items(), draws):
-        logit = (math.log(percent / (100 - percent)) + slope * (age - 62) / 10 + frailty - .77
+        logit = (math.log(percent / (100 - percent)) + slope * (age - 62) / 10 + frailty - .76
                  + sum(odds for other, odds in links.items() if other in active))
         p = 1 / (1 + math.exp(-logit))
         if kind == "acute":
@@ -1416,7 +1416,7 @@ def demo_history(subject_id: int, label_fidelity: float = LABEL_FIDELITY) -> lis
     age = float(np.clip(62 + 17 * rng.standard_normal(), 18, 96))
     frailty = .7 * rng.standard_normal() + .25 * math.log(total) # the sick are recorded more often
     outside = rng.choice([.96, .14], p=[.30, .70])               # most records of some are uncoded,
-    frailty -= .4 * (outside > .5)                               # of people in better health
+    frailty -= .5 * (outside > .5)                               # of people in better health
     now = datetime(2110, 1, 1)
     now += timedelta(minutes=int(rng.integers(90 * 525_960)))
     person = dict(gender="M" if rng.random() < .51 else "F", anchor_year=now.year,

@@ -66,6 +66,8 @@ def test_normalize_makes_a_flat_lead_zero_and_keeps_a_tiny_one():
     z = cardiowm.normalize(x)
     assert (z[0, :2] == 0).all()
     assert z[0, 2].std() == pytest.approx(1, abs=1e-2)
+    flat = torch.linspace(-30, 30, 999)[:, None, None].expand(-1, 1, 5000)  # whatever the offset
+    assert (cardiowm.normalize(flat) == 0).all()
 
 
 def test_parameter_counts_and_output_lengths_are_the_known_ones():
@@ -1811,8 +1813,11 @@ def evaluate_write_run(root, name, seed=0, score_seed=None, cohort="toy", n=80, 
     folder = Path(root) / name
     folder.mkdir(parents=True)
     args = {"mode": "finetune", "init": "scratch", "frac": 1.0, "seed": seed} | args
+    init = None  # a run started from another holds that one's arguments
+    if args["init"] not in ("scratch", "random") and args["mode"] != "pretrain":
+        init = {"run": args["init"], "sha256": "0", "args": args | {"mode": "pretrain"}}
     (folder / "config.json").write_text(json.dumps({
-        "args": args, "init": None, "cohort": {
+        "args": args, "init": init, "cohort": {
             "name": cohort, "path": str(Path(root) / "absent.h5"), "source": "demo",
             "synthetic": True, "sha256": cohort * 3}}))
     np.savez(folder / "predictions_test.npz", **arrays)
@@ -1906,7 +1911,6 @@ def test_score_puts_cohorts_and_test_sets_into_tables_of_their_own(evaluate_root
 
 
 def test_score_puts_the_papers_numbers_beside_their_own_method_only(evaluate_root, capsys):
-    evaluate_write_run(evaluate_root, "pre", mode="pretrain", objective="invariance", action="none")
     runs = {  # arguments, what must stand in the row, what must not
         "sup": ({}, ["supervised", "A 0.735 [0.727-0.751]", "A 0.786 [0.776-0.797], B 0.772"]),
         "sup1": ({"frac": 0.01}, ["A 0.515 [0.500-0.526]"]),
@@ -1932,10 +1936,11 @@ def test_score_puts_the_papers_numbers_beside_their_own_method_only(evaluate_roo
         assert has_number == (name in ("sup", "sup1", "lin", "fine", "mlp")), line
 
 
-def test_method_reads_objective_from_the_pretraining_it_started_from(evaluate_root):
-    evaluate_write_run(evaluate_root, "pre", mode="pretrain", objective="invariance", residual=True)
-    config = {"args": {"mode": "finetune", "init": "pre", "objective": "dynamics"}, "init": "pre"}
-    assert evaluate.method(config, evaluate_root) == "finetuned, invariance, --residual"
+def test_method_reads_objective_from_the_pretraining_it_started_from():
+    pretraining = {"mode": "pretrain", "objective": "invariance", "residual": True}
+    config = {"args": {"mode": "finetune", "init": "pre", "objective": "dynamics"},
+              "init": {"run": "pre", "args": pretraining}}
+    assert evaluate.method(config) == "finetuned, invariance, --residual"
 
 
 def test_score_refuses_bad_input_in_one_line_and_writes_nothing(evaluate_root, capsys):
@@ -2148,7 +2153,7 @@ def test_fractions_of_the_training_patients_are_nested_and_seeded(tiny):
     everyone = set(tiny.subject_id[tiny.split == 0].tolist())
     assert patients(0.01) < patients(0.1) < patients(0.5) < patients(1.0) == everyone
     assert len(patients(0.1)) == round(0.1 * len(everyone))
-    assert patients(0.1) == patients(0.1) != patients(0.1, seed=1)
+    assert patients(0.3) == patients(0.3) != patients(0.3, seed=1)
     rows = train.training_rows(tiny, 0.5, 0, True)
     assert tiny.has_label[rows].all() and (tiny.split[rows] == 0).all()
 
@@ -2167,6 +2172,8 @@ def test_selected_pairs_lie_inside_the_rows_and_are_of_the_kind_asked_for(tiny):
     labelled = train.select_pairs(tiny, rows, "labelled", False)
     assert tiny.has_label[tiny.pair[labelled]].all() and len(labelled) < len(pairs)
     np.testing.assert_array_equal(labelled, train.select_pairs(tiny, rows, "all", True))
+    both = train.select_pairs(tiny, rows, "between", True)  # the two flags do not undo each other
+    assert len(both) and (tiny.pair_kind[both] == 1).all()
 
 
 def test_epoch_order_is_a_permutation_of_full_batches_fixed_by_seed_and_epoch():
@@ -2592,41 +2599,70 @@ BAD_INPUT = [
     (["--mode", "probe", "--init", "leads"], "leads"),
     (["--mode", "probe", "--init", "shape"], "another architecture"),
     (["--mode", "reproduce"], "not in this version"),
+    (["--mode", "pretrain", "--reg", "vicreg", "--lam", "0.5"], "means nothing with --reg vicreg"),
+    (
+        ["--mode", "probe", "--init", "base", "--min-count", "5"],
+        "means nothing with --augment none",
+    ),
+    (["--mode", "pretrain", "--data", "data/stateless.h5", "--action", "state"], "no true states"),
+    (["--mode", "pretrain", "--data", "data/novalidation.h5"], "no validation record"),
+    (["--mode", "pretrain", "--run", "file"], "found a file"),
 ]
 
 
-@pytest.mark.parametrize("flags, message", BAD_INPUT)
-def test_bad_input_gets_one_clear_line_and_exit_code_2(
-    pretrained, workplace, capsys, flags, message
-):
-    if not (workplace / "data/other.h5").exists():  # the same cohort with another vocabulary
-        import h5py
+@pytest.fixture(scope="module")
+def oddities(pretrained, workplace):
+    """Cohorts and runs that differ from data/tiny.h5 and runs/base in one thing each."""
+    for name in ("other", "stateless", "novalidation"):
+        shutil.copy(workplace / "data/tiny.h5", workplace / f"data/{name}.h5")
+        with h5py.File(workplace / f"data/{name}.h5", "r+") as f:
+            if name == "other":  # another vocabulary
+                f["class_name"][0] = b"X99"
+            elif name == "stateless":
+                del f["state"]
+            else:
+                f["split"][f["split"][()] == 1] = 0
+    state = torch.load(pretrained / "last.pt", weights_only=True)
+    changes = {
+        "leads": {"leads": ["I"]},
+        "shape": {"model_args": {"num_classes": 3}},
+        "fine-scratch": {"kind": "classifier"},
+    }
+    for name, change in changes.items():
+        shutil.copytree(pretrained, workplace / "runs" / name, dirs_exist_ok=True)
+        torch.save(state | change, workplace / "runs" / name / "last.pt")
+    (workplace / "runs/file").write_text("not a run")
 
-        shutil.copy(workplace / "data/tiny.h5", workplace / "data/other.h5")
-        with h5py.File(workplace / "data/other.h5", "r+") as f:
-            f["class_name"][0] = b"X99"
-        for name, change in (
-            ("leads", {"leads": ["I"]}),
-            ("shape", {"model_args": {"num_classes": 3}}),
-        ):
-            shutil.copytree(pretrained, workplace / "runs" / name)
-            state = torch.load(pretrained / "last.pt", weights_only=True)
-            torch.save(state | change, workplace / "runs" / name / "last.pt")
-        shutil.copytree(pretrained, workplace / "runs/fine-scratch", dirs_exist_ok=True)
-        torch.save(state | {"kind": "classifier"}, workplace / "runs/fine-scratch/last.pt")
-    runs = sorted(p.name for p in (workplace / "runs").iterdir())
+
+@pytest.mark.parametrize("flags, message", BAD_INPUT)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(oddities, workplace, capsys, flags, message):
+    before = sorted(workplace.rglob("*"))
     capsys.readouterr()
     assert run_train(*flags, data=None if "--data" in flags else "data/tiny.h5") == 2
-    captured = capsys.readouterr()
-    assert len(captured.err.strip().splitlines()) <= 2, (
-        captured.err
-    )  # a progress line may come first
-    line = captured.err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line, line
-    leftovers = [
-        p for p in (workplace / "runs").iterdir() if p.name not in runs and (p / "last.pt").exists()
-    ]
-    assert not leftovers
+    assert sorted(workplace.rglob("*")) == before  # nothing made, nothing moved
+
+
+def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained, capsys):
+    flags = ("--mode", "probe", "--init", "moving", "--epochs", 2, "--run", "from-moving")
+    shutil.copytree(pretrained, Path("runs/moving"))
+    assert run_train(*flags) == 0
+    (Path("runs/from-moving") / "predictions_test.npz").unlink()  # as if interrupted at the end
+    state = torch.load(Path("runs/moving/last.pt"), weights_only=True)
+    torch.save(state | {"step": 0}, Path("runs/moving/last.pt"))
+    assert run_train(*flags) == 2 and "the weights of init" in last_line(capsys)
+
+
+def test_a_small_cohort_gets_more_epochs_until_it_has_enough_steps(tiny):
+    parser = train.build_parser()
+    for n, wanted in ((10_000, 10), (100, 60)):  # 156 steps an epoch; 1 step an epoch
+        args = parser.parse_args(["--mode", "pretrain"])
+        train.resolve(args, tiny, torch.device("cpu"), n)
+        assert args.epochs == wanted and args.batch_size == 64
+    args = parser.parse_args(["--mode", "pretrain", "--paper"])
+    train.resolve(args, tiny, torch.device("cpu"), 100)
+    assert (args.epochs, args.batch_size, args.lr) == (50, 512, 1e-3)
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_records(pretrained, monkeypatch):

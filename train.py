@@ -14,7 +14,6 @@ and batch size shrink to a laptop preset, which is printed (--paper keeps the pa
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -42,13 +41,15 @@ SYNTHETIC_WEIGHT = 0.3    # paper B: weight of a synthetic row in the probe's lo
 SYNTHETIC_ROWS = 2_000_000, 721_002   # paper B: synthetic rows beside real rows
 PATIENCE = 50             # paper B: epochs without a better validation macro-AUROC
 EMBED_BATCH = 256         # records per batch where nothing is learned
+SYNTHESIS_BATCH = 65_536  # synthetic rows per batch
 RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken before validation
+MIN_STEPS = {"laptop": 60, "quick": 20}  # a small cohort gets more epochs until it has these
 GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
 
 # The papers' settings by recipe. `laptop` and `quick` replace (epochs, batch size) alone.
 RECIPES = {
     "pretrain": dict(epochs=50, batch_size=512, lr=1e-3, weight_decay=5e-4, schedule="cosine",
-                     warmup=0.05, final_lr=1e-5, laptop=(12, 64), quick=(2, 64)),
+                     warmup=0.05, final_lr=1e-5, laptop=(10, 64), quick=(2, 64)),
     "finetune": dict(epochs=30, batch_size=256, lr=1e-4, weight_decay=1e-4, schedule="onecycle",
                      clip=1.0, laptop=(10, 32), quick=(1, 32)),
     "supervised": dict(epochs=20, batch_size=512, lr=1e-4, weight_decay=1e-4, schedule="onecycle",
@@ -111,8 +112,20 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     if args.objective == "invariance" and args.action != "coded":
         raise InputError(f"--action {args.action}: the invariance objective takes no action; leave "
                          "--action out, or use --objective dynamics")
+    idle = [("reg", "sigreg", ("lam", "slices")), ("augment", None, ("min_count", "total"))]
+    for owner, wanted, names in idle:
+        value = getattr(args, owner)
+        on = value == wanted if wanted else value != "none"
+        for name in names:
+            if not on and getattr(args, name) != parser.get_default(name):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag}: means nothing with --{owner} {value}; leave it out")
+    if args.compile and args.mode == "probe":
+        raise InputError("--compile: a probe trains no encoder; leave it out")
     if args.head == "linear" and (args.augment != "none" or args.class_weight is not None):
         raise InputError("--augment and --class-weight belong to paper B's probe: add --head mlp")
+    if args.augment == "dynamics" and args.features == "h":
+        raise InputError("--augment dynamics: the predictor works in z; leave --features out")
     if args.paper and args.quick:
         raise InputError("--paper and --quick exclude each other: give one")
     if args.mode == "finetune" and args.init == "random":
@@ -123,13 +136,16 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
                          "or --init random for an untrained one")
 
 
-def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device) -> dict:
-    """Fill what was left unset from the recipe; returns the recipe. Prints which preset applies."""
+def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device, n: int) -> dict:
+    """Fill what was left unset from the recipe, for n training items; returns the recipe."""
     recipe = dict(RECIPES[recipe_name(args)])
     laptop = not args.paper and (cohort.synthetic or device.type == "cpu")
     preset = "quick" if args.quick else "laptop" if laptop else "paper"
     if preset != "paper":
-        recipe["epochs"], recipe["batch_size"] = recipe[preset]
+        epochs, batch_size = recipe[preset]
+        per_epoch = max(1, n // min(args.batch_size or batch_size, n))
+        recipe["epochs"] = max(epochs, math.ceil(MIN_STEPS[preset] / per_epoch))
+        recipe["batch_size"] = batch_size
     why = {"quick": "--quick", "paper": "the papers' settings",
            "laptop": ("synthetic cohort" if cohort.synthetic else "CPU") + "; --paper for the "
                                                                            "papers'"}
@@ -138,13 +154,7 @@ def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device) -> d
             setattr(args, name, recipe[name])
     print(f"preset: {preset} ({why[preset]}): {args.epochs} epochs, batch size {args.batch_size}, "
           f"lr {args.lr:g}, {args.schedule}")
-    if args.mode == "probe":
-        args.features = args.features or {"linear": "h", "mlp": "z"}[args.head]
-        if args.head == "mlp":
-            args.class_weight = args.class_weight or "5"
-        if args.augment == "dynamics" and args.features != "z":
-            raise InputError("--augment dynamics: the predictor works in z; leave --features out")
-    args.preset = preset
+    args.preset, args.device = preset, str(device)
     return recipe
 
 
@@ -164,19 +174,27 @@ def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: st
     return "-".join(parts)
 
 
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out in the folder; None without git, or outside a repository."""
+    try:
+        git = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True,
+                             text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
+
+
 def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
              init: Path | None) -> dict:
-    """The content of config.json: arguments, versions, code, cohort."""
+    """The content of config.json: arguments, versions, code, cohort, and the run it starts from."""
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True,
-                         text=True)
     files = ("cardiowm.py", "prepare_data.py", "train.py", "evaluate.py")
     return {
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
-        "git": git.stdout.strip() or None,
-        "sha256": {f: hashlib.sha256((here / f).read_bytes()).hexdigest() for f in files},
+        "git": git_commit(here),
+        "sha256": {f: prepare_data.sha256_of(here / f) for f in files},
         "cohort": {"name": cohort.name, "path": str(cohort.path), "source": cohort.source,
                    "synthetic": bool(cohort.synthetic), "sha256": cohort.sha256,
                    "fs": int(cohort.fs), "records": len(cohort.label),
@@ -184,7 +202,9 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
                    "classes": len(cohort.class_name),
                    "frac_patients": len(np.unique(cohort.subject_id[rows])),
                    "frac_records": len(rows), "frac_pairs": len(pairs)},
-        "init": None if init is None else init.name,
+        "init": None if init is None else {
+            "run": init.name, "sha256": prepare_data.sha256_of(init / "last.pt"),
+            "args": json.loads((init / "config.json").read_text())["args"]},
     }
 
 
@@ -200,6 +220,8 @@ class Run:
     def __init__(self, path: Path, config: dict, resume: bool, overwrite: bool):
         """Decides what happens to `path`; raises InputError where nothing may be overwritten."""
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--run {path}: found a file; wanted: the name of a run folder")
         self.finished = (path / "predictions_test.npz").exists()
         if path.exists() and overwrite:
             n = 1
@@ -225,17 +247,19 @@ class Run:
                   "found unfinished, same configuration, same cohort")
         elif resume:
             print(f"--resume: nothing to resume in {path}; starting at step 0")
+        replace_file(path / "config.json", json.dumps(config, indent=2).encode())
         # only the rows that the checkpoint has seen stay in the log: no step is logged twice
         log = path / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         self.log_rows = self.state["log_rows"] if self.state else 0
         replace_file(log, "".join(lines[:self.log_rows]).encode())
-        replace_file(path / "config.json", json.dumps(config, indent=2).encode())
 
     def _check_same(self, old: dict) -> None:
         def content(config):
             found = {k: v for k, v in config["args"].items() if k not in HOW_FLAGS}
-            return found | {"cohort": config["cohort"]["sha256"][:12], "init": config["init"]}
+            init = config["init"] or {"run": None, "sha256": None}
+            return found | {"cohort": config["cohort"]["sha256"][:12], "init": init["run"],
+                            "the weights of init": init["sha256"]}
         was, now = content(old), content(self.config)
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key):
@@ -286,11 +310,7 @@ def training_rows(cohort: Cohort, frac: float, seed: int, labelled_only: bool) -
     print(f"training: {len(chosen)} of {len(patients)} patients, {int(keep.sum())} records, of "
           f"which {unlabelled} unlabelled "
           f"({'left out' if labelled_only else 'kept as all-zero labels'})")
-    rows = np.flatnonzero(keep & (cohort.has_label | (not labelled_only)))
-    if len(rows) < 2:
-        raise InputError(f"--frac {frac:g}: found {len(rows)} training records, wanted at least 2; "
-                         "raise --frac or prepare more patients")
-    return rows
+    return np.flatnonzero(keep & (cohort.has_label | (not labelled_only)))
 
 
 def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bool) -> np.ndarray:
@@ -298,7 +318,7 @@ def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bo
     keep = np.isin(cohort.pair[:, 0], rows) & np.isin(cohort.pair[:, 1], rows)
     if kinds == "labelled" or labelled_only:
         keep &= cohort.pair_kind != 2
-    elif kinds == "between":
+    if kinds == "between":
         keep &= cohort.pair_kind == 1
     return np.flatnonzero(keep)
 
@@ -316,17 +336,18 @@ class Signals:
         self.device, self.how = device, how
         size = cohort.signal.nbytes
         if cache == "auto":
-            if device.type == "cuda" and size < 0.7 * torch.cuda.mem_get_info(device)[0]:
-                cache = "gpu"
-            else:
-                free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") \
-                    if hasattr(os, "sysconf") else 0
-                cache = "ram" if size < 0.4 * free else "disk"
-        if cache == "gpu" and device.type == "cpu":
-            raise InputError("--cache gpu: the device is the CPU; leave --cache out")
-        signal = cohort.signal if cache == "disk" else np.array(cohort.signal)
-        print(f"signals: {len(signal)} records, {size / 1e9:.2f} GB, held in {cache}")
-        self.signal = torch.from_numpy(signal).to(device) if cache == "gpu" else signal
+            ram = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") \
+                if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0  # not on macOS
+            gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+            cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
+        print(f"signals: {len(cohort)} records, {size / 1e9:.2f} GB, held in {cache}")
+        self.signal = cohort.signal
+        if cache == "ram":
+            self.signal = np.array(cohort.signal)
+        elif cache == "gpu":
+            self.signal = torch.empty(cohort.signal.shape, dtype=torch.float16, device=device)
+            for i in range(0, len(cohort), 4096):  # no second copy in RAM
+                self.signal[i:i + 4096] = torch.from_numpy(np.array(cohort.signal[i:i + 4096]))
 
     def read(self, rows: np.ndarray) -> Tensor:
         """(B,) rows -> (B, 12, T) float16 mV, wherever the cohort is held; thread-safe."""
@@ -427,7 +448,8 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
              header      model_args, class_name, leads, ...: what a checkpoint holds besides weights
              n           training items; a batch is `args.batch_size` of them, the remainder dropped
              read        (B,) items -> batch on the host, in a thread
-             loss_of     (items, batch, step) -> (scalar to minimise, terms to log)
+             loss_of     (items, batch, step) -> (scalar to minimise, terms to log: scalars, or
+                         functions that give one, called for logged steps only)
              validate    () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
              records_of  (B,) items -> record rows, to name what made a loss non-finite
     """
@@ -467,10 +489,9 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
             torch.manual_seed(seed_of(args.seed, step, 1))  # dropout depends on (seed, step) alone
             loss, terms = loss_of(items, batch, step)
             if not torch.isfinite(loss):
-                raise RuntimeError(
-                    f"step {step}: loss is {loss.item()}; terms "
-                    f"{({k: v.item() for k, v in terms.items()})}; record rows "
-                    f"{sorted(set(records_of(items).ravel().tolist()))}")
+                found = {k: v.item() for k, v in terms.items() if not callable(v)}
+                raise RuntimeError(f"step {step}: loss is {loss.item()}; terms {found}; record "
+                                   f"rows {sorted(set(records_of(items).ravel().tolist()))}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if "clip" in recipe:
@@ -480,10 +501,11 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
             optimizer.step()
             schedule.step()
             step += 1
-            if step % log_every == 0 or step == total:
+            if step % log_every == 0 or step == total or "grad_ratio" in terms:
+                found = {k: (v() if callable(v) else v).item() for k, v in terms.items()}
                 elapsed = max(time.monotonic() - began, 1e-9)
                 speed = (step - begun_at) / elapsed
-                run.log({"step": step, "epoch": epoch, **{k: v.item() for k, v in terms.items()},
+                run.log({"step": step, "epoch": epoch, **found,
                          "lr": rate, "items_per_second": speed * batch_size,
                          "elapsed_seconds": elapsed, "remaining_seconds": (total - step) / speed,
                          "wait_fraction": wait / elapsed})
@@ -497,7 +519,7 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
         if not math.isnan(score) and (best is None or score > best):
             best, bad_epochs = score, 0
             run.save("best.pt", checkpoint(epoch + 1))
-        else:
+        elif best is not None:
             bad_epochs += 1
         run.save("last.pt", checkpoint(epoch + 1))
         saved = time.monotonic()
@@ -518,6 +540,36 @@ def load_best(run: Run, modules: dict[str, nn.Module], name: str = "best.pt") ->
 def autocast(device: torch.device):
     """bf16 on CUDA, off elsewhere; every loss of cardiowm.py switches it off for itself."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def checkpoint_header(args, cohort: Cohort) -> dict:
+    """What every checkpoint says of its input: plain values only."""
+    return {"class_name": list(cohort.class_name), "leads": list(cohort.leads),
+            "fs": int(cohort.fs), "normalize": args.normalize, "cohort": cohort.name,
+            "cohort_sha256": cohort.sha256,
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+
+
+@torch.no_grad()
+def embed(model: cardiowm.WorldModel, signals: Signals, rows: np.ndarray, features: str,
+          device: torch.device, progress: Progress | None = None) -> Tensor:
+    """Frozen h or z of the rows, in order: (n,) -> (n, 256) or (n, D) float32 on the device.
+
+    No autocast here and in scoring: bf16 has 257 values between two powers of 2, which makes ties.
+    """
+    out = []
+    for x in signals.batches(rows):
+        h = model.encode(x)
+        out.append(model.project(h) if features == "z" else h)
+        if progress is not None:
+            progress.update(len(x))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def scores_of(head: nn.Module, inputs: Tensor) -> np.ndarray:
+    """Probabilities (n, K) float32 of a head in eval mode on embeddings (n, dim)."""
+    return head(inputs).sigmoid().float().cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -549,7 +601,7 @@ def gradient_ratio(pred: Tensor, reg: Tensor, model: nn.Module) -> float:
     return norms[0] / max(norms[1], 1e-30)
 
 
-def pretrain(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
+def pretrain(run: Run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
              device: torch.device) -> dict[str, np.ndarray]:
     """Train the world model on pairs; returns the online probe's scores of val and test records."""
     model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads),
@@ -587,8 +639,8 @@ def pretrain(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, pai
             reg = terms["var"] + terms["cov"] if args.reg == "vicreg" else \
                 terms["sigreg_t"] + terms["sigreg_next"]
             terms["grad_ratio"] = torch.tensor(gradient_ratio(terms["pred"], reg, model))
-        terms["z_std_min"] = z.detach().float().std(dim=0).min()
-        terms["z_rank"] = cardiowm.effective_rank(z)
+        terms["z_std_min"] = lambda: z.detach().float().std(dim=0).min()
+        terms["z_rank"] = lambda: cardiowm.effective_rank(z)  # an SVD: not at every step
         return terms["loss"] + terms["online_bce"], terms  # h is detached: two separate problems
 
     batch_size = min(args.batch_size, len(pair))
@@ -615,7 +667,7 @@ def pretrain(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, pai
         source, target = np.searchsorted(val_rows, cohort.pair[val_pairs]).T
         a = action_of(cohort, val_pairs, args.action).to(device)
         terms: dict[str, list[float]] = {}
-        for i in range(len(val_pairs) // max(val_n, 1)):
+        for i in range(len(val_pairs) // val_n if val_n > 1 else 0):  # one pair has no variance
             at = slice(i * val_n, (i + 1) * val_n)
             out = objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]],
                             seed_of(args.seed, i, 3))
@@ -632,34 +684,6 @@ def pretrain(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, pai
     load_best(run, modules, "last.pt")  # as downstream: paper A probes the last epoch
     return {name: scores_of(online, embed(model, signals, which, "h", device))
             for name, which in (("val", val_rows), ("test", np.flatnonzero(cohort.split == 2)))}
-
-
-def checkpoint_header(args, cohort: Cohort) -> dict:
-    """What every checkpoint says of its input: plain values only."""
-    return {"class_name": list(cohort.class_name), "leads": list(cohort.leads),
-            "fs": int(cohort.fs), "normalize": args.normalize, "cohort": cohort.name,
-            "cohort_sha256": cohort.sha256,
-            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
-
-
-@torch.no_grad()
-def embed(model: cardiowm.WorldModel, signals: Signals, rows: np.ndarray, features: str,
-          device: torch.device, progress: Progress | None = None) -> Tensor:
-    """Frozen h or z of the rows, in order: (n,) -> (n, 256) or (n, D) float32 on the device."""
-    out = []
-    for x in signals.batches(rows):
-        with autocast(device):
-            h = model.encode(x).float()
-        out.append(model.project(h) if features == "z" else h)
-        if progress is not None:
-            progress.update(len(x))
-    return torch.cat(out) if out else torch.zeros(0, 256, device=device)
-
-
-@torch.no_grad()
-def scores_of(head: nn.Module, inputs: Tensor) -> np.ndarray:
-    """Probabilities (n, K) float32 of a head in eval mode on embeddings (n, dim)."""
-    return head(inputs).sigmoid().float().cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -685,26 +709,33 @@ def find_init(args, cohort: Cohort) -> Path | None:
                 continue  # not a run of ours
             if same and ".old-" not in config.parent.name:
                 found.append(config.parent)
-        command = (f"python train.py --mode pretrain --data {cohort.path} --frac {args.frac:g} "
-                   f"--seed {args.seed}")
+        finished = [p for p in found if (p / "predictions_test.npz").exists()]
+        found = finished or found
         if not found:
-            raise InputError(f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and "
-                             f"seed {args.seed} under runs/; run `{command}` first, or name one "
-                             "with --init RUN")
+            raise InputError(
+                f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and seed "
+                f"{args.seed} under runs/; run `python train.py --mode pretrain --data "
+                f"{cohort.path} --frac {args.frac:g} --seed {args.seed}` first, or name one with "
+                "--init RUN")
         default = default_pretraining(cohort.name, args)
         path = next((p for p in found if p.name == default), found[0])
         if len(found) > 1 and path.name != default:
             raise InputError("--init: several pretrainings fit, name one: "
                              + ", ".join(p.name for p in found))
-        print(f"init: {path} (same cohort, fraction and seed)")
+        print(f"init: {path} (pretraining of the same cohort, fraction and seed)")
     if not (path / "predictions_test.npz").exists():
         raise InputError(f"--init {path}: that run is unfinished; finish it first by running its "
                          "command again")
     return path
 
 
-def load_world_model(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel:
-    """The start: an untrained model, or last.pt of a pretraining run, checked and announced."""
+def load_start(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel | None:
+    """The start: None from scratch, an untrained model, or last.pt of a pretraining run, checked.
+
+    A probe takes over the input scaling of its encoder: args.normalize is set.
+    """
+    if args.mode == "pretrain" or args.init == "scratch":
+        return None
     if init is None:
         return cardiowm.WorldModel(len(cohort.class_name), len(cohort.leads)).eval()
     state = load_checkpoint(init / "last.pt")
@@ -714,33 +745,36 @@ def load_world_model(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldM
         raise InputError(f"--init {init}: was trained on leads {state['leads']}, the cohort has "
                          f"{cohort.leads}")
     if args.mode == "probe":
-        args.normalize = state["normalize"]  # a frozen encoder decides
+        args.normalize = state["normalize"]
     elif state["normalize"] != args.normalize:
         raise InputError(f"--init {init}: was trained with --normalize {state['normalize']}, asked "
                          f"for {args.normalize}; give --normalize {state['normalize']}")
     if state["fs"] != cohort.fs:
         print(f"note: {init} was trained at {state['fs']} Hz, the cohort has {cohort.fs} Hz")
-    if list(state["class_name"]) != list(cohort.class_name):
+    same_classes = list(state["class_name"]) == list(cohort.class_name)
+    if not same_classes:
         print(f"note: {init} knows {len(state['class_name'])} classes "
               f"({' '.join(state['class_name'])}), the cohort has {len(cohort.class_name)} "
               f"({' '.join(cohort.class_name)}): the encoder goes over")
-        if args.augment == "dynamics":
-            raise InputError(f"--augment dynamics: the action encoder of {init} has another "
-                             "vocabulary; pretrain on this cohort")
     try:
         model = cardiowm.WorldModel(**state["model_args"])
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError) as error:
         raise InputError(f"--init {init}: last.pt holds another architecture: "
                          f"{str(error).splitlines()[0]}") from None
+    if args.augment == "dynamics" and not same_classes:
+        raise InputError(f"--augment dynamics: the action encoder of {init} has another "
+                         "vocabulary; pretrain on this cohort")
+    if args.augment == "dynamics" and model.action_encoder is None:
+        raise InputError(f"--augment dynamics: {init} is an invariance model, which has no action "
+                         "encoder; give --init with a dynamics pretraining")
     return model.eval()
 
 
-def finetune(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, init: Path | None,
-             device: torch.device) -> dict[str, np.ndarray]:
+def finetune(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
+             start: cardiowm.WorldModel | None, device: torch.device) -> dict[str, np.ndarray]:
     """Train encoder and concat-pool head end to end; returns scores of val and test records."""
-    encoder = load_world_model(init, args, cohort).encoder if init is not None else \
-        cardiowm.XResNet1d50(len(cohort.leads))
+    encoder = cardiowm.XResNet1d50(len(cohort.leads)) if start is None else start.encoder
     model = cardiowm.Classifier(encoder, len(cohort.class_name)).to(device)
     signals = Signals(cohort, device, args.cache, args.normalize)
     if args.compile:
@@ -760,11 +794,7 @@ def finetune(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, ini
 
     @torch.no_grad()
     def score(which: np.ndarray) -> np.ndarray:
-        out = []
-        for x in signals.batches(which):
-            with autocast(device):
-                out.append(model(x).float().sigmoid().cpu())
-        return torch.cat(out).numpy() if out else np.zeros((0, label.shape[1]), np.float32)
+        return torch.cat([model(x).sigmoid().cpu() for x in signals.batches(which)]).numpy()
 
     def validate() -> dict:
         with autocast(device):
@@ -781,52 +811,56 @@ def finetune(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, ini
     return {"val": score(val_rows), "test": score(np.flatnonzero(cohort.split == 2))}
 
 
-def synthetic_rows(args, model: cardiowm.WorldModel, cohort: Cohort, inputs: Tensor, y: Tensor
-                   ) -> tuple[Tensor, Tensor]:
-    """Paper B's synthetic rows beside the real ones: (total, dim) float16 and (total, K) uint8."""
+def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Combinations (M, K), their counts (M,) and which rows are normal (n,); sets args.total."""
+    y = torch.from_numpy(cohort.label[rows])
     normal_code = torch.tensor([name in cohort.normal_codes for name in cohort.class_name])
     combinations, counts = cardiowm.label_combinations(y, min_count=args.min_count,
                                                        normal=normal_code)
+    normal = (y[:, ~normal_code] == 0).all(dim=1)
     if len(counts) == 0:
         raise InputError(f"--min-count {args.min_count}: no combination of 1 to 4 classes is seen "
                          f"that often in {len(y)} training records; lower --min-count or raise "
                          "--frac")
-    real, paper_real = len(y), SYNTHETIC_ROWS[1]
+    if args.augment == "dynamics" and not normal.any():
+        raise InputError("--augment dynamics: found no normal record in the training folds to "
+                         f"start from (label set within {cohort.normal_codes or 'none'})")
     if args.total is None:
-        args.total = SYNTHETIC_ROWS[0] if args.preset == "paper" else \
-            round(SYNTHETIC_ROWS[0] / paper_real * real)
+        synthetic, real = SYNTHETIC_ROWS
+        args.total = synthetic if args.preset == "paper" else round(synthetic / real * len(y))
     print(f"augmentation ({args.augment}): {len(counts)} label combinations seen "
           f"{int(counts.min())} to {int(counts.max())} times, {args.total} synthetic rows beside "
-          f"{real} real ones")
+          f"{len(y)} real ones, {int(normal.sum())} of them normal")
+    return combinations, counts, normal
+
+
+def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y: Tensor
+               ) -> tuple[Tensor, Tensor]:
+    """Paper B's synthetic rows: (total, dim) float16 and (total, K) uint8."""
+    combinations, counts, normal = plan
     generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 4))
     if args.augment == "dynamics":
-        normal = (y[:, ~normal_code] == 0).all(dim=1)
-        if not normal.any():
-            raise InputError("--augment dynamics: found no normal record in the training folds to "
-                             f"start from (label set within {cohort.normal_codes or 'none'})")
-        print(f"sources: {int(normal.sum())} normal records")
-        if model.action_encoder is None:
-            raise InputError("--augment dynamics: found an invariance model, which has no action "
-                             "encoder; give --init with a dynamics pretraining")
         augmentor = cardiowm.Augmentor(model, combinations, counts, args.total)
-        batches = augmentor.batches(inputs[normal.to(inputs.device)], 65_536, generator, y[normal])
+        batches = augmentor.batches(inputs[normal.to(inputs.device)], SYNTHESIS_BATCH, generator,
+                                    y[normal])
     else:
         batches = cardiowm.Interpolator(
             inputs, y, combinations, counts, args.total,
-            neighbours=5 if args.augment == "smote" else 0).batches(65_536, generator)
+            neighbours=5 if args.augment == "smote" else 0).batches(SYNTHESIS_BATCH, generator)
     progress = Progress(args.total, "rows", "augmentation")
     made = []
     for z, label in batches:
-        made.append((z.half(), label.byte()))
+        made.append((z.half(), label.byte().cpu()))
         progress.update(len(z))
     progress.close()
     return torch.cat([z for z, _ in made]), torch.cat([label for _, label in made])
 
 
-def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, init: Path | None,
+def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
+          start: cardiowm.WorldModel, plan: tuple | None,
           device: torch.device) -> dict[str, np.ndarray]:
     """Train a linear (A) or MLP (B) head on frozen h or z; returns scores of val and test."""
-    model = load_world_model(init, args, cohort).to(device)
+    model = start.to(device)
     signals = Signals(cohort, device, args.cache, args.normalize)
     val_rows, test_rows = (np.flatnonzero(cohort.split == k) for k in (1, 2))
     progress = Progress(len(rows) + len(val_rows) + len(test_rows), "records", "embedding")
@@ -835,10 +869,10 @@ def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray, init: 
     progress.close()
     y = torch.from_numpy(cohort.label[rows])
     weight = torch.ones(len(y))
-    limit = {"none": None, "5": cardiowm.NORMAL_LIMIT, "full": math.inf}.get(args.class_weight)
+    limit = {"none": None, "5": cardiowm.POS_WEIGHT_LIMIT, "full": math.inf}.get(args.class_weight)
     pos_weight = torch.ones(y.shape[1]) if limit is None else cardiowm.positive_weight(y, limit)
-    if args.augment != "none":
-        z_made, y_made = synthetic_rows(args, model, cohort, inputs, y)
+    if plan is not None:
+        z_made, y_made = synthesise(args, model, plan, inputs, y)
         inputs = torch.cat([inputs, z_made.to(inputs)])
         y = torch.cat([y, y_made])
         weight = torch.cat([weight, torch.full((len(y_made),), SYNTHETIC_WEIGHT)])
@@ -894,12 +928,12 @@ def write_predictions(run: Run, cohort: Cohort, scores: dict[str, np.ndarray]) -
         temporary.replace(path)
 
 
-def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray], device: torch.device,
+def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray],
               seconds: float) -> None:
     """What came out, and what to run next."""
     kind = "SYNTHETIC demo" if cohort.synthetic else "real"
     what = "online probe" if args.mode == "pretrain" else f"{args.mode}"
-    print(f"\n{run.path}: done in {seconds:.0f} s on {device} ({kind} cohort {cohort.name}, "
+    print(f"\n{run.path}: done in {seconds:.0f} s on {args.device} ({kind} cohort {cohort.name}, "
           f"seed {args.seed}, {run.config['cohort']['frac_patients']} training patients)")
     for name, split in (("val", 1), ("test", 2)):
         rows = np.flatnonzero(cohort.split == split)
@@ -910,12 +944,14 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray], dev
     frac = "" if args.frac == 1 else f" --frac {args.frac:g}"
     seed = f" --seed {args.seed}" if args.seed else ""
     default = default_pretraining(cohort.name, args)
+    scaling = f" --normalize {args.normalize}" if args.normalize != "zscore" else ""
     print("next:")
     if args.mode == "pretrain":
         for more in ("--mode probe", "--mode probe --head mlp", "--mode finetune",
                      "--mode finetune --init scratch"):
             init = "" if "scratch" in more or run.path == Path("runs") / default else \
                 f" --init {run.path}"
+            init += scaling if "finetune" in more else ""
             print(f"  python train.py {more}{data}{frac}{seed}{init}")
     print(f"  python evaluate.py --mode score --runs {run.path}")
 
@@ -1021,43 +1057,66 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Config -> data -> run folder -> train -> predictions -> summary."""
-    began = time.monotonic()
-    check_arguments(args, parser)
-    device = pick_device(args.device)
-    cohort = open_cohort(args.data)
-    print(f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, "
-          f"{cohort.source}), {len(cohort.label)} records, {len(cohort.class_name)} classes, "
-          f"{cohort.fs} Hz; device {device}")
-    name = args.run or run_name(args, parser, cohort.name)
+def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
+            device: torch.device) -> tuple:
+    """Everything that can be wrong with the input, found before a run folder is touched."""
+    if args.cache == "gpu" and device.type == "cpu":
+        raise InputError("--cache gpu: the device is the CPU; leave --cache out")
+    for split, name in ((1, "validation"), (2, "test")):
+        if not (cohort.split == split).any():
+            raise InputError(f"{cohort.path}: found no {name} record; every run is judged on them: "
+                             "prepare a cohort with more patients")
+    name = (args.run or run_name(args, parser, cohort.name)).rstrip("/" + os.sep)
     path = Path(name) if os.sep in name else Path("runs") / name
     init = find_init(args, cohort)
-    recipe = resolve(args, cohort, device)
+    torch.manual_seed(args.seed)
+    start = load_start(init, args, cohort)
+    if args.mode == "probe":
+        args.features = args.features or {"linear": "h", "mlp": "z"}[args.head]
+        args.class_weight = args.class_weight or ("5" if args.head == "mlp" else None)
     rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
     pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
     if args.mode == "pretrain":
-        changed = int((cohort.action[pairs] != 0).any(axis=1).sum())
-        print(f"pairs: {len(pairs)} for training, {changed} of them with a changed label set")
+        changed = int((action_of(cohort, pairs, args.action) != 0).any(dim=1).sum())
+        print(f"pairs: {len(pairs)} for training, {changed} of them with an action")
         if len(pairs) < (2 if args.allow_tiny else MIN_PAIRS):
             raise InputError(f"--frac {args.frac:g}: found {len(pairs)} training pairs, wanted at "
                              f"least {MIN_PAIRS} for SIGReg to mean anything; raise --frac, "
                              "prepare more patients, or force it with --allow-tiny (2 pairs are "
                              "the least)")
+    elif len(rows) < 2:
+        raise InputError(f"--frac {args.frac:g}: found {len(rows)} training records, wanted at "
+                         "least 2; raise --frac or prepare more patients")
+    recipe = resolve(args, cohort, device, len(pairs) if args.mode == "pretrain" else len(rows))
+    plan = plan_augmentation(args, cohort, rows) if args.augment != "none" else None
+    return path, init, start, recipe, rows, pairs, plan
+
+
+def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Config -> data -> run folder -> train -> predictions -> summary."""
+    began = time.monotonic()
+    check_arguments(args, parser)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+    torch.use_deterministic_algorithms(args.deterministic)
+    device = pick_device(args.device)
+    cohort = open_cohort(args.data)
+    print(f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, "
+          f"{cohort.source}), {len(cohort)} records, {len(cohort.class_name)} classes, {cohort.fs} "
+          f"Hz; device {device}")
+    path, init, start, recipe, rows, pairs, plan = prepare(args, parser, cohort, device)
     run = Run(path, describe(args, cohort, rows, pairs, init), args.resume, args.overwrite)
     if run.finished:
         print(f"{path}: finished already; results: {path / 'predictions_test.npz'}")
         return
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.deterministic)
-    torch.set_float32_matmul_precision("high")
     if args.mode == "pretrain":
-        scores = pretrain(run, args, recipe, cohort, rows, pairs, device)
+        scores = pretrain(run, args, recipe, cohort, pairs, device)
+    elif args.mode == "finetune":
+        scores = finetune(run, args, recipe, cohort, rows, start, device)
     else:
-        work = finetune if args.mode == "finetune" else probe
-        scores = work(run, args, recipe, cohort, rows, init, device)
+        scores = probe(run, args, recipe, cohort, rows, start, plan, device)
     write_predictions(run, cohort, scores)
-    summarise(run, args, cohort, scores, device, time.monotonic() - began)
+    summarise(run, args, cohort, scores, time.monotonic() - began)
 
 
 def main(argv: list[str] | None = None) -> int:
