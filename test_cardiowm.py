@@ -2656,7 +2656,7 @@ def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained
 
 def test_a_small_cohort_gets_more_epochs_until_it_has_enough_steps(tiny):
     parser = train.build_parser()
-    for n, wanted in ((10_000, 10), (100, 60)):  # 156 steps an epoch; 1 step an epoch
+    for n, wanted in ((10_000, 8), (100, 40)):  # 156 steps an epoch; 1 step an epoch
         args = parser.parse_args(["--mode", "pretrain"])
         train.resolve(args, tiny, torch.device("cpu"), n)
         assert args.epochs == wanted and args.batch_size == 64

@@ -43,13 +43,13 @@ PATIENCE = 50             # paper B: epochs without a better validation macro-AU
 EMBED_BATCH = 256         # records per batch where nothing is learned
 SYNTHESIS_BATCH = 65_536  # synthetic rows per batch
 RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken before validation
-MIN_STEPS = {"laptop": 60, "quick": 20}  # a small cohort gets more epochs until it has these
+MIN_STEPS = {"laptop": 40, "quick": 20}  # a small cohort gets more epochs until it has these
 GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
 
 # The papers' settings by recipe. `laptop` and `quick` replace (epochs, batch size) alone.
 RECIPES = {
     "pretrain": dict(epochs=50, batch_size=512, lr=1e-3, weight_decay=5e-4, schedule="cosine",
-                     warmup=0.05, final_lr=1e-5, laptop=(10, 64), quick=(2, 64)),
+                     warmup=0.05, final_lr=1e-5, laptop=(8, 64), quick=(2, 64)),
     "finetune": dict(epochs=30, batch_size=256, lr=1e-4, weight_decay=1e-4, schedule="onecycle",
                      clip=1.0, laptop=(10, 32), quick=(1, 32)),
     "supervised": dict(epochs=20, batch_size=512, lr=1e-4, weight_decay=1e-4, schedule="onecycle",
