@@ -1520,7 +1520,7 @@ def test_histories_are_shaped_like_mimic():
         assert len({row["fold"] for row in history}) == 1
         infarct = [i for i, row in enumerate(history) if "I21" in row["state"]]
         later = history[infarct[0] + 1:] if infarct else []
-        for row in later:                   # a scar from the next episode on, unless silent for life
+        for row in later:  # a scar from the next episode on, unless silent for life
             if row["ecg_no_within_stay"] > 0:
                 continue
             assert "I25" in row["state"] or not any("I25" in r["state"] for r in history)
