@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FLAT_MV = 1e-6       # a lead whose standard deviation is at most this (in mV) carries no signal
-H_DIM = 256          # encoder output: bottleneck width 64 times expansion 4, in every stage
+FLAT_MV = 1e-6          # a lead whose standard deviation is at most this (mV) carries no signal
+H_DIM = 256             # encoder output: bottleneck width 64 times expansion 4, in every stage
 POS_WEIGHT_LIMIT = 5.0  # paper B: positives of a rare class count at most five times a negative
 
 # ----------------------------------------------------------------------------------------------
