@@ -9,8 +9,8 @@
     python train.py --mode pretrain --frac 0.1 --reg vicreg             # VICReg ablation
 
 Every run writes runs/NAME/{config.json, log.jsonl, last.pt, best.pt, predictions_{val,test}.npz};
-evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort epochs
-and batch size shrink to a laptop preset, which is printed (--paper keeps the papers').
+evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort epochs,
+batch size and learning rate take a laptop preset, which is printed (--paper keeps the papers').
 """
 
 import argparse
