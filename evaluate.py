@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import io
 import json
+import os
 import pickle
 import sys
 import zipfile
@@ -401,7 +402,9 @@ def score(run: dict, task: str, labelled_only: bool = False, unit: str = "record
     else:
         boot = {"point": np.nan, "low": np.nan, "high": np.nan,
                 "per_class": np.full((len(names), 3), np.nan)}
-    cell |= {"auroc": boot["point"], "low": boot["low"], "high": boot["high"]}
+    if (len(rows) if unit == "record" else cell["patients"]) < 2:  # no spread to resample
+        boot |= {"low": np.nan, "high": np.nan}
+    cell |= {"auroc": boot["point"], "low": boot["low"], "high": boot["high"], "unit": unit}
     cell["per_class"] = [(name, int(positives), positives / max(len(rows), 1), *values)
                          for name, positives, values in zip(
                              names, y_true.sum(axis=0, dtype=np.int64),
@@ -455,6 +458,8 @@ def cell_text(cell: dict) -> str:
     """`0.742 [0.733-0.756]`, or that the score is not defined."""
     if np.isnan(cell["auroc"]):
         return "not defined"
+    if np.isnan(cell["low"]):
+        return f"{cell['auroc']:.3f} [one {cell['unit']}]"
     return f"{cell['auroc']:.3f} [{cell['low']:.3f}-{cell['high']:.3f}]"
 
 
@@ -616,7 +621,12 @@ def write_scores(out: Path, text: str, scored: list, settings: tuple) -> None:
                           " ".join(cell["left_out"]), cell["paper"]])
             classes += [[run["name"], run["cohort"], cell["task"], *row]
                         for row in cell["per_class"]]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; name another folder") from None
+    if (out / "score.md").exists():
+        print(f"{out}: an older table is replaced")
     (out / "score.md").write_text(text, encoding="utf-8")
     for name, content in (("score.csv", lines), ("per_class.csv", classes)):
         buffer = io.StringIO()
@@ -669,15 +679,22 @@ def main(argv: list[str] | None = None) -> int:
                                  "out")
         if not args.runs:
             raise InputError("--runs: none given; name at least one finished run of train.py")
-        if args.n_boot < 1:
-            raise InputError(f"--n-boot {args.n_boot}: at least 1 is wanted")
+        if args.n_boot < 2:
+            raise InputError(f"--n-boot {args.n_boot}: at least 2 are wanted for an interval")
         out = next(p for p in (Path(args.out), *Path(args.out).absolute().parents) if p.exists())
         if not out.is_dir():
             raise InputError(f"--out {args.out}: {out} is {file_kind(out)}; a folder is wanted")
+        if (Path(args.out) / "config.json").exists():
+            raise InputError(f"--out {args.out}: is a run folder; name another")
+        if not os.access(out, os.W_OK):
+            raise InputError(f"--out {args.out}: {out} cannot be written to; name another")
         run_score(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

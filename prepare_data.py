@@ -752,7 +752,9 @@ def write_cohort(out: Path, table: dict, attributes: dict) -> None:
         {reason: int(np.count_nonzero(status == code)) for code, reason in enumerate(REASONS, 2)}
     )  # the sum of two Counters leaves zeros out
     if not len(keep):
-        raise InputError(f"{out}: no record could be read; rejected: {dict(rejected)}")
+        shutil.rmtree(folder)  # nothing in it is worth going on with
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in rejected.items())
+        raise InputError(f"{out}: no record could be read ({reasons})")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
     data = rows | make_pairs(rows) | {"quality": quality[keep]}
     per_record = float(table["code_count"][keep].mean())
@@ -939,6 +941,7 @@ def count(cohort: Cohort) -> dict[str, float]:
         inside, pairs = cohort.split == s, cohort.split[source] == s
         counts |= {
             f"{split} records": inside.sum(),
+            f"{split} patients": np.unique(cohort.subject_id[inside]).size,
             f"{split} first in stay": (inside & (cohort.ecg_no_within_stay == 0)).sum(),
             f"{split} pairs": pairs.sum(),
             f"{split} changed pairs": (pairs & (change > 0)).sum(),
@@ -988,8 +991,11 @@ def summary(cohort: Cohort) -> str:
             shown = name.replace("first in stay", "first in stay (triage)")
             line(shown, counts[name], counts[name] / share[name] if name in share else None)
     if (cohort.ecg_no_within_stay < 0).all():
+        kinds = ()
         out.append("  no stays in this source: triage is not defined")
-    for kind, name in enumerate(("within a stay", "between stays", "touching an unlabelled one")):
+    else:
+        kinds = ("within a stay", "between stays", "touching an unlabelled one")
+    for kind, name in enumerate(kinds):
         of_kind = int((cohort.pair_kind == kind).sum())
         line(f"pairs {name}", of_kind, of_kind / pairs)
     if cohort.source == "ptbxl":
@@ -1527,7 +1533,13 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
         if not low <= value <= high:
             raise InputError(f"{flag} {value}: a value from {low} to {high} is wanted")
     stamp = dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed))
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--root {root}: {error.strerror}; name a folder to write into") from None
+    if any(root.iterdir()) and not (root / "demo.json").exists():
+        raise InputError(f"--root {root}: found a folder with other files in it, wanted: an empty "
+                         "one, or one of the demo; nothing there was touched")
     if (root / "demo.json").exists():
         if (found := json.loads((root / "demo.json").read_text())) != stamp:
             raise InputError(f"{root} holds a demo cohort of {found}, wanted is {stamp}: "
@@ -1539,7 +1551,8 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     jobs = [(str(root), subject_id, label_fidelity, nuisance) for subject_id in subjects]
     progress = Progress(len(rows), "records", "simulating")
     if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        quiet = dict(initializer=signals.signal, initargs=(signals.SIGINT, signals.SIG_IGN))
+        with multiprocessing.get_context("spawn").Pool(workers, **quiet) as pool:  # Ctrl-C: ours
             for n in pool.imap_unordered(_write_patient, jobs, chunksize=4):
                 progress.update(n)
     else:
@@ -1598,6 +1611,9 @@ def build(
     if out.exists():  # before the demo's folder is touched
         refuse_other(out, {"source": source, "arguments": arguments})
     if source == "demo":
+        if 500 % fs:
+            raise InputError(f"--fs {fs}: the demo is simulated at 500 Hz, of which it must be a "
+                             "divisor: 500, 250, 125, 100 or 50")
         simulated = {name: value for name, value in arguments.items() if name != "fs"}
         write_demo(root, workers=workers, **simulated)
     if not root.is_dir():
@@ -1612,6 +1628,7 @@ def build(
     if source == "demo":
         csv_files.append(root / "demo_state.csv")
         table["state"] = read_state(root, table)
+    synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
     identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments}
     identity["csv_sha256"] = {file.name: sha256_of(file) for file in csv_files}
     identity["records_sha256"] = hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()
@@ -1621,7 +1638,7 @@ def build(
     else:
         with locked(out):
             fill(out, root, table, identity, workers)
-            write_cohort(out, table, identity | {"fs": fs, "synthetic": source == "demo"})
+            write_cohort(out, table, identity | {"fs": fs, "synthetic": synthetic})
     print(summary(Cohort(out)))
     return out
 

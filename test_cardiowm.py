@@ -1627,6 +1627,18 @@ def test_planted_defects_come_at_mimics_rates():
         assert abs(rate - wanted) < 4 * np.sqrt(wanted / 4000), (rate, wanted)  # 4 std errors
 
 
+def test_a_demo_is_never_written_into_a_folder_with_other_files(tmp_path):
+    (tmp_path / "record_list.csv").write_text("the real one")
+    with pytest.raises(prepare_data.InputError, match="other files"):
+        prepare_data.write_demo(tmp_path, patients=1)
+    assert (tmp_path / "record_list.csv").read_text() == "the real one"
+
+
+def test_a_demo_read_as_mimic_is_still_marked_synthetic(demo_root, tmp_path):
+    out = prepare_data.build("mimic", root=demo_root, out=tmp_path / "m.h5", fs=50, workers=1)
+    assert prepare_data.Cohort(out).synthetic
+
+
 # ----------------------------------------------------------------------------------------------
 # evaluate.py: AUROC, bootstrap, checkpoints, runs, tables
 # ----------------------------------------------------------------------------------------------
@@ -2092,6 +2104,14 @@ def test_evaluate_help_lists_every_flag_and_import_brings_no_torch(capsys):
     assert done.returncode == 0
 
 
+def test_score_gives_no_interval_where_one_patient_is_all_there_is(evaluate_root, capsys):
+    arrays = evaluate_write_run(evaluate_root, "one")
+    arrays["subject_id"][:] = 7
+    np.savez(evaluate_root / "one" / "predictions_test.npz", **arrays)
+    code, out, _ = evaluate_cli(capsys, "--runs", "one", "--n-boot", 5, "--unit", "patient")
+    assert code == 0 and "[one patient]" in out
+
+
 # ----------------------------------------------------------------------------------------------
 # train.py
 # ----------------------------------------------------------------------------------------------
@@ -2487,13 +2507,17 @@ def test_a_finished_run_is_never_overwritten(pretrained, capsys):
     assert (pretrained / "last.pt").read_bytes() == before
 
 
-def test_overwrite_moves_the_old_folder_aside(pretrained, capsys):
+def test_overwrite_moves_the_old_folder_aside_and_nothing_else(pretrained, capsys):
     flags = ("--mode", "probe", "--init", "base", "--epochs", 2, "--run", "moved")
     assert run_train(*flags) == 0
-    assert run_train(*flags, "--overwrite", "--resume") == 0
-    assert "nothing to resume" in capsys.readouterr().out
+    assert run_train(*flags, "--overwrite") == 0
     assert (Path("runs") / "moved.old-1" / "predictions_test.npz").exists()
     assert (Path("runs") / "moved" / "predictions_test.npz").exists()
+    before = sorted(Path("runs").iterdir())
+    assert run_train(*flags[:-1], ".", "--overwrite") == 2  # runs/ itself is no run
+    assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == before
+    assert run_train(*flags[:-1], "fresh", "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults():
@@ -2528,7 +2552,10 @@ def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_se
     (folder / "predictions_test.npz").unlink()
     with pytest.raises(InputError, match="unfinished"):
         train.find_init(args, tiny)
-    shutil.rmtree(folder)
+    folder.rename("runs/tiny-pretrain-objectiveinvariance-seed7")
+    with pytest.raises(InputError, match="name one .*objectiveinvariance"):  # never taken unasked
+        train.find_init(args, tiny)
+    shutil.rmtree("runs/tiny-pretrain-objectiveinvariance-seed7")
 
 
 BAD_INPUT = [
@@ -2607,6 +2634,9 @@ BAD_INPUT = [
     (["--mode", "pretrain", "--data", "data/stateless.h5", "--action", "state"], "no true states"),
     (["--mode", "pretrain", "--data", "data/novalidation.h5"], "no validation record"),
     (["--mode", "pretrain", "--run", "file"], "found a file"),
+    (["--mode", "pretrain", "--run", "runs/file/x", "--allow-tiny"], "name a folder that can be made"),
+    (["--mode", "pretrain", "--frac", "0.04", "--allow-tiny"], "wanted at least 2 "),
+    (["--mode", "pretrain", "--resume", "--overwrite"], "exclude each other"),
 ]
 
 

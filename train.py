@@ -9,8 +9,8 @@
     python train.py --mode pretrain --frac 0.1 --reg vicreg             # VICReg ablation
 
 Every run writes runs/NAME/{config.json, log.jsonl, last.pt, best.pt, predictions_{val,test}.npz};
-evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort epochs,
-batch size and learning rate take a laptop preset, which is printed (--paper keeps the papers').
+evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort
+epochs, batch size and rate take a laptop preset, which is printed (--paper keeps the papers').
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import cardiowm
 import prepare_data
-from evaluate import CHECKPOINT_FORMAT, find_run, load_checkpoint, macro_auroc
+from evaluate import CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc
 from prepare_data import Cohort, InputError, Progress, replace_file
 
 DEFAULT_DATA = Path("data/cohort.h5")
@@ -108,8 +108,8 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # NaN fails as well
             wanted = "a fraction of the training patients, 0 < frac <= 1" if name == "frac" else \
-                f"{low:g} to {high:g}"
-            raise InputError(f"--{name.replace('_', '-')}: found {value:g}, wanted {wanted}")
+                f"{low:,} to {high:,}"
+            raise InputError(f"--{name.replace('_', '-')}: found {value}, wanted {wanted}")
     if args.objective == "invariance" and args.action != "coded":
         raise InputError(f"--action {args.action}: the invariance objective takes no action; leave "
                          "--action out, or use --objective dynamics")
@@ -127,8 +127,9 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         raise InputError("--augment and --class-weight belong to paper B's probe: add --head mlp")
     if args.augment == "dynamics" and args.features == "h":
         raise InputError("--augment dynamics: the predictor works in z; leave --features out")
-    if args.paper and args.quick:
-        raise InputError("--paper and --quick exclude each other: give one")
+    for one, other in (("paper", "quick"), ("resume", "overwrite")):
+        if getattr(args, one) and getattr(args, other):
+            raise InputError(f"--{one} and --{other} exclude each other: give one")
     if args.mode == "finetune" and args.init == "random":
         raise InputError("--init random: a finetuned untrained encoder is the supervised baseline: "
                          "give --init scratch")
@@ -223,29 +224,36 @@ class Run:
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
         if path.exists() and not path.is_dir():
             raise InputError(f"--run {path}: found a file; wanted: the name of a run folder")
-        self.finished = (path / "predictions_test.npz").exists()
-        if path.exists() and overwrite:
+        is_run = (path / "config.json").exists()
+        if path.exists() and any(path.iterdir()) and not is_run:
+            raise InputError(f"{path}: found a folder that is no run (no config.json); choose "
+                             "another --run")
+        if is_run and overwrite:
             n = 1
             while (aside := path.with_name(f"{path.name}.old-{n}")).exists():
                 n += 1
             path.rename(aside)
+            is_run = False
             print(f"--overwrite: {path} moved aside to {aside}")
-            self.finished = False
-        if (path / "config.json").exists():
+        self.finished = (path / "predictions_test.npz").exists()
+        if is_run:
             self._check_same(json.loads((path / "config.json").read_text()))
             if self.finished and not resume:
                 raise InputError(f"{path}: this run is finished; score it with `python evaluate.py "
                                  f"--mode score --runs {path}`, or start anew with --overwrite")
-        elif path.exists() and any(path.iterdir()):
-            raise InputError(f"{path}: found a folder that is no run (no config.json); choose "
-                             "another --run, or move it aside with --overwrite")
         if self.finished:
             return
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--run {path}: {error.strerror}; name a folder that can be made") \
+                from None
         if (path / "last.pt").exists():
             self.state = load_checkpoint(path / "last.pt")
             print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}): "
                   "found unfinished, same configuration, same cohort")
+        elif is_run:
+            print(f"{path}: found unfinished, without a checkpoint; starting at step 0")
         elif resume:
             print(f"--resume: nothing to resume in {path}; starting at step 0")
         replace_file(path / "config.json", json.dumps(config, indent=2).encode())
@@ -710,18 +718,15 @@ def find_init(args, cohort: Cohort) -> Path | None:
                 continue  # not a run of ours
             if same and ".old-" not in config.parent.name:
                 found.append(config.parent)
-        finished = [p for p in found if (p / "predictions_test.npz").exists()]
-        found = finished or found
         if not found:
             raise InputError(
                 f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and seed "
                 f"{args.seed} under runs/; run `python train.py --mode pretrain --data "
                 f"{cohort.path} --frac {args.frac:g} --seed {args.seed}` first, or name one with "
                 "--init RUN")
-        default = default_pretraining(cohort.name, args)
-        path = next((p for p in found if p.name == default), found[0])
-        if len(found) > 1 and path.name != default:
-            raise InputError("--init: several pretrainings fit, name one: "
+        path = Path("runs") / default_pretraining(cohort.name, args)
+        if path not in found:
+            raise InputError(f"--init: {path} is not there; name one of the pretrainings that are: "
                              + ", ".join(p.name for p in found))
         print(f"init: {path} (pretraining of the same cohort, fraction and seed)")
     if not (path / "predictions_test.npz").exists():
@@ -938,8 +943,11 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray],
           f"seed {args.seed}, {run.config['cohort']['frac_patients']} training patients)")
     for name, split in (("val", 1), ("test", 2)):
         rows = np.flatnonzero(cohort.split == split)
-        print(f"  {name:<4} macro-AUROC ({what}, all {len(rows)} records): "
-              f"{macro_auroc(cohort.label[rows], scores[name]):.3f}")
+        values = auroc(cohort.label[rows], scores[name])
+        print(f"  {name:<4} macro-AUROC ({what}, all {len(rows)} records of "
+              f"{len(np.unique(cohort.subject_id[rows]))} patients, "
+              f"{np.isfinite(values).sum()} of {len(values)} classes): {np.nanmean(values):.3f}"
+              if np.isfinite(values).any() else f"  {name:<4} macro-AUROC: not defined")
     print("  files: config.json log.jsonl last.pt best.pt predictions_val.npz predictions_test.npz")
     data = "" if cohort.path == DEFAULT_DATA else f" --data {cohort.path}"
     frac = "" if args.frac == 1 else f" --frac {args.frac:g}"
@@ -1080,11 +1088,11 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     if args.mode == "pretrain":
         changed = int((action_of(cohort, pairs, args.action) != 0).any(dim=1).sum())
         print(f"pairs: {len(pairs)} for training, {changed} of them with an action")
-        if len(pairs) < (2 if args.allow_tiny else MIN_PAIRS):
+        least, force = (2, "") if args.allow_tiny else (MIN_PAIRS, ", or give --allow-tiny")
+        if len(pairs) < least:
             raise InputError(f"--frac {args.frac:g}: found {len(pairs)} training pairs, wanted at "
-                             f"least {MIN_PAIRS} for SIGReg to mean anything; raise --frac, "
-                             "prepare more patients, or force it with --allow-tiny (2 pairs are "
-                             "the least)")
+                             f"least {least} for SIGReg to mean anything; raise --frac or prepare "
+                             f"more patients{force}")
     elif len(rows) < 2:
         raise InputError(f"--frac {args.frac:g}: found {len(rows)} training records, wanted at "
                          "least 2; raise --frac or prepare more patients")
