@@ -991,7 +991,11 @@ def pick_device(name: str) -> torch.device:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of DESIGN section 7: flags, grouped, no abbreviations."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Shows defaults and keeps the docstring's lines."""
+        """Shows defaults, but neither None nor False, and keeps the docstring's lines."""
+
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            plain = action.default is None or action.default is False
+            return action.help if plain else super()._get_help_string(action)
 
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--mode", required=True,
