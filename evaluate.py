@@ -585,7 +585,7 @@ def run_score(args: argparse.Namespace) -> None:
     settings = (args.labelled_only, args.unit, args.n_boot, BOOTSTRAP_SEED)
     # Rows first, then the bootstraps: what is wrong with the input shows before the waiting.
     rows = [(group, *control_rows(group, data)) for group in groups.values()]
-    progress = Progress(sum(len(g) + len(c) for g, c, _ in rows) * len(tasks), "cell", "score")
+    progress = Progress(sum(len(g) + len(c) for g, c, _ in rows) * len(tasks), "cells", "score")
     texts, scored = [], []
     for group, extra, note in rows:
         cells = []
