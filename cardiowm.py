@@ -202,6 +202,44 @@ def _gather_mean(local_mean: Tensor, mean_over_ranks: MeanOverRanks | None) -> T
     return local_mean if mean_over_ranks is None else mean_over_ranks(local_mean)
 
 
+def _waves(cos: Tensor, sin: Tensor, knots: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """cos(q v) and sin(q v) for q = 0 .. knots - 1, from cos v and sin v: one knot at a time.
+
+    Equal steps: cos((q + 1) v) = 2 cos(v) cos(q v) - cos((q - 1) v), and the same for sin.
+    """
+    before, now = (torch.ones_like(cos), torch.zeros_like(sin)), (cos, sin)
+    yield before
+    for _ in range(knots - 1):
+        yield now
+        before, now = now, tuple((2 * cos * b).sub_(a) for a, b in zip(before, now))
+
+
+class _CharacteristicFunction(torch.autograd.Function):
+    """mean_n exp(i t_q u_ns) at t_q = q dt: u (N, S) -> (2, Q, S), real and imaginary part.
+
+    Autograd would keep an (N, S) tensor for each knot and operation; this keeps two in all, and
+    the gradient is the textbook one: d/du mean cos(t u) = -t sin(t u) / N, of sin: t cos(t u) / N.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, dt: float, knots: int) -> Tensor:
+        cos, sin = (u * dt).cos(), (u * dt).sin()  # the only trigonometry: 2 calls, not 2 Q
+        ctx.save_for_backward(cos, sin)
+        ctx.dt, ctx.knots = dt, knots
+        means = [(c.mean(dim=0), s.mean(dim=0)) for c, s in _waves(cos, sin, knots)]
+        return torch.stack([torch.stack(part) for part in zip(*means)])  # (2, Q, S)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors                                     # (N, S) each
+        t = torch.arange(ctx.knots, dtype=grad.dtype, device=grad.device) * ctx.dt
+        grad_cos, grad_sin = grad * (t / len(cos))[:, None]              # (Q, S) each
+        grad_u = torch.zeros_like(cos)
+        for q, (c, s) in enumerate(_waves(cos, sin, ctx.knots)):
+            grad_u.addcmul_(s, grad_cos[q], value=-1).addcmul_(c, grad_sin[q])
+        return grad_u, None, None
+
+
 class SIGReg(nn.Module):
     """Epps-Pulley statistic of random 1-D projections against the standard normal.
 
@@ -224,13 +262,12 @@ class SIGReg(nn.Module):
 
     def __init__(self, slices: int = 256, knots: int = 17, t_max: float = 3.0):
         super().__init__()
-        self.slices = slices
+        self.slices, self.knots = slices, knots
         t = torch.linspace(0, t_max, knots, dtype=torch.float64)
-        dt = t_max / (knots - 1)
+        self.dt = dt = t_max / (knots - 1)
         phi = torch.exp(-t.square() / 2)
         w = torch.full_like(t, 2 * dt)  # twice: [-t_max, 0] mirrors [0, t_max]
         w[[0, -1]] = dt                 # trapezoid: half weight at both ends
-        self.t: list[float] = t.tolist()
         self.register_buffer("phi", phi.float()[:, None], persistent=False)              # (Q, 1)
         self.register_buffer("weights", (w * phi).float()[:, None], persistent=False)    # (Q, 1)
 
@@ -248,11 +285,9 @@ class SIGReg(nn.Module):
             if directions is None:
                 directions = self.draw_directions(z.shape[1], generator, z.device)
             u = z @ directions.to(z)  # (N, D) @ (D, S) -> (N, S)
-            # one knot at a time: no (N, S, Q) tensor, no complex numbers
-            cos = torch.stack([(u * t).cos().mean(dim=0) for t in self.t])  # (Q, S)
-            sin = torch.stack([(u * t).sin().mean(dim=0) for t in self.t])  # (Q, S)
-            # the characteristic function is averaged over ranks before it is squared
-            cos, sin = _gather_mean(torch.stack([cos, sin]), mean_over_ranks)
+            # mean_n cos(t_q u_ns) and mean_n sin(t_q u_ns), over all ranks before they are squared
+            means = _CharacteristicFunction.apply(u, self.dt, self.knots)   # (2, Q, S)
+            cos, sin = _gather_mean(means, mean_over_ranks)                 # (Q, S) each
             n = z.shape[0] * getattr(mean_over_ranks, "world_size", 1)
             error = (cos - self.phi.to(u)).square() + sin.square()          # (Q, S)
             return n * (self.weights.to(u) * error).sum(dim=0).mean()

@@ -14,6 +14,7 @@ epochs, batch size and rate take a laptop preset, which is printed (--paper keep
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,9 +91,6 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     if args.mode in LATER_MODES:
         raise InputError(f"--mode {args.mode}: not in this version; pretrain, finetune and probe "
                          "are")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torchrun: several processes found, this version trains in one; run "
-                         "`python train.py` instead")
     everywhere = set.union(*MODE_FLAGS.values())
     for name in sorted(everywhere - MODE_FLAGS[args.mode]):
         if getattr(args, name) != parser.get_default(name):
@@ -195,6 +194,8 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
+        "speed": {"ranks": world_size(), "threads": torch.get_num_threads(),
+                  "bf16": has_bf16(args.device.split(":")[0])},
         "git": git_commit(here),
         "sha256": {f: prepare_data.sha256_of(here / f) for f in files},
         "cohort": {"name": cohort.name, "path": str(cohort.path), "source": cohort.source,
@@ -282,6 +283,8 @@ class Run:
 
     def log(self, row: dict) -> None:
         """Append a row to log.jsonl (NaN as null); print it, training rows once a second."""
+        if rank() > 0:
+            return
         row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
@@ -293,6 +296,8 @@ class Run:
 
     def save(self, name: str, checkpoint: dict) -> None:
         """Write a checkpoint: temporary name, fsync, rename. A killed run keeps the old one."""
+        if rank() > 0:
+            return
         temporary = self.path / (name + ".tmp")
         with open(temporary, "wb") as f:
             torch.save(checkpoint | {"log_rows": self.log_rows}, f)
@@ -347,6 +352,7 @@ class Signals:
         if cache == "auto":
             ram = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") \
                 if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0  # not on macOS
+            ram /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process holds its own
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
         print(f"signals: {len(cohort)} records, {size / 1e9:.2f} GB, held in {cache}")
@@ -359,20 +365,25 @@ class Signals:
                 self.signal[i:i + 4096] = torch.from_numpy(np.array(cohort.signal[i:i + 4096]))
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """(B,) rows -> (B, 12, T) float16 mV, wherever the cohort is held; thread-safe."""
+        """(B,) rows -> (B, 12, T) float16 mV on the device, wherever they are held; thread-safe."""
         if isinstance(self.signal, Tensor):
-            return self.signal[torch.from_numpy(rows).to(self.device)]
-        return torch.from_numpy(self.signal[rows])
+            return self.signal[to_device(rows, self.device)]
+        return to_device(self.signal[rows], self.device)  # half the bytes of float32 on the way
 
     def ready(self, x: Tensor) -> Tensor:
-        """float16 mV -> model input on the device, float32 (B, 12, T)."""
-        x = x.to(self.device, non_blocking=True)  # half the bytes of float32 on the way
+        """float16 mV -> model input, float32 (B, 12, T)."""
         return cardiowm.normalize(x) if self.how == "zscore" else x.float()
 
     def batches(self, rows: np.ndarray, batch_size: int = EMBED_BATCH) -> Iterator[Tensor]:
         """All `rows` in order, ready for the model."""
         chunks = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
         return (self.ready(x) for _, x in prefetch(self.read, chunks))
+
+
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to the device; from pinned memory, so that neither the CPU nor the GPU waits for it."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def prefetch(read: Callable, items: Iterable) -> Iterator[tuple]:
@@ -386,6 +397,173 @@ def prefetch(read: Callable, items: Iterable) -> Iterator[tuple]:
             ahead = job
         if ahead is not None:
             yield ahead[0], ahead[1].result()
+
+
+# ----------------------------------------------------------------------------------------------
+# Speed: cardiowm.py's encoder laid out as the hardware likes it, same weights, same mathematics
+# ----------------------------------------------------------------------------------------------
+
+
+class _Conv(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, 1, T)
+        # (C_out, C_in, 1, k); flattened on the way, the gradient has the parameter's own strides
+        weight = self.weight.flatten(1).view(*self.weight.shape[:2], 1, -1)
+        return F.conv2d(x, weight, None, (1, *self.stride), (0, *self.padding))
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Statistics over all but the channel dimension: 4-D input is as good as 3-D."""
+
+
+class _AvgPool(nn.AvgPool1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, (1, *self.kernel_size), (1, *self.stride), ceil_mode=self.ceil_mode)
+
+
+class _MaxPool(nn.MaxPool1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, (1, self.kernel_size), (1, self.stride), (0, self.padding))
+
+
+class _Encoder(cardiowm.XResNet1d50):
+    def features(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (B, C, 1, T)
+        return super().features(x).squeeze(2)                             # (B, 256, T')
+
+
+FAST = {nn.Conv1d: _Conv, nn.BatchNorm1d: _BatchNorm, nn.AvgPool1d: _AvgPool,
+        nn.MaxPool1d: _MaxPool, cardiowm.XResNet1d50: _Encoder}
+
+
+def fast_encoder(encoder: cardiowm.XResNet1d50) -> cardiowm.XResNet1d50:
+    """Make an encoder run as 2-D convolutions in channels_last order, in place; returns it.
+
+    Each module only changes its class, so parameters and state_dict stay what cardiowm.py made
+    them: plain Conv1d keys and shapes. Outputs agree within float32 rounding.
+    """
+    for module in encoder.modules():
+        module.__class__ = FAST.get(type(module), type(module))
+    return encoder
+
+
+@functools.lru_cache
+def has_bf16(device_type: str) -> bool:
+    """Whether the device computes in bf16 (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device_type == "cpu" and any(getattr(torch.cpu, u, lambda: False)() for u in units)
+
+
+def autocast(device: torch.device):
+    """bf16 where the device has it, else float32; every loss of cardiowm.py switches it off."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device.type))
+
+
+# ----------------------------------------------------------------------------------------------
+# Several devices: torchrun starts one process (rank) for each, on one machine or more
+# ----------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun; only rank 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of this run, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(device: torch.device) -> None:
+    """Meet the other processes that torchrun started, if it did: NCCL on CUDA, else gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    norms = "over all ranks (SyncBatchNorm)" if device.type == "cuda" else \
+        "of each rank by itself (torch has SyncBatchNorm on CUDA only)"
+    print(f"torchrun: {world_size()} ranks, {dist.get_backend()}; batch norm takes the statistics "
+          f"{norms}")
+
+
+def on_first_rank(make: Callable):
+    """The result of make(), called on rank 0 alone and sent to all; so is an InputError."""
+    if world_size() == 1:
+        return make()
+    sent = [None, None]
+    if rank() == 0:
+        try:
+            sent[0] = make()
+        except InputError as error:
+            sent[1] = str(error)
+    dist.broadcast_object_list(sent, src=0)
+    if sent[1] is not None:
+        raise InputError(sent[1])
+    return sent[0]
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return average(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # DDP averages the ranks' gradients afterwards: together, the gradient of the global loss
+        return average(grad)
+
+
+def average(x: Tensor) -> Tensor:
+    """Mean over ranks, without gradient."""
+    if world_size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def mean_over_ranks() -> Callable | None:
+    """What SIGReg and VICReg take to see the global batch; None for one process."""
+    if world_size() == 1:
+        return None
+    mean = functools.partial(_MeanOverRanks.apply)
+    mean.world_size = world_size()
+    return mean
+
+
+def parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself, or its DDP twin that averages gradients over ranks (same parameters)."""
+    if world_size() == 1:
+        return module
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+
+def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Batch norm over the global batch where torch can: on CUDA, with several ranks."""
+    if world_size() == 1 or device.type != "cuda":
+        return module
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def share(rows: np.ndarray) -> np.ndarray:
+    """This rank's part of (n,) rows: ceil(n / ranks) of them, at the end filled up from the top."""
+    size = -(-len(rows) // world_size())
+    return np.resize(rows, size * world_size())[rank() * size:(rank() + 1) * size]
+
+
+def gather(x: Tensor, n: int | None = None) -> Tensor:
+    """Concatenate the ranks' (m, ...) tensors; n cuts what `share` filled up."""
+    if world_size() > 1:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        x = torch.cat(parts)
+    return x[:n]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -448,6 +626,26 @@ def recalibrate(modules: Iterable[nn.Module], forward: Callable, batches: Iterab
         m.momentum = momentum
 
 
+def global_batch(args: argparse.Namespace, n: int) -> int:
+    """Items of one step over all ranks: min(--batch-size, n), cut to a multiple of the ranks."""
+    size = min(args.batch_size, n)
+    return size - size % world_size()
+
+
+def check_finite(unchecked: list[tuple], records_of: Callable) -> None:
+    """Raise for the first step whose loss is not finite, else empty the list.
+
+    Called before anything is logged or stored, not at each step: that would make a GPU wait.
+    """
+    losses = torch.stack([terms["minimised"] for _, _, terms in unchecked])
+    for bad in (~torch.isfinite(losses)).nonzero()[:1, 0].tolist():
+        step, items, terms = unchecked[bad]
+        found = {k: v.item() for k, v in terms.items()}
+        raise RuntimeError(f"step {step}: loss is {found.pop('minimised')}; terms {found}; record "
+                           f"rows {sorted(set(records_of(items).ravel().tolist()))}")
+    unchecked.clear()
+
+
 def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
         header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
         better: tuple[str, int], records_of: Callable, patience: int | None = None) -> None:
@@ -458,11 +656,12 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
              n           training items; a batch is `args.batch_size` of them, the remainder dropped
              read        (B,) items -> batch on the host, in a thread
              loss_of     (items, batch, step) -> (scalar to minimise, terms to log: scalars, or
-                         functions that give one, called for logged steps only)
+                         functions that give one, called for logged steps only); of this rank
              validate    () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
              records_of  (B,) items -> record rows, to name what made a loss non-finite
     """
-    batch_size = min(args.batch_size, n)
+    batch_size = global_batch(args, n)
+    mine = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
     per_epoch = n // batch_size
     total = per_epoch * args.epochs
     log_every = max(1, min(total // 100, per_epoch))
@@ -484,6 +683,7 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
 
     print(f"{n} training items, batch {batch_size}, {per_epoch} steps an epoch, {args.epochs} "
           f"epochs, {total} steps, log every {log_every}")
+    unchecked: list[tuple] = []
     began, saved, begun_at, wait = time.monotonic(), time.monotonic(), step, 0.0
     for epoch in range(first_epoch, args.epochs):
         if patience is not None and bad_epochs >= patience:
@@ -491,16 +691,14 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
             break
         for module in modules.values():
             module.train()
-        order = epoch_order(n, batch_size, args.seed, epoch)[step - epoch * per_epoch:]
+        order = epoch_order(n, batch_size, args.seed, epoch)[step - epoch * per_epoch:, mine]
         waited = time.monotonic()
         for items, batch in prefetch(read, order):
             wait += time.monotonic() - waited
-            torch.manual_seed(seed_of(args.seed, step, 1))  # dropout depends on (seed, step) alone
+            torch.manual_seed(seed_of(args.seed, step, 1) + rank())  # dropout: (seed, step) alone
             loss, terms = loss_of(items, batch, step)
-            if not torch.isfinite(loss):
-                found = {k: v.item() for k, v in terms.items() if not callable(v)}
-                raise RuntimeError(f"step {step}: loss is {loss.item()}; terms {found}; record "
-                                   f"rows {sorted(set(records_of(items).ravel().tolist()))}")
+            unchecked.append((step, items, {"minimised": loss.detach()} | {
+                k: v.detach() for k, v in terms.items() if not callable(v)}))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if "clip" in recipe:
@@ -510,19 +708,25 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
             optimizer.step()
             schedule.step()
             step += 1
-            if step % log_every == 0 or step == total or "grad_ratio" in terms:
-                found = {k: (v() if callable(v) else v).item() for k, v in terms.items()}
+            save_now = time.monotonic() - saved > 60 * args.checkpoint_minutes
+            log_now = step % log_every == 0 or step == total or "grad_ratio" in terms
+            if log_now or save_now or step % per_epoch == 0:
+                check_finite(unchecked, records_of)
+            if log_now:
+                found = [(v() if callable(v) else v).detach().to(loss) for v in terms.values()]
+                found = dict(zip(terms, average(torch.stack(found)).tolist()))
                 elapsed = max(time.monotonic() - began, 1e-9)
                 speed = (step - begun_at) / elapsed
                 run.log({"step": step, "epoch": epoch, **found,
                          "lr": rate, "items_per_second": speed * batch_size,
                          "elapsed_seconds": elapsed, "remaining_seconds": (total - step) / speed,
                          "wait_fraction": wait / elapsed})
-            if time.monotonic() - saved > 60 * args.checkpoint_minutes:
+            if save_now:
                 run.save("last.pt", checkpoint(epoch))
                 saved = time.monotonic()
             waited = time.monotonic()
         values = validate()
+        values = on_first_rank(lambda: values)  # ranks may differ in the last bit: one decides
         run.log({"step": step, "epoch": epoch, **values})
         score = better[1] * values[better[0]]
         if not math.isnan(score) and (best is None or score > best):
@@ -540,15 +744,10 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
 
 def load_best(run: Run, modules: dict[str, nn.Module], name: str = "best.pt") -> None:
     """Load the stored weights back into the modules, strictly, and switch them to eval mode."""
-    state = load_checkpoint(run.path / name)
+    state = on_first_rank(lambda: load_checkpoint(run.path / name))  # which has just written it
     for key, module in modules.items():
         module.load_state_dict(state[key])
         module.eval()
-
-
-def autocast(device: torch.device):
-    """bf16 on CUDA, off elsewhere; every loss of cardiowm.py switches it off for itself."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def checkpoint_header(args, cohort: Cohort) -> dict:
@@ -567,12 +766,12 @@ def embed(model: cardiowm.WorldModel, signals: Signals, rows: np.ndarray, featur
     No autocast here and in scoring: bf16 has 257 values between two powers of 2, which makes ties.
     """
     out = []
-    for x in signals.batches(rows):
+    for x in signals.batches(share(rows)):
         h = model.encode(x)
         out.append(model.project(h) if features == "z" else h)
         if progress is not None:
             progress.update(len(x))
-    return torch.cat(out)
+    return gather(torch.cat(out), len(rows))
 
 
 @torch.no_grad()
@@ -606,71 +805,107 @@ def gradient_ratio(pred: Tensor, reg: Tensor, model: nn.Module) -> float:
     norms = []
     for term in (pred, reg):
         grads = torch.autograd.grad(term, parameters, retain_graph=True)
-        norms.append(torch.stack([g.float().norm() for g in grads]).norm().item())
+        norms.append(average(torch.cat([g.float().ravel() for g in grads])).norm().item())
     return norms[0] / max(norms[1], 1e-30)
+
+
+class Transition(nn.Module):
+    """World model and online probe as one module: two ECGs and an action -> all that is learned."""
+
+    def __init__(self, model: cardiowm.WorldModel, online_probe: nn.Module):
+        super().__init__()
+        self.model, self.online_probe = model, online_probe
+
+    def forward(self, x: Tensor, x_next: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        with autocast(x.device):
+            h, z, z_pred, z_next = self.model(x, x_next, a)
+        return h, z, z_pred, z_next, self.online_probe(h.detach().float())  # two separate problems
+
+
+class Pretraining:
+    """World model, online probe, data and objective of a pretraining: what a step needs (A)."""
+
+    def __init__(self, args, cohort: Cohort, pairs: np.ndarray, device: torch.device):
+        self.args, self.device, self.seed = args, device, args.seed
+        self.model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads),
+                           "residual": args.residual, "action": args.objective == "dynamics",
+                           "z_dim": args.z_dim}
+        model = sync_batch_norm(cardiowm.WorldModel(**self.model_args).to(device), device)
+        fast_encoder(model.encoder)
+        online = nn.Sequential(nn.LayerNorm(cardiowm.H_DIM),
+                               nn.Linear(cardiowm.H_DIM, len(cohort.class_name))).to(device)
+        self.model, self.modules = model, {"model": model, "online_probe": online}
+        self.network = parallel(Transition(model, online), device)
+        self.sigreg = cardiowm.SIGReg(args.slices).to(device)
+        if args.compile:
+            model.encoder.compile()
+            self.sigreg.compile()
+        self.signals = Signals(cohort, device, args.cache, args.normalize)
+        self.pair = cohort.pair[pairs]                                           # (P, 2) rows
+        self.action = action_of(cohort, pairs, args.action).to(device)           # (P, K) int8
+        self.label = torch.from_numpy(cohort.label[self.pair[:, 0]]).to(device)  # (P, K) uint8
+
+    def read(self, items: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) pairs -> both ECGs (B, 12, T) float16 mV and the index (B,), all on the device."""
+        source, target = self.pair[items].T
+        return self.signals.read(source), self.signals.read(target), to_device(items, self.device)
+
+    def forward(self, batch: tuple) -> tuple[Tensor, ...]:
+        """h, z, z_pred, z_next and the online probe's logits of what `read` returned."""
+        x, x_next, at = batch
+        return self.network(self.signals.ready(x), self.signals.ready(x_next), self.action[at])
+
+    def objective(self, z: Tensor, z_pred: Tensor, z_next: Tensor, seed: int,
+                  mean: Callable | None = None) -> dict[str, Tensor]:
+        """The loss and its terms, of the global batch where `mean` is given."""
+        if self.args.reg == "vicreg":
+            return cardiowm.vicreg_loss(z_pred, z_next, mean)
+        generator = torch.Generator(z.device).manual_seed(seed)  # of each kind of device its own
+        return cardiowm.dynamics_loss(z, z_pred, z_next, self.sigreg, self.args.lam, generator,
+                                      mean)
+
+    def loss_of(self, items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
+        """The scalar to minimise and the terms to log, of this rank's part of the batch."""
+        h, z, z_pred, z_next, logits = self.forward(batch)
+        seed = seed_of(self.seed, step, 2)  # the same directions on all ranks
+        terms = self.objective(z, z_pred, z_next, seed, mean_over_ranks())
+        terms["online_bce"] = F.binary_cross_entropy_with_logits(
+            logits, self.label[batch[2]].float())
+        first_epoch = len(self.pair) // (len(items) * world_size())
+        if step < min(GRAD_RATIO_STEPS, first_epoch):
+            reg = terms["var"] + terms["cov"] if self.args.reg == "vicreg" else \
+                terms["sigreg_t"] + terms["sigreg_next"]
+            terms["grad_ratio"] = torch.tensor(gradient_ratio(terms["pred"], reg, self.model))
+        terms["z_std_min"] = lambda: gather(z.detach().float()).std(dim=0).min()
+        terms["z_rank"] = lambda: cardiowm.effective_rank(gather(z.detach()))  # an SVD: not always
+        return terms["loss"] + terms["online_bce"], terms
 
 
 def pretrain(run: Run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
              device: torch.device) -> dict[str, np.ndarray]:
     """Train the world model on pairs; returns the online probe's scores of val and test records."""
-    model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads),
-                  "residual": args.residual, "action": args.objective == "dynamics",
-                  "z_dim": args.z_dim}
-    model = cardiowm.WorldModel(**model_args).to(device)
-    online = nn.Sequential(nn.LayerNorm(cardiowm.H_DIM),
-                           nn.Linear(cardiowm.H_DIM, len(cohort.class_name))).to(device)
-    modules = {"model": model, "online_probe": online}
-    sigreg = cardiowm.SIGReg(args.slices).to(device)
-    signals = Signals(cohort, device, args.cache, args.normalize)
-    if args.compile:
-        model.encoder.compile()
-    pair = cohort.pair[pairs]                                      # (P, 2) rows
-    action = action_of(cohort, pairs, args.action)                 # (P, K)
-    label = torch.from_numpy(cohort.label)
-
-    def read(items: np.ndarray) -> tuple[Tensor, Tensor]:
-        return signals.read(pair[items, 0]), signals.read(pair[items, 1])
-
-    def objective(z, z_pred, z_next, seed: int) -> dict[str, Tensor]:
-        if args.reg == "vicreg":
-            return cardiowm.vicreg_loss(z_pred, z_next)
-        generator = torch.Generator().manual_seed(seed)
-        return cardiowm.dynamics_loss(z, z_pred, z_next, sigreg, args.lam, generator)
-
-    def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
-        x, x_next = (signals.ready(b) for b in batch)
-        with autocast(device):
-            h, z, z_pred, z_next = model(x, x_next, action[items].to(device))
-        terms = objective(z, z_pred, z_next, seed_of(args.seed, step, 2))
-        y = label[pair[items, 0]].to(device).float()
-        terms["online_bce"] = F.binary_cross_entropy_with_logits(online(h.detach().float()), y)
-        if step < min(GRAD_RATIO_STEPS, len(pair) // len(items)):  # of the first epoch
-            reg = terms["var"] + terms["cov"] if args.reg == "vicreg" else \
-                terms["sigreg_t"] + terms["sigreg_next"]
-            terms["grad_ratio"] = torch.tensor(gradient_ratio(terms["pred"], reg, model))
-        terms["z_std_min"] = lambda: z.detach().float().std(dim=0).min()
-        terms["z_rank"] = lambda: cardiowm.effective_rank(z)  # an SVD: not at every step
-        return terms["loss"] + terms["online_bce"], terms  # h is detached: two separate problems
-
-    batch_size = min(args.batch_size, len(pair))
-    fixed = epoch_order(len(pair), batch_size, args.seed, 0)[:RECALIBRATE_BATCHES]
+    task = Pretraining(args, cohort, pairs, device)
+    model, online = task.model, task.modules["online_probe"]
+    # every rank takes the whole batches, so that the statistics are those of a single process
+    batch_size = global_batch(args, len(pairs))
+    fixed = epoch_order(len(pairs), batch_size, args.seed, 0)[:RECALIBRATE_BATCHES]
     val_rows = np.flatnonzero(cohort.split == 1)
     val_pairs = select_pairs(cohort, val_rows, args.pairs, args.labelled_only)
     val_n = min(batch_size, len(val_pairs))
     print(f"validation: {len(val_rows)} records, {len(val_pairs)} pairs, SIGReg at N = {val_n} "
           "(fixed)")
 
-    def settle() -> None:  # running statistics of batch norm, on training pairs
+    def forward(batch: tuple) -> None:
+        x, x_next, at = batch
         with autocast(device):
-            recalibrate([model], lambda b: model(*(signals.ready(x) for x in b[1]),
-                                                 action[b[0]].to(device)), prefetch(read, fixed))
-        model.eval()
-        online.eval()
+            model(task.signals.ready(x), task.signals.ready(x_next), task.action[at])
 
     @torch.no_grad()
     def validate() -> dict:
-        settle()
-        h = embed(model, signals, val_rows, "h", device)
+        recalibrate([model], forward, (b for _, b in prefetch(task.read, fixed)))
+        model.eval()
+        online.eval()
+        h = embed(model, task.signals, val_rows, "h", device)
         z = model.project(h)
         values = {"val_macro_auroc": macro_auroc(cohort.label[val_rows], scores_of(online, h))}
         source, target = np.searchsorted(val_rows, cohort.pair[val_pairs]).T
@@ -678,8 +913,8 @@ def pretrain(run: Run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
         terms: dict[str, list[float]] = {}
         for i in range(len(val_pairs) // val_n if val_n > 1 else 0):  # one pair has no variance
             at = slice(i * val_n, (i + 1) * val_n)
-            out = objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]],
-                            seed_of(args.seed, i, 3))
+            out = task.objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]],
+                                 seed_of(args.seed, i, 3))
             for name, value in out.items():
                 terms.setdefault(name, []).append(float(value))
         values |= {f"val_{k}": float(np.mean(v)) for k, v in terms.items()}
@@ -687,11 +922,11 @@ def pretrain(run: Run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
         return values | {"val_z_std_min": float(z.std(dim=0).min()),
                          "val_z_rank": float(cardiowm.effective_rank(z))}
 
-    header = {"kind": "worldmodel", "model_args": model_args} | checkpoint_header(args, cohort)
-    fit(run, args, recipe, modules, header, len(pair), read, loss_of, validate, ("val_loss", -1),
-        lambda items: pair[items])
-    load_best(run, modules, "last.pt")  # as downstream: paper A probes the last epoch
-    return {name: scores_of(online, embed(model, signals, which, "h", device))
+    header = {"kind": "worldmodel", "model_args": task.model_args} | checkpoint_header(args, cohort)
+    fit(run, args, recipe, task.modules, header, len(pairs), task.read, task.loss_of, validate,
+        ("val_loss", -1), lambda items: task.pair[items])
+    load_best(run, task.modules, "last.pt")  # as downstream: paper A probes the last epoch
+    return {name: scores_of(online, embed(model, task.signals, which, "h", device))
             for name, which in (("val", val_rows), ("test", np.flatnonzero(cohort.split == 2)))}
 
 
@@ -782,30 +1017,36 @@ def finetune(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     """Train encoder and concat-pool head end to end; returns scores of val and test records."""
     encoder = cardiowm.XResNet1d50(len(cohort.leads)) if start is None else start.encoder
     model = cardiowm.Classifier(encoder, len(cohort.class_name)).to(device)
+    model = sync_batch_norm(model, device)
+    fast_encoder(model.encoder)
+    network = parallel(model, device)
     signals = Signals(cohort, device, args.cache, args.normalize)
     if args.compile:
         model.compile()
-    label = torch.from_numpy(cohort.label)
+    label = torch.from_numpy(cohort.label[rows]).to(device)
     val_rows = np.flatnonzero(cohort.split == 1)
-    fixed = epoch_order(len(rows), min(args.batch_size, len(rows)), args.seed, 0)
+    fixed = epoch_order(len(rows), global_batch(args, len(rows)), args.seed, 0)
 
-    def read(items: np.ndarray) -> Tensor:
-        return signals.read(rows[items])
+    def read(items: np.ndarray) -> tuple[Tensor, Tensor]:
+        return signals.read(rows[items]), to_device(items, device)
 
-    def loss_of(items: np.ndarray, batch: Tensor, step: int) -> tuple[Tensor, dict]:
+    def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
+        x, at = batch
         with autocast(device):
-            logits = model(signals.ready(batch))
-        loss = cardiowm.asymmetric_loss(logits, label[rows[items]].to(device))
-        return loss, {"loss": loss.detach() / len(items)}  # logged per record, whatever the batch
+            logits = network(signals.ready(x))
+        loss = cardiowm.asymmetric_loss(logits, label[at])
+        # a sum over the global batch, of which DDP takes the mean over ranks; logged per record
+        return loss * world_size(), {"loss": loss.detach() / len(items)}
 
     @torch.no_grad()
     def score(which: np.ndarray) -> np.ndarray:
-        return torch.cat([model(x).sigmoid().cpu() for x in signals.batches(which)]).numpy()
+        scores = torch.cat([model(x).sigmoid() for x in signals.batches(share(which))])
+        return gather(scores, len(which)).cpu().numpy()
 
     def validate() -> dict:
         with autocast(device):
-            recalibrate([model], lambda b: model(signals.ready(b[1])),
-                        prefetch(read, fixed[:RECALIBRATE_BATCHES]))
+            recalibrate([model], lambda x: model(signals.ready(x)),
+                        (x for _, (x, _) in prefetch(read, fixed[:RECALIBRATE_BATCHES])))
         model.eval()
         return {"val_macro_auroc": macro_auroc(cohort.label[val_rows], score(val_rows))}
 
@@ -867,6 +1108,7 @@ def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
           device: torch.device) -> dict[str, np.ndarray]:
     """Train a linear (A) or MLP (B) head on frozen h or z; returns scores of val and test."""
     model = start.to(device)
+    fast_encoder(model.encoder)
     signals = Signals(cohort, device, args.cache, args.normalize)
     val_rows, test_rows = (np.flatnonzero(cohort.split == k) for k in (1, 2))
     progress = Progress(len(rows) + len(val_rows) + len(test_rows), "records", "embedding")
@@ -904,7 +1146,7 @@ def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     header = {"kind": "probe", "model_args": head_args, "head": args.head,
               "features": args.features}
     fit(run, args, recipe, {"model": head}, header | checkpoint_header(args, cohort), len(y),
-        lambda items: torch.from_numpy(items).to(device), loss_of, validate, ("val_macro_auroc", 1),
+        lambda items: to_device(items, device), loss_of, validate, ("val_macro_auroc", 1),
         lambda items: rows[items[items < len(rows)]], PATIENCE if args.head == "mlp" else None)
     load_best(run, {"model": head})
     return {"val": scores_of(head, val), "test": scores_of(head, test)}
@@ -975,7 +1217,17 @@ def open_cohort(path: Path | None) -> Cohort:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else CPU. A device that is not there is an InputError."""
+    """`auto`: CUDA, else Apple's MPS, else CPU. A device that is not there is an InputError.
+
+    Under torchrun, each process of a machine takes the CUDA device of its local rank.
+    """
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if ":" in name or name == "mps":
+            raise InputError(f"--device {name}: torchrun gives each process its own device; wanted "
+                             "auto, cuda or cpu")
+        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = "cpu" if name == "auto" else name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else \
             "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1100,7 +1352,14 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     elif len(rows) < 2:
         raise InputError(f"--frac {args.frac:g}: found {len(rows)} training records, wanted at "
                          "least 2; raise --frac or prepare more patients")
-    recipe = resolve(args, cohort, device, len(pairs) if args.mode == "pretrain" else len(rows))
+    n = len(pairs) if args.mode == "pretrain" else len(rows)
+    recipe = resolve(args, cohort, device, n)
+    batch_size = global_batch(args, n)
+    if batch_size < 2 * world_size():
+        raise InputError(f"--batch-size: found {min(args.batch_size, n)} items for {world_size()} "
+                         "ranks, wanted at least 2 for each; raise it or start fewer processes")
+    if batch_size < min(args.batch_size, n):
+        print(f"batch size: {batch_size}, the largest multiple of {world_size()} ranks")
     plan = plan_augmentation(args, cohort, rows) if args.augment != "none" else None
     return path, init, start, recipe, rows, pairs, plan
 
@@ -1113,12 +1372,17 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(args.deterministic)
     device = pick_device(args.device)
+    join_ranks(device)
+    if world_size() > 1 and args.mode == "probe":
+        raise InputError("torchrun: a probe trains on one device; run `python train.py` instead")
+    on_first_rank(lambda: open_cohort(args.data).sha256)  # builds the demo cohort if there is none
     cohort = open_cohort(args.data)
     print(f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, "
           f"{cohort.source}), {len(cohort)} records, {len(cohort.class_name)} classes, {cohort.fs} "
           f"Hz; device {device}")
     path, init, start, recipe, rows, pairs, plan = prepare(args, parser, cohort, device)
-    run = Run(path, describe(args, cohort, rows, pairs, init), args.resume, args.overwrite)
+    config = describe(args, cohort, rows, pairs, init)
+    run = on_first_rank(lambda: Run(path, config, args.resume, args.overwrite))
     if run.finished:
         print(f"{path}: finished already; results: {path / 'predictions_test.npz'}")
         return
@@ -1128,7 +1392,8 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         scores = finetune(run, args, recipe, cohort, rows, start, device)
     else:
         scores = probe(run, args, recipe, cohort, rows, start, plan, device)
-    write_predictions(run, cohort, scores)
+    if rank() == 0:
+        write_predictions(run, cohort, scores)
     summarise(run, args, cohort, scores, time.monotonic() - began)
 
 
@@ -1139,11 +1404,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(args, parser)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" (rank {rank()})" if rank() else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
