@@ -203,15 +203,19 @@ def _gather_mean(local_mean: Tensor, mean_over_ranks: MeanOverRanks | None) -> T
 
 
 def _waves(cos: Tensor, sin: Tensor, knots: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """cos(q v) and sin(q v) for q = 0 .. knots - 1, from cos v and sin v: one knot at a time.
+    """cos(q v) and sin(q v) for q = 0 .. knots - 1 in turn, from cos v and sin v (N, S).
 
     Equal steps: cos((q + 1) v) = 2 cos(v) cos(q v) - cos((q - 1) v), and the same for sin.
     """
-    before, now = (torch.ones_like(cos), torch.zeros_like(sin)), (cos, sin)
+    twice = 2 * cos
+    before, now = (torch.ones_like(cos), torch.zeros_like(sin)), (cos.clone(), sin.clone())
     yield before
-    for _ in range(knots - 1):
+    yield now
+    for _ in range(knots - 2):
+        for a, b in zip(before, now):
+            a.neg_().addcmul_(twice, b)  # in place: what was yielded has been used
+        before, now = now, before
         yield now
-        before, now = now, tuple((2 * cos * b).sub_(a) for a, b in zip(before, now))
 
 
 class _CharacteristicFunction(torch.autograd.Function):
@@ -438,7 +442,7 @@ def positive_weight(y: Tensor, limit: float = POS_WEIGHT_LIMIT) -> Tensor:
     Counted on real rows. A class without positives gets 1: nothing is there to be weighted.
     Source: paper B, probe (limit 5); limit = inf is full class weighting.
     """
-    positives = y.double().sum(dim=0)
+    positives = y.sum(dim=0, dtype=torch.float64)
     ratio = (y.shape[0] - positives) / positives.clamp_min(1)
     return torch.where(positives > 0, ratio.clamp(max=limit), 1.0).float()
 

@@ -91,7 +91,7 @@ def _checked(y_true, y_score) -> tuple[np.ndarray, np.ndarray]:
 
 def _tie_groups(y: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, ...]:
     """Sort one class: the order (N,), and of each group of tied scores start, size, positives."""
-    order = np.argsort(score, kind="stable")
+    order = np.argsort(score)  # not stable: within a tie the order is of no consequence
     ranked = score[order]
     start = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1])))
     size = np.diff(start, append=len(order))

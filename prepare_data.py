@@ -695,8 +695,9 @@ def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: 
     progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
     try:
         os.environ.update(threads)  # the workers' BLAS reads them at start: one thread each
-        for process in processes:
-            process.start()
+        with without_main():
+            for process in processes:
+                process.start()
         while any(process.is_alive() for process in processes):
             time.sleep(0.05)
             now = np.count_nonzero(status)
@@ -714,6 +715,21 @@ def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: 
     if np.count_nonzero(status) < len(status):
         codes = [process.exitcode for process in processes]
         raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+
+
+@contextlib.contextmanager
+def without_main():
+    """Processes spawned inside import this module alone, not the script that called it.
+
+    From train.py each would load torch first: seconds, and some 100 MB a worker.
+    """
+    main = sys.modules["__main__"]
+    file = None if __name__ == "__main__" else vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            main.__file__ = file
 
 
 def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
@@ -1552,7 +1568,9 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     progress = Progress(len(rows), "records", "simulating")
     if workers > 1:
         quiet = dict(initializer=signals.signal, initargs=(signals.SIGINT, signals.SIG_IGN))
-        with multiprocessing.get_context("spawn").Pool(workers, **quiet) as pool:  # Ctrl-C: ours
+        with without_main():
+            pool = multiprocessing.get_context("spawn").Pool(workers, **quiet)  # Ctrl-C: ours
+        with pool:
             for n in pool.imap_unordered(_write_patient, jobs, chunksize=4):
                 progress.update(n)
     else:

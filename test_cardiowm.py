@@ -7,6 +7,7 @@ Real-data tests run where the environment variable PTBXL_ROOT points at unpacked
 
 import ast
 import collections
+import copy
 import csv
 import hashlib
 import itertools
@@ -39,6 +40,10 @@ from prepare_data import InputError
 HERE = Path(__file__).resolve().parent
 PTBXL_ROOT = os.environ.get("PTBXL_ROOT")
 needs_ptbxl = pytest.mark.skipif(not PTBXL_ROOT, reason="PTBXL_ROOT is not set")
+slow = pytest.mark.skipif(
+    os.environ.get("CARDIOWM_SLOW") != "1", reason="takes minutes: CARDIOWM_SLOW=1 is not set"
+)
+needs_bf16 = pytest.mark.skipif(not train.has_bf16("cpu"), reason="this CPU has no bf16 units")
 
 
 def generator(seed=0):
@@ -265,6 +270,58 @@ def test_sigreg_gradient_matches_finite_differences():
             sigreg_by_quadrature(z64 + step, d64) - sigreg_by_quadrature(z64 - step, d64)
         ) / 2e-4
         assert grad[i, j].item() == pytest.approx(numeric, rel=1e-3, abs=1e-4)
+
+
+def direct_means(u, dt, knots):
+    """mean_n cos(q dt u_ns) and mean_n sin(q dt u_ns), each by its own call, in float64."""
+    phase = np.arange(knots)[:, None, None] * dt * u.double().numpy()  # (Q, N, S)
+    return np.stack([np.cos(phase).mean(1), np.sin(phase).mean(1)])  # (2, Q, S)
+
+
+def test_characteristic_function_by_recurrence_equals_direct_cosines_and_sines():
+    apply, dt = cardiowm._CharacteristicFunction.apply, 3 / 16
+    for scale in (0.0, 1.0, 30.0):
+        u = torch.randn(40, 6, generator=generator(), dtype=torch.float64) * scale
+        # 16 steps of the recurrence add up to 16^2 roundings: 256 * 1.1e-16 = 3e-14
+        np.testing.assert_allclose(apply(u, dt, 17), direct_means(u, dt, 17), rtol=0, atol=1e-13)
+        u = u.float()  # 256 * 6e-8 = 1.5e-5 at worst; the phase itself, 300 at most, rounds alike
+        np.testing.assert_allclose(apply(u, dt, 17), direct_means(u, dt, 17), rtol=0, atol=2e-5)
+    for knots in (2, 3):  # the first knots are given, not computed
+        u = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
+        np.testing.assert_allclose(apply(u, 1.5, knots), direct_means(u, 1.5, knots), atol=1e-15)
+
+
+def test_characteristic_function_passes_gradcheck():
+    u = torch.randn(6, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
+    u.data[0] = 20.0  # far out
+    assert torch.autograd.gradcheck(
+        lambda u: cardiowm._CharacteristicFunction.apply(u, 3 / 16, 17), u
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_sigreg_of_collapsed_and_far_away_embeddings_equals_the_complex_integral(scale):
+    rng = np.random.default_rng(1)
+    for n in (3, 50):
+        z, directions = (rng.normal(size=size).astype(np.float32) for size in ((n, 8), (8, 5)))
+        z *= np.float32(scale)
+        directions /= np.linalg.norm(directions, axis=0)
+        got = cardiowm.SIGReg()(torch.from_numpy(z), directions=torch.from_numpy(directions))
+        wanted = sigreg_by_quadrature(z.astype(float), directions.astype(float))
+        # u = 100 is known to 4e-6 in float32, its phase t u at t = 3 to 1e-5, half of that on
+        # average; n * 17 * 5 independent errors leave less than 1e-5 of a sum of about 1.2 n
+        assert got.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_sigreg_keeps_two_values_an_embedding_and_slice_whatever_the_number_of_knots():
+    n, d, s = 64, 4, 32
+    z, directions = torch.randn(n, d, requires_grad=True), F.normalize(torch.randn(d, s), dim=0)
+    for knots in (3, 17):  # at 17, (2, Q, S) is still smaller than (N, S)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            value = cardiowm.SIGReg(s, knots)(z, directions=directions)
+        assert sum(t.numel() for t in kept if t.numel() >= n * s) == 2 * n * s
+        assert torch.autograd.grad(value, z)[0].abs().max() > 0
 
 
 def halves(function, *tensors):
@@ -2293,6 +2350,363 @@ def test_signals_are_the_same_from_disk_and_ram(tiny):
     assert torch.equal(raw.ready(raw.read(rows)), torch.from_numpy(tiny.signal[rows]).float())
 
 
+def plain_and_fast_encoder(dtype=torch.float32):
+    """cardiowm.py's encoder and the same as 2-D convolutions; no branch of a block is silent."""
+    torch.manual_seed(0)
+    plain = cardiowm.XResNet1d50().to(dtype)
+    for block in plain.blocks:
+        nn.init.normal_(block.convs[-1].weight, 0, 0.5)  # 0 at first, which would hide the branch
+    return plain, train.fast_encoder(copy.deepcopy(plain))
+
+
+def relative(a, b):
+    """|a - b| / |b| over all entries; 0 where both are 0."""
+    difference, size = (a.double() - b.double()).norm(), b.double().norm()
+    return (difference / size.clamp_min(1e-300)).item()
+
+
+def whole(tensors):
+    return torch.cat([t.ravel() for t in tensors])
+
+
+def test_fast_encoder_keeps_the_state_dict_and_can_be_applied_again_copied_and_loaded():
+    plain, fast = plain_and_fast_encoder()
+    state = fast.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert all(
+        a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
+        for a, b in zip(state.values(), plain.state_dict().values())
+    )
+    assert isinstance(fast, cardiowm.XResNet1d50) and type(plain) is cardiowm.XResNet1d50
+    assert all(type(m) is not type(q) for m, q in zip(fast.modules(), plain.modules())
+               if isinstance(q, (nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.MaxPool1d)))
+    fast.eval()
+    x = torch.randn(2, 12, 200, generator=generator())
+    once = fast(x)
+    assert train.fast_encoder(fast) is fast and torch.equal(fast(x), once)
+    assert torch.equal(copy.deepcopy(fast)(x), once)
+    with torch.no_grad():
+        for p in fast.parameters():
+            p.mul_(1.01)
+    world = cardiowm.WorldModel(3)
+    world.encoder.load_state_dict(fast.state_dict())  # strict
+    assert relative(world.eval().encode(x), fast(x)) < 1e-5 < relative(world.encode(x), once)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("samples, batch", [(1000, 4), (999, 4), (5000, 2)])
+def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples, batch, training):
+    x = torch.randn(batch, 12, samples, generator=generator())
+    weight = torch.randn(batch, 256, generator=generator(1))
+    for dtype in (torch.float64, torch.float32):
+        results = []
+        for encoder in plain_and_fast_encoder(dtype):
+            h = encoder.train(training)(x.to(dtype))
+            (h * weight.to(dtype)).sum().backward()
+            results.append((h.detach(), list(encoder.parameters()), list(encoder.buffers())))
+        (h, parameters, buffers), (h_fast, parameters_fast, buffers_fast) = results
+        assert all(p.grad.stride() == p.stride() for p in parameters_fast)  # what DDP wants
+        if dtype == torch.float64:  # the same operations: only the order of sums may differ
+            assert relative(h_fast, h) < 1e-12
+            for p, q in zip(parameters, parameters_fast):
+                assert relative(q.grad, p.grad) < 1e-10  # batch norm's backward cancels digits
+            tolerance = 1e-12
+        else:  # 53 layers of sums of up to 320 products; float32 itself is 5e-6 off float64 here
+            assert (h_fast - h).abs().max() < 2e-5 * h.abs().max()
+            # a ReLU whose input is 0 within rounding passes a gradient in one encoder alone: 1e-2
+            grads = ([p.grad for p in ps] for ps in (parameters_fast, parameters))
+            assert relative(*(whole(g) for g in grads)) < 5e-2
+            tolerance = 1e-5
+        for p, q in zip(buffers, buffers_fast):
+            assert relative(q, p) <= tolerance
+
+
+@needs_bf16
+@pytest.mark.parametrize("training", [True, False])
+def test_fast_encoder_in_bf16_stays_near_float32(training):
+    _, fast = plain_and_fast_encoder()
+    fast.train(training)
+    x = torch.randn(8, 12, 1000, generator=generator())
+    with torch.no_grad():
+        h = fast(x)
+        with train.autocast(torch.device("cpu")):
+            h_bf16 = fast(x)
+    # each of 53 layers rounds its input and its weights to 8 bits, at worst by 2^-9, on average by
+    # 2^-9 / sqrt(3) = 1.1e-3: sqrt(106) * 1.1e-3 = 1.2e-2 where nothing cancels
+    assert h_bf16.dtype == torch.bfloat16 and 1e-3 < relative(h_bf16, h) < 4e-2
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 12])
+def test_shares_of_the_ranks_are_equal_and_gather_puts_them_back_in_order(monkeypatch, n):
+    rows = np.arange(100, 100 + n)
+    np.testing.assert_array_equal(train.share(rows), rows)  # one process
+    shares = []
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        shares.append(train.share(rows))
+    assert {len(s) for s in shares} == {math.ceil(n / 3)}
+    together = np.concatenate(shares)
+    np.testing.assert_array_equal(together[:n], rows)
+    assert set(together[n:]) <= set(rows)  # what fills up the last share
+    values = [torch.from_numpy(np.stack([s, -s], axis=1)) for s in shares]  # (m, 2)
+
+    def all_gather(parts, x):
+        for part, value in zip(parts, values):
+            part.copy_(value)
+
+    monkeypatch.setattr(train.dist, "all_gather", all_gather)
+    for value in values:  # what each rank gets
+        np.testing.assert_array_equal(train.gather(value, n), np.stack([rows, -rows], axis=1))
+        np.testing.assert_array_equal(train.gather(value), torch.cat(values))
+
+
+RANKS = '''"""Runs of train.py in one process, alone or as one of torchrun's; the tests start it."""
+import contextlib, io, json, os, sys
+from pathlib import Path
+
+job = json.loads(Path(sys.argv[1]).read_text())
+sys.path.insert(0, job["here"])
+import torch
+from torch import distributed, nn
+
+import train
+
+rank = int(os.environ.get("RANK", "0"))
+train.has_bf16 = lambda device_type: False
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+written, watched, frozen = [], [], []
+sys.addaudithook(lambda event, about: written.append(str(about[0])) if event == "os.mkdir" or (
+    event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR)) else None)
+
+# the ranks meet once, for all runs
+join = distributed.init_process_group
+distributed.init_process_group = lambda *a: distributed.is_initialized() or join(*a)
+distributed.destroy_process_group = lambda: None
+
+# leave out what ranks do not share, or what hides a factor: dropout, clipping to one norm and, on
+# CPUs, batch norm in train mode: it keeps the statistics that it has before the first step
+nn.Dropout.forward = lambda self, x: x
+nn.utils.clip_grad_norm_ = lambda *a: None
+recalibrate, fit, mode_of = train.recalibrate, train.fit, nn.Module.train
+nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: mode_of(self, mode and not frozen)
+train.recalibrate = lambda *a: None if frozen or not job["freeze"] else recalibrate(*a)
+
+
+def fit_frozen(run, args, recipe, modules, header, n, read, loss_of, validate, *more):
+    if job["freeze"]:
+        validate()
+        frozen.append(True)
+    fit(run, args, recipe, modules, header, n, read, loss_of, validate, *more)
+
+
+def step(self, *args, **kwargs):
+    parameters = [p for group in self.param_groups for p in group["params"]]
+    if not watched:
+        watched.append([p.detach().cpu().clone() for p in parameters])
+        watched.append([p.grad.cpu().clone() for p in parameters])
+    adamw(self, *args, **kwargs)
+    watched[2:] = [[p.detach().cpu().clone() for p in parameters]]
+
+
+adamw, torch.optim.AdamW.step, train.fit = torch.optim.AdamW.step, step, fit_frozen
+for name, flags in job["runs"].items():
+    written.clear(), watched.clear(), frozen.clear()
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = train.main(flags)
+    found = {"code": code, "stderr": stderr.getvalue(), "written": list(written)}
+    found |= zip(("start", "gradients", "weights"), watched)
+    torch.save(found, Path(sys.argv[1]).with_name(f"{name}-{rank}.pt"))
+'''
+
+
+def torchrun(script, *arguments, processes=2):
+    """Run a script as so many processes, of one thread each; by plain python if it is one."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                "--")  # without it torchrun takes the script's --run for its own --run-path
+    return subprocess.run(
+        [sys.executable, *launcher[: None if processes > 1 else 0], script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+
+
+def run_ranks(folder, processes, runs, freeze=True):
+    """Runs by name, in `processes` processes: what each rank found, by name, and the stdout."""
+    folder.mkdir()
+    (folder / "ranks.py").write_text(RANKS)
+    runs = {name: [str(flag) for flag in flags] for name, flags in runs.items()}
+    job = {"here": str(HERE), "freeze": freeze, "runs": runs}
+    (folder / "job.json").write_text(json.dumps(job))
+    result = torchrun(folder / "ranks.py", folder / "job.json", processes=processes)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = range(processes)
+    return {name: [torch.load(folder / f"{name}-{r}.pt") for r in ranks] for name in runs}, (
+        result.stdout
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(workplace):
+    """The same runs in one process and in two, then what two processes refuse."""
+
+    def runs(prefix, batch_size):
+        data = ("--data", "data/tiny.h5", "--device", "cpu", "--frac", 0.36)  # 42 pairs
+        pretrain = ("--mode", "pretrain", "--allow-tiny", "--epochs", 2, "--batch-size", batch_size)
+        finetune = ("--mode", "finetune", "--init", "scratch", "--epochs", 1, "--batch-size", 24)
+        return {
+            "sigreg": (*data, *pretrain, "--run", f"{prefix}-sigreg"),
+            "vicreg": (*data, *pretrain, "--run", f"{prefix}-vicreg", "--reg", "vicreg"),
+            "finetune": (*data, *finetune, "--run", f"{prefix}-finetune"),
+        }
+
+    alone, _ = run_ranks(workplace / "alone", 1, runs("alone", 4))
+    two = runs("two", 5)  # which is cut to 4
+    pretrain = ("--mode", "pretrain", "--run", "refused", "--allow-tiny")
+    refused = {
+        "probe": ("--mode", "probe", "--init", "random", "--run", "refused"),
+        "cuda:0": (*pretrain, "--device", "cuda:0"),
+        "mps": (*pretrain, "--device", "mps"),
+        "batch": (*pretrain, "--device", "cpu", "--batch-size", 3),
+        "data": (*pretrain, "--device", "cpu", "--data", "nowhere.h5"),
+        "finished": two["vicreg"],
+    }
+    for name, flags in refused.items():
+        data = () if "--data" in flags else ("--data", "data/tiny.h5")
+        refused[name] = (*data, *flags)
+    both, stdout = run_ranks(workplace / "two", 2, two | refused)
+    return types.SimpleNamespace(alone=alone, both=both, stdout=stdout)
+
+
+def training_rows_of(name):
+    return [row for row in log_of(Path("runs") / name) if "loss" in row]
+
+
+@pytest.mark.parametrize("name", ["sigreg", "vicreg", "finetune"])
+def test_two_ranks_train_as_one_process(ranks, name):
+    (alone,), (first, second) = ranks.alone[name], ranks.both[name]
+    assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(alone["start"], first["start"]))
+    for key in ("gradients", "weights"):  # DDP: the ranks never part
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key]))
+    # float32 sums over halves of the batch, through 53 layers: 5e-6 here; a term that is seen by
+    # half of the batch only, or scaled by the number of ranks, is off by 1e-1 and more
+    for got, wanted in zip(first["gradients"], alone["gradients"]):
+        assert (got - wanted).norm() <= 1e-4 * wanted.norm()  # 0 where gamma is 0: equal
+    rows, wanted = training_rows_of(f"two-{name}"), training_rows_of(f"alone-{name}")
+    assert [row["step"] for row in rows] == list(range(1, 3 if name == "finetune" else 21))
+    for row, other in zip(rows, wanted):
+        assert row.keys() == other.keys() and row["lr"] == other["lr"]
+        for key in row.keys() & set("loss pred sigreg_t sigreg_next var cov grad_ratio".split()):
+            # what differs grows with each step: 4e-5 after 20
+            assert row[key] == pytest.approx(other[key], rel=5e-4), (row["step"], key)
+    assert sum("grad_ratio" in row for row in rows) == (0 if name == "finetune" else 4)
+    # Adam divides a gradient by its own size + 1e-8: where a gradient is little more than rounding,
+    # two runs step apart by up to the rate. Such weights are few: 2e-3 of the way that all went
+    way = whole(alone["weights"]) - whole(alone["start"])
+    apart = whole(first["weights"]) - whole(alone["weights"])
+    assert way.norm() > 0.1 and apart.norm() < 1e-2 * way.norm()
+    stored = torch.load(Path(f"runs/two-{name}/last.pt"), weights_only=True)["model"]
+    assert sum(torch.equal(v, w) for v in stored.values() for w in first["weights"][:3]) == 3
+
+
+def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
+    for name in ("sigreg", "vicreg", "finetune"):
+        first, second = ranks.both[name]
+        for file in ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions_test.npz"):
+            assert any(Path(w).name.startswith(file) for w in first["written"])
+        assert not [w for w in second["written"] if "runs" in Path(w).parts]
+        rows = log_of(Path("runs") / f"two-{name}")
+        assert len({("loss" in row, row["step"]) for row in rows}) == len(rows)
+        assert len(rows) == len(log_of(Path("runs") / f"alone-{name}"))
+        config = json.loads(Path(f"runs/two-{name}/config.json").read_text())
+        assert config["speed"]["ranks"] == 2
+    for line in ("/two-sigreg: done in ", "/two-vicreg: done in ", "/two-finetune: done in "):
+        assert ranks.stdout.count(line) == 1, ranks.stdout
+    # both pretrainings, and again where the finished one is refused
+    assert ranks.stdout.count("batch size: 4, the largest multiple of 2 ranks") == 3, ranks.stdout
+
+
+def test_finetuning_on_two_ranks_predicts_every_record_once_and_in_order(ranks, tiny):
+    state = torch.load(Path("runs/two-finetune/best.pt"), weights_only=True)
+    model = cardiowm.Classifier(cardiowm.XResNet1d50(), len(tiny.class_name)).eval()
+    model.load_state_dict(state["model"])
+    for name, split in (("val", 1), ("test", 2)):
+        rows = np.flatnonzero(tiny.split == split)
+        with torch.no_grad():
+            x = cardiowm.normalize(torch.from_numpy(tiny.signal[rows]))
+            wanted = model(x).sigmoid().numpy()
+        # records differ by more than float32 in another order does
+        assert np.abs(wanted[1:] - wanted[:-1]).max(axis=1).min() > 1e-4
+        with np.load(f"runs/two-finetune/predictions_{name}.npz") as p:
+            np.testing.assert_array_equal(p["study_id"], tiny.study_id[rows])
+            np.testing.assert_allclose(p["y_score"], wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("probe", "torchrun: a probe trains on one device; run `python train.py` instead"),
+        ("cuda:0", "--device cuda:0: torchrun gives each process its own device"),
+        ("mps", "--device mps: torchrun gives each process its own device"),
+        ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
+        ("data", "nowhere.h5"),
+        ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
+    ],
+)
+def test_two_ranks_refuse_bad_input_in_one_line_each(ranks, name, message):
+    for rank, found in enumerate(ranks.both[name]):
+        assert found["code"] == 2
+        (line,) = found["stderr"].strip().splitlines()
+        assert line.startswith(f"error (rank {rank}): " if rank else "error: ") and message in line
+        assert not [w for w in found["written"] if "runs" in Path(w).parts]
+
+
+def test_torchrun_fails_with_the_line_of_what_is_refused(workplace):
+    flags = "--mode probe --init random --data data/tiny.h5 --device cpu --run refused".split()
+    result = torchrun(HERE / "train.py", *flags)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert result.returncode != 0 and 1 <= len(lines) <= 2  # torchrun may end the other rank first
+    assert all("torchrun: a probe trains on one device" in line for line in lines)
+    assert not Path("runs/refused").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two ranks over NCCL need two GPUs")
+@pytest.mark.parametrize("name", ["sigreg", "vicreg"])
+def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
+    flags = ("--data", "data/tiny.h5", "--mode", "pretrain", "--allow-tiny", "--reg", name,
+             "--epochs", 1, "--batch-size", 14)  # 10 steps
+    found = {}
+    for processes, device in ((1, "cuda:0"), (2, "cuda")):
+        run = ("--device", device, "--run", f"gpu-{processes}-{name}")
+        folder = workplace / f"gpu-{processes}-{name}"
+        runs, _ = run_ranks(folder, processes, {name: (*flags, *run)}, freeze=False)
+        found[processes] = runs[name]
+    (alone,), (first, second) = found[1], found[2]
+    assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
+    for key in ("gradients", "weights"):
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key]))
+    # Over all parameters, since a bias before a batch norm has no gradient but rounding. A batch
+    # norm synchronised on CPUs gave 6e-6; a ReLU whose input is 0 within rounding makes it up to
+    # 1e-2. Batch norm of each rank by itself: 1.2
+    assert relative(whole(first["gradients"]), whole(alone["gradients"])) < 5e-2
+    rows, wanted = (training_rows_of(f"gpu-{n}-{name}") for n in (2, 1))
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    for row, other in zip(rows, wanted):  # on CPUs 1e-4 after 10 steps, or 1e-1 unsynchronised
+        for key in row.keys() & set("loss pred sigreg_t sigreg_next var cov".split()):
+            tolerance = 1e-5 if row["step"] == 1 else 5e-3
+            assert row[key] == pytest.approx(other[key], rel=tolerance), (row["step"], key)
+    way = whole(alone["weights"]) - whole(alone["start"])
+    apart = whole(first["weights"]) - whole(alone["weights"])
+    assert apart.norm() < 5e-2 * way.norm()  # 4e-3 on CPUs, 1.2 unsynchronised
+    states = [evaluate.load_checkpoint(Path(f"runs/gpu-{n}-{name}/last.pt")) for n in (2, 1)]
+    for key in ("encoder.stem.1", "encoder.blocks.15.convs.7", "projector.1", "projector.7"):
+        got, one = (state["model"][f"{key}.running_var"] for state in states)
+        assert relative(got, one) < 1e-2  # unbiased over both ranks; 1e-4 on CPUs
+
+
 def test_pretraining_leaves_checkpoint_log_config_and_predictions(pretrained, tiny):
     config = json.loads((pretrained / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["cohort"]["sha256"] == tiny.sha256
@@ -2709,6 +3123,217 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_records(pretrained, monke
         run_train("--mode", "pretrain", "--run", "broken", *QUICK)
 
 
+def test_check_finite_names_the_first_bad_step_and_its_records_and_forgets_good_ones():
+    def rows_of(items):
+        return np.stack([items * 10, items * 10 + 1])
+
+    unchecked = [
+        (step, np.array([9, step]), {"minimised": torch.tensor(loss), "pred": torch.tensor(0.5)})
+        for step, loss in enumerate([1.0, -2.0, math.inf, math.nan, 3.0], start=5)
+    ]
+    good = unchecked[:2]
+    train.check_finite(good, rows_of)
+    assert good == []
+    with pytest.raises(
+        RuntimeError,
+        match=r"^step 7: loss is inf; terms \{'pred': 0.5\}; record rows \[70, 71, 90, 91\]$",
+    ):
+        train.check_finite(unchecked, rows_of)
+
+
+@pytest.mark.parametrize(
+    "bad, minutes",
+    [
+        (6, 10),  # found at the next log row, after 8 steps
+        (6, 0),  # found before the checkpoint of the clock, after 7 steps
+        (8, 10),  # found at the end of the epoch, after 9 steps
+    ],
+)
+def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
+    workplace, monkeypatch, bad, minutes
+):
+    original, steps = cardiowm.dynamics_loss, itertools.count()
+
+    def broken(*args, **kwargs):
+        terms = original(*args, **kwargs)
+        if torch.is_grad_enabled() and next(steps) == bad:  # a step, no validation
+            terms["loss"] = terms["loss"] * math.nan
+        return terms
+
+    monkeypatch.setattr(cardiowm, "dynamics_loss", broken)
+    name = f"nan-{bad}-{minutes}"
+    with pytest.raises(RuntimeError, match=rf"^step {bad}: loss is nan"):
+        run_train(  # 39 pairs: 3 steps an epoch, 201 in all, every other one logged
+            *("--mode", "pretrain", "--run", name, "--frac", 0.3, "--allow-tiny"),
+            *("--epochs", 67, "--batch-size", 13, "--checkpoint-minutes", minutes),
+        )
+    rows = log_of(workplace / "runs" / name)
+    assert max(row["step"] for row in rows) == bad  # the row after that many steps is older
+    assert None not in [row.get("loss") for row in rows if "val_loss" not in row]
+    for file in ("last.pt", "best.pt"):
+        state = torch.load(workplace / "runs" / name / file, weights_only=True)
+        assert state["step"] <= 6 and all(v.isfinite().all() for v in state["model"].values())
+    assert torch.load(workplace / "runs" / name / "last.pt", weights_only=True)["step"] == 6
+
+
+# ----------------------------------------------------------------------------------------------
+# Bench
+# ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_bench_compares_is_the_same_quantity():
+    z = torch.randn(50, 16, generator=generator())
+    sigreg = cardiowm.SIGReg(slices=32)
+    directions = sigreg.draw_directions(16, generator(1), "cpu")
+    both = train.complex_sigreg(z, directions), sigreg(z, directions)
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)  # float32 sums of 50 and 32 terms
+    y, s = evaluate_random()
+    wanted = evaluate.auroc(y, s)
+    defined = np.flatnonzero(~np.isnan(wanted))
+    found = [train.rank_auroc(y[:, k], s[:, k]) for k in defined]
+    assert len(found) > 2 and found == pytest.approx(wanted[defined])
+
+
+def test_race_takes_turns_forth_and_back_and_leaves_the_first_out_of_the_median():
+    turns, now = [], [0.0]
+    seconds = {"a": iter([100, 1, 5, 2]), "b": iter([100, 6, 9, 7])}
+
+    def taking(name):
+        def call():
+            turns.append(name)
+            now[0] += next(seconds[name])
+        return call
+
+    got = train.race({name: taking(name) for name in "ab"}, 3, clock=lambda: now[0])
+    assert turns == list("baabbaab") and got == {"a": 2, "b": 7}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_bytes_sees_what_a_call_and_its_children_hold_for_a_moment():
+    def own():
+        np.ones(40_000_000)  # 320 MB, for a moment
+
+    code = "import time; x = bytearray(b'1') * 200_000_000; time.sleep(0.3)"
+    seen = train.peak_bytes(own), train.peak_bytes(
+        lambda: subprocess.run([sys.executable, "-c", code], check=True))
+    assert 300e6 < seen[0] < 400e6
+    assert 200e6 < seen[1] < 300e6  # and an interpreter
+    assert train.peak_bytes(lambda: None) < 20e6
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (2.5e-6, "2.5 µs"), (0.0123, "12.3 ms"), (7.0, "7 s"), (119.4, "119 s"), (125, "2.08 min"),
+    (9000, "2.5 h")])
+def test_durations_have_three_digits_in_a_unit_that_suits_them(seconds, text):
+    assert train.duration(seconds) == text
+
+
+def test_records_listed_again_are_other_patients_with_the_same_signals(workplace, tmp_path):
+    train.list_again(workplace / "demo", tmp_path / "twice", 2)
+    once, twice = tmp_path / "once.h5", tmp_path / "twice.h5"
+    for root, out in ((workplace / "demo", once), (tmp_path / "twice", twice)):
+        prepare_data.build("mimic", root, out, 100, root / "records_w_diag_icd10.csv")
+    a, b = prepare_data.Cohort(once), prepare_data.Cohort(twice)
+    n = len(a)
+    assert len(b) == 2 * n and len(b.pair) == 2 * len(a.pair) and b.synthetic
+    assert len(np.unique(b.subject_id)) == 2 * len(np.unique(a.subject_id))
+    assert np.array_equal(b.signal[:n], a.signal) and np.array_equal(b.signal[n:], a.signal)
+    assert np.array_equal(b.label[n:], a.label)
+
+
+def test_a_cohort_on_the_device_gives_the_batches_of_one_in_memory(tiny):
+    cpu, rows = torch.device("cpu"), np.array([5, 0, 9, 5])
+    held = types.SimpleNamespace(signal=torch.from_numpy(np.array(tiny.signal)))
+    there = train.Signals(held, cpu, "auto", "zscore").read(rows)
+    here = train.Signals(tiny, cpu, "disk", "zscore").read(rows)
+    assert there.dtype == here.dtype == torch.float16 and torch.equal(there, here)
+
+
+def test_auto_cache_shares_the_memory_among_the_processes_of_a_machine(tiny, monkeypatch, capsys):
+    size = tiny.signal.nbytes
+    pages = {"SC_AVPHYS_PAGES": size // 1024, "SC_PAGE_SIZE": 4096}  # 4 times the cohort is free
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    for processes, wanted in ((1, "ram"), (2, "disk")):  # a process may take 40 % of its share
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        train.Signals(tiny, torch.device("cpu"), "auto", "zscore")
+        assert capsys.readouterr().out.endswith(f"held in {wanted}\n")
+
+
+def test_steady_steps_times_real_pretraining_steps(capsys):
+    args = train.build_parser().parse_args(["--mode", "pretrain"])
+    cohort = train.random_cohort(40, 250, 30, torch.device("cpu"))
+    task = train.Pretraining(args, cohort, np.arange(30), torch.device("cpu"))
+    before = [p.clone() for p in task.model.parameters()]
+    optimizer = train.make_optimizer(task.modules.values(), 1e-3, 0.0)
+    seconds, wait = train.steady_steps(task, optimizer, np.arange(24).reshape(6, 4))
+    assert 0 < seconds < 60 and 0 <= wait < 1
+    assert sum(not torch.equal(a, b) for a, b in zip(before, task.model.parameters())) > 100
+
+
+def test_synthetic_rows_stand_behind_the_real_ones_and_weigh_less():
+    real, total, k = 6, 40, 4
+    y_real = torch.tensor([[0, 0, 0, 0]] * 3 + [[1, 0, 0, 0]] * 2 + [[0, 1, 1, 0]])
+    combinations, counts = cardiowm.label_combinations(y_real, min_count=1)
+    args = types.SimpleNamespace(total=total, augment="dynamics", seed=0)
+    inputs = torch.zeros(real + total, 256, dtype=torch.float16)
+    inputs[:real] = torch.randn(real, 256, generator=generator())
+    y = torch.zeros(real + total, k, dtype=torch.uint8)
+    y[:real] = y_real
+    before, model = inputs[:real].clone(), cardiowm.WorldModel(k)
+    train.synthesise(args, model, (combinations, counts, (y_real == 0).all(dim=1)), inputs, y)
+    assert torch.equal(inputs[:real], before) and torch.equal(y[:real].long(), y_real)
+    made = torch.unique(y[real:].long(), dim=0)
+    assert torch.equal(made, torch.unique(combinations, dim=0))
+    # each synthetic row is r([z_n; p(y)]) of one of the three normal rows, in float16
+    with torch.no_grad():
+        model.eval()
+        wanted = torch.stack([model.predict(inputs[n].float().expand(total, -1), y[real:])
+                              for n in range(3)])
+    assert ((wanted - inputs[real:].float()).abs().amax(dim=2).amin(dim=0) < 2e-3).all()
+    head, pos_weight = cardiowm.MLPProbe(256, k), torch.full((k,), 2.0)
+    at = torch.tensor([2, 5, 10, 45])
+    loss, _ = train.probe_loss(head, inputs, y, real, pos_weight)(at.numpy(), at, 0)
+    bce = F.binary_cross_entropy_with_logits(head(inputs[at].float()), y[at].float(),
+                                             pos_weight=pos_weight, reduction="none")
+    weight = torch.tensor([1, 1, 0.3, 0.3])[:, None]
+    torch.testing.assert_close(loss, (weight * bce).sum() / (k * weight.sum()))
+
+
+def test_spawned_workers_do_not_import_the_calling_script():
+    main = sys.modules["__main__"]
+    before = vars(main).get("__file__")
+    main.__file__ = "of the caller"
+    try:
+        with prepare_data.without_main():
+            assert not hasattr(main, "__file__")
+        assert main.__file__ == "of the caller"
+    finally:
+        main.__file__ = before
+
+
+def test_quick_bench_fills_its_tables_and_its_plot(workplace, capsys):
+    assert train.main(["--mode", "bench", "--quick", "--run", "bench-quick"]) == 0
+    out, folder = capsys.readouterr().out, Path("runs/bench-quick")
+    with open(folder / "bench.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    stages = " ".join(row["stage"] for row in rows)
+    for word in ("one core", "batch of 512 pairs", "encoder step", "SIGReg", "pretraining step",
+                 "bootstraps", "synthetic rows"):
+        assert word in stages
+    for row in rows:
+        assert row["stage"] in out and row["stage"] in (folder / "bench.md").read_text()
+        assert "nan" not in " ".join(row.values())
+    with open(folder / "growth.csv", newline="") as file:
+        growth = list(csv.DictReader(file))
+    records = [int(row["records"]) for row in growth if row["stage"] == "epoch"]
+    assert [row["stage"] for row in growth] == ["preparation", "epoch", "bootstrap"] * 3
+    assert [n / records[0] for n in records] == [1, 2, 4]
+    assert all(float(row["seconds"]) > 0 for row in growth)
+    assert (folder / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in folder.iterdir()) == [  # nothing else is left behind
+        "bench.csv", "bench.md", "growth.csv", "growth.png"]
+
+
 # ----------------------------------------------------------------------------------------------
 # The whole: imports, command lines, README, real records
 # ----------------------------------------------------------------------------------------------
@@ -2719,17 +3344,24 @@ IMPORTS = {  # the import table: what each file may import besides the standard 
     "evaluate.py": {"numpy", "torch", "cardiowm", "prepare_data"},
     "train.py": {"numpy", "torch", "cardiowm", "prepare_data", "evaluate"},
 }
+# inside functions: what the bench compares with and plots with, none of it a requirement of ours
+BASELINES = {"train.py": {"wfdb", "scipy", "sklearn", "matplotlib"}}
 
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_each_file_imports_only_what_the_design_allows(name):
-    found = set()
-    for node in ast.walk(ast.parse((HERE / name).read_text())):
-        if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[0] for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
-    assert found - set(sys.stdlib_module_names) <= IMPORTS[name]
+    def imported(nodes):
+        found = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        return found - set(sys.stdlib_module_names)
+
+    tree = ast.parse((HERE / name).read_text())
+    assert imported(tree.body) <= IMPORTS[name]
+    assert imported(ast.walk(tree)) <= IMPORTS[name] | BASELINES.get(name, set())
 
 
 def test_importing_prints_nothing_and_loads_no_heavy_reader():
@@ -2767,6 +3399,7 @@ def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [c.split("#")[0].strip() for line in lines for c in line.split("&&")]
+    commands = [re.sub(r"^torchrun .* (?=train\.py)", "python ", c) for c in commands]
     return [c for c in commands if re.match(r"python (train|evaluate|prepare_data)\.py", c)]
 
 
@@ -2785,6 +3418,52 @@ def test_every_readme_command_parses():
         args = parsers[script].parse_args(flags)  # SystemExit fails the test
         if script == "train.py":
             train.check_arguments(args, parsers[script])
+
+
+@slow
+@needs_bf16
+def test_the_fast_encoder_in_bf16_learns_along_the_float32_curve(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "cohort.h5"
+    prepare_data.build("demo", root=tmp_path / "demo", out=data, patients=250, fs=50)
+    curves, val = {}, {}
+    for name in ("plain", "fast"):
+        with monkeypatch.context() as patch:
+            if name == "plain":
+                patch.setattr(train, "fast_encoder", lambda encoder: encoder)
+                patch.setattr(train, "has_bf16", lambda device_type: False)
+            flags = ("--mode", "pretrain", "--batch-size", 32, "--epochs", 16, "--device", "cpu")
+            assert run_train(*flags, "--run", tmp_path / name, data=data) == 0
+        rows = log_of(tmp_path / name)
+        assert rows[-1]["step"] >= 300
+        windows = collections.defaultdict(list)
+        for row in rows:
+            if "loss" in row:
+                windows[(row["step"] - 1) // 50].append((row["loss"], row["pred"]))
+        curves[name] = np.array([np.mean(w, axis=0) for w in windows.values()])
+        val[name] = [row["val_pred"] for row in rows if "val_pred" in row][-1]
+    with capsys.disabled():
+        print("\nloss, pred in windows of 50 steps", curves, "val_pred", val)
+    # Seen: 0.003 apart, where other directions of SIGReg alone move a window by 0.009 and another
+    # seed by 0.02; val_pred 0.182 and 0.184, with other directions 0.187. The loss falls by 0.6.
+    assert np.abs(curves["fast"] - curves["plain"]).max() < 0.006
+    assert val["fast"] == pytest.approx(val["plain"], rel=0.05)
+
+
+@slow
+@needs_bf16
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler here")
+def test_a_compiled_pretraining_learns_along_the_eager_curve(pretrained):
+    flags = ("--mode", "pretrain", "--batch-size", 16, "--epochs", 3, "--allow-tiny")
+    for name in ("--no-compile", "--compile"):
+        extra = (name,) if name == "--compile" else ()
+        assert run_train(*flags, *extra, "--run", f"curve{name}") == 0
+    eager, compiled = (
+        [row["loss"] for row in log_of(Path("runs") / f"curve--{name}") if "loss" in row]
+        for name in ("no-compile", "compile")
+    )
+    assert len(eager) >= 20
+    # bf16 keeps 8 bits, and a fused kernel rounds elsewhere: 0.4 % a step, more as weights part
+    np.testing.assert_allclose(compiled, eager, rtol=2e-2)
 
 
 @needs_ptbxl

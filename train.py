@@ -14,14 +14,22 @@ epochs, batch size and rate take a laptop preset, which is printed (--paper keep
 """
 
 import argparse
+import contextlib
+import copy
+import csv
+import ctypes
 import functools
+import io
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -33,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cardiowm
+import evaluate
 import prepare_data
 from evaluate import CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc
 from prepare_data import Cohort, InputError, Progress, replace_file
@@ -43,7 +52,7 @@ SYNTHETIC_WEIGHT = 0.3    # paper B: weight of a synthetic row in the probe's lo
 SYNTHETIC_ROWS = 2_000_000, 721_002   # paper B: synthetic rows beside real rows
 PATIENCE = 50             # paper B: epochs without a better validation macro-AUROC
 EMBED_BATCH = 256         # records per batch where nothing is learned
-SYNTHESIS_BATCH = 65_536  # synthetic rows per batch
+SYNTHESIS_BATCH = 2048    # synthetic rows per batch: few enough to stay in a CPU's cache
 RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken before validation
 MIN_STEPS = {"laptop": 40, "quick": 20}  # a small cohort gets more epochs until it has these
 GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
@@ -76,7 +85,7 @@ MODE_FLAGS = {
     "finetune": {"init", "normalize"},
     "probe": {"init", "head", "features", "augment", "class_weight", "min_count", "total"},
 }
-LATER_MODES = {"reproduce", "bench"}
+BENCH_FLAGS = {"mode", "run", "seed", "device", "compile", "quick"}
 
 
 def recipe_name(args: argparse.Namespace) -> str:
@@ -88,9 +97,16 @@ def recipe_name(args: argparse.Namespace) -> str:
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises InputError where a flag is out of range, or means nothing in this mode."""
-    if args.mode in LATER_MODES:
-        raise InputError(f"--mode {args.mode}: not in this version; pretrain, finetune and probe "
-                         "are")
+    if args.mode == "reproduce":
+        raise InputError("--mode reproduce: not in this version; pretrain, finetune, probe and "
+                         "bench are")
+    if args.mode == "bench":
+        for name in sorted(vars(args).keys() - BENCH_FLAGS):
+            if getattr(args, name) != parser.get_default(name):
+                flags = " ".join("--" + n for n in sorted(BENCH_FLAGS - {"mode"}))
+                raise InputError(f"--{name.replace('_', '-')}: means nothing in --mode bench, "
+                                 f"which makes its own data; it takes {flags}")
+        return
     everywhere = set.union(*MODE_FLAGS.values())
     for name in sorted(everywhere - MODE_FLAGS[args.mode]):
         if getattr(args, name) != parser.get_default(name):
@@ -349,17 +365,19 @@ class Signals:
     def __init__(self, cohort: Cohort, device: torch.device, cache: str, how: str):
         self.device, self.how = device, how
         size = cohort.signal.nbytes
-        if cache == "auto":
+        if isinstance(cohort.signal, Tensor):  # a random cohort, made on the device
+            cache = "gpu"
+        elif cache == "auto":
             ram = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") \
                 if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0  # not on macOS
             ram /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process holds its own
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
-        print(f"signals: {len(cohort)} records, {size / 1e9:.2f} GB, held in {cache}")
+        print(f"signals: {len(cohort.signal)} records, {size / 1e9:.2f} GB, held in {cache}")
         self.signal = cohort.signal
         if cache == "ram":
             self.signal = np.array(cohort.signal)
-        elif cache == "gpu":
+        elif cache == "gpu" and not isinstance(self.signal, Tensor):
             self.signal = torch.empty(cohort.signal.shape, dtype=torch.float16, device=device)
             for i in range(0, len(cohort), 4096):  # no second copy in RAM
                 self.signal[i:i + 4096] = torch.from_numpy(np.array(cohort.signal[i:i + 4096]))
@@ -626,6 +644,15 @@ def recalibrate(modules: Iterable[nn.Module], forward: Callable, batches: Iterab
         m.momentum = momentum
 
 
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None) -> None:
+    """One step down the gradient, whose norm is cut to `clip`."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
+
+
 def global_batch(args: argparse.Namespace, n: int) -> int:
     """Items of one step over all ranks: min(--batch-size, n), cut to a multiple of the ranks."""
     size = min(args.batch_size, n)
@@ -699,13 +726,8 @@ def fit(run: Run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.
             loss, terms = loss_of(items, batch, step)
             unchecked.append((step, items, {"minimised": loss.detach()} | {
                 k: v.detach() for k, v in terms.items() if not callable(v)}))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if "clip" in recipe:
-                nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()],
-                                         recipe["clip"])
             rate = schedule.get_last_lr()[0]
-            optimizer.step()
+            descend(loss, optimizer, recipe.get("clip"))
             schedule.step()
             step += 1
             save_now = time.monotonic() - saved > 60 * args.checkpoint_minutes
@@ -760,18 +782,23 @@ def checkpoint_header(args, cohort: Cohort) -> dict:
 
 @torch.no_grad()
 def embed(model: cardiowm.WorldModel, signals: Signals, rows: np.ndarray, features: str,
-          device: torch.device, progress: Progress | None = None) -> Tensor:
+          device: torch.device, progress: Progress | None = None,
+          out: Tensor | None = None) -> Tensor:
     """Frozen h or z of the rows, in order: (n,) -> (n, 256) or (n, D) float32 on the device.
 
-    No autocast here and in scoring: bf16 has 257 values between two powers of 2, which makes ties.
+    out: (n, dim) to write into, of any float dtype. No autocast here and in scoring: bf16 has 257
+    values between two powers of 2, which makes ties.
     """
-    out = []
-    for x in signals.batches(share(rows)):
+    done, mine = 0, share(rows)
+    for x in signals.batches(mine):
         h = model.encode(x)
-        out.append(model.project(h) if features == "z" else h)
+        v = model.project(h) if features == "z" else h
+        out = v.new_empty((len(mine), v.shape[1])) if out is None else out
+        out[done:done + len(v)] = v
+        done += len(v)
         if progress is not None:
             progress.update(len(x))
-    return gather(torch.cat(out), len(rows))
+    return gather(out, len(rows))
 
 
 @torch.no_grad()
@@ -1081,26 +1108,41 @@ def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, T
     return combinations, counts, normal
 
 
-def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y: Tensor
-               ) -> tuple[Tensor, Tensor]:
-    """Paper B's synthetic rows: (total, dim) float16 and (total, K) uint8."""
+def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y: Tensor) -> None:
+    """Fill the last args.total rows of inputs (n + total, dim) and y (n + total, K) as in paper B.
+
+    They are made from the first n rows, the real ones.
+    """
     combinations, counts, normal = plan
+    n = len(inputs) - args.total
     generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 4))
     if args.augment == "dynamics":
         augmentor = cardiowm.Augmentor(model, combinations, counts, args.total)
-        batches = augmentor.batches(inputs[normal.to(inputs.device)], SYNTHESIS_BATCH, generator,
-                                    y[normal])
+        normal = normal.to(inputs.device)
+        batches = augmentor.batches(inputs[:n][normal], SYNTHESIS_BATCH, generator, y[:n][normal])
     else:
         batches = cardiowm.Interpolator(
-            inputs, y, combinations, counts, args.total,
+            inputs[:n], y[:n], combinations, counts, args.total,
             neighbours=5 if args.augment == "smote" else 0).batches(SYNTHESIS_BATCH, generator)
-    progress = Progress(args.total, "rows", "augmentation")
-    made = []
+    progress, at = Progress(args.total, "rows", "augmentation"), n
     for z, label in batches:
-        made.append((z.half(), label.byte().cpu()))
+        inputs[at:at + len(z)], y[at:at + len(z)] = z, label
+        at += len(z)
         progress.update(len(z))
     progress.close()
-    return torch.cat([z for z, _ in made]), torch.cat([label for _, label in made])
+
+
+def probe_loss(head: nn.Module, inputs: Tensor, y: Tensor, n: int, pos_weight: Tensor) -> Callable:
+    """`loss_of` for `fit`: A's loss for a linear head, B's for an MLP; n real rows come first."""
+    def loss_of(items: np.ndarray, at: Tensor, step: int) -> tuple[Tensor, dict]:
+        logits = head(inputs[at].float())
+        if isinstance(head, cardiowm.LinearProbe):
+            loss = cardiowm.asymmetric_loss(logits, y[at])
+            return loss, {"loss": loss.detach() / len(items)}  # logged per record
+        weight = torch.where(at < n, 1.0, SYNTHETIC_WEIGHT)
+        loss = cardiowm.weighted_bce(logits, y[at], weight, pos_weight)
+        return loss, {"loss": loss}
+    return loss_of
 
 
 def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
@@ -1111,33 +1153,29 @@ def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     fast_encoder(model.encoder)
     signals = Signals(cohort, device, args.cache, args.normalize)
     val_rows, test_rows = (np.flatnonzero(cohort.split == k) for k in (1, 2))
-    progress = Progress(len(rows) + len(val_rows) + len(test_rows), "records", "embedding")
-    inputs, val, test = (embed(model, signals, r, args.features, device, progress)
-                         for r in (rows, val_rows, test_rows))
+    n, total = len(rows), 0 if plan is None else args.total
+    dim = cardiowm.H_DIM if args.features == "h" else model.projector[-1].num_features
+    # float16 with synthetic rows: at B's size, 2.7 million, that is 1.4 GB; nothing is held twice
+    inputs = torch.empty((n + total, dim), device=device,
+                         dtype=torch.float16 if total else torch.float32)
+    progress = Progress(n + len(val_rows) + len(test_rows), "records", "embedding")
+    embed(model, signals, rows, args.features, device, progress, inputs[:n])
+    val, test = (embed(model, signals, r, args.features, device, progress)
+                 for r in (val_rows, test_rows))
     progress.close()
-    y = torch.from_numpy(cohort.label[rows])
-    weight = torch.ones(len(y))
+    y = torch.empty((n + total, len(cohort.class_name)), dtype=torch.uint8)
+    y[:n] = torch.from_numpy(cohort.label[rows])
     limit = {"none": None, "5": cardiowm.POS_WEIGHT_LIMIT, "full": math.inf}.get(args.class_weight)
-    pos_weight = torch.ones(y.shape[1]) if limit is None else cardiowm.positive_weight(y, limit)
+    pos_weight = torch.ones(y.shape[1]) if limit is None else \
+        cardiowm.positive_weight(y[:n], limit)
+    y, pos_weight = y.to(device), pos_weight.to(device)
     if plan is not None:
-        z_made, y_made = synthesise(args, model, plan, inputs, y)
-        inputs = torch.cat([inputs, z_made.to(inputs)])
-        y = torch.cat([y, y_made])
-        weight = torch.cat([weight, torch.full((len(y_made),), SYNTHETIC_WEIGHT)])
-    y, weight, pos_weight = y.to(device), weight.to(device), pos_weight.to(device)
+        synthesise(args, model, plan, inputs, y)
 
     head_class = cardiowm.LinearProbe if args.head == "linear" else cardiowm.MLPProbe
     head_args = {"dim": inputs.shape[1], "num_classes": y.shape[1]}
     torch.manual_seed(args.seed)
     head = head_class(**head_args).to(device)
-
-    def loss_of(items: np.ndarray, batch: Tensor, step: int) -> tuple[Tensor, dict]:
-        logits = head(inputs[batch])
-        if args.head == "linear":
-            loss = cardiowm.asymmetric_loss(logits, y[batch])
-            return loss, {"loss": loss.detach() / len(items)}
-        loss = cardiowm.weighted_bce(logits, y[batch], weight[batch], pos_weight)
-        return loss, {"loss": loss}
 
     def validate() -> dict:
         head.eval()
@@ -1146,14 +1184,15 @@ def probe(run: Run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     header = {"kind": "probe", "model_args": head_args, "head": args.head,
               "features": args.features}
     fit(run, args, recipe, {"model": head}, header | checkpoint_header(args, cohort), len(y),
-        lambda items: to_device(items, device), loss_of, validate, ("val_macro_auroc", 1),
+        lambda items: to_device(items, device), probe_loss(head, inputs, y, n, pos_weight),
+        validate, ("val_macro_auroc", 1),
         lambda items: rows[items[items < len(rows)]], PATIENCE if args.head == "mlp" else None)
     load_best(run, {"model": head})
     return {"val": scores_of(head, val), "test": scores_of(head, test)}
 
 
 # ----------------------------------------------------------------------------------------------
-# Beyond the papers: predictions, summary, command line
+# Beyond the papers: predictions, summary, the cohort and the device of a run
 # ----------------------------------------------------------------------------------------------
 
 
@@ -1240,6 +1279,603 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+# ----------------------------------------------------------------------------------------------
+# Bench: every stage against what users do today and against its floor, in one run
+# ----------------------------------------------------------------------------------------------
+
+BATCH_PAIRS = 512              # paper A's batch
+MIMIC_SIZE = 800_035, 638_683  # records and pairs of MIMIC-IV-ECG
+MOVED_BYTES = 33_000           # that an eager bf16 training step moves per record and sample
+BENCH_COLUMNS = ("stage", "today", "here", "ratio", "wanted", "floor", "of the floor", "held")
+
+
+def held_bytes() -> int:
+    """Memory of this process and what it started, without mapped files; 0 where /proc is not."""
+    total, pids = 0, ["self"]
+    for pid in pids:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            total += 1024 * int(status.partition("RssAnon:")[2].split()[0])
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                pids += (task / "children").read_text().split()
+        except (OSError, IndexError):
+            pass  # not Linux, or a process that has just ended
+    return total
+
+
+def peak_bytes(call: Callable) -> int:
+    """How much more memory is held while `call` runs than before, sampled every 10 ms."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)  # memory kept for reuse would hide what the call takes
+    before, samples, done = held_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            samples.append(held_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        samples.append(held_bytes() - before)
+        done.set()
+        watcher.join()
+    return max(samples)
+
+
+def race(calls: dict[str, Callable], repeats: int, clock: Callable = time.perf_counter
+         ) -> dict[str, float]:
+    """Median seconds of each call; they take turns, forth and back, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in list(calls.items())[::1 if turn % 2 else -1]:
+            began = clock()
+            call()
+            if turn:
+                seconds[name].append(clock() - began)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / race({"": lambda: (a @ a, wait_for(device))}, 5)[""]
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy in the device's memory reads and writes."""
+    a = torch.empty(2**26 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device)
+    return 2 * len(a) / race({"": lambda: (a.clone(), wait_for(device))}, 5)[""]
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Bench:
+    """The table as it grows: each row is printed when it is there, and stored in bench.md, .csv."""
+
+    def __init__(self, folder: Path, title: str):
+        self.folder, self.title, self.rows, self.out = folder, title, [], sys.stdout
+        print(f"\n{title}\n\n| " + " | ".join(BENCH_COLUMNS) + " |\n" + "|---" * 8 + "|")
+
+    def add(self, stage: str, today: tuple[str, float] | None, here: tuple[str, float],
+            wanted: str = "", floor: tuple[str, float] | None = None,
+            held: int | None = None) -> None:
+        """today, here, floor: (what, seconds); wanted: the ratio asked for, in words."""
+        cells = ["–" if part is None else f"{part[0]}: {duration(part[1])}"
+                 for part in (today, here, floor)]
+        ratio = "–" if today is None else f"{today[1] / here[1]:.1f}×"
+        share = "–" if floor is None else f"{100 * floor[1] / here[1]:.0f} %"
+        memory = "–" if held is None else f"{held / 1e6:,.0f} MB"
+        self.rows.append((stage, *cells[:2], ratio, wanted or "–", cells[2], share, memory))
+        print("| " + " | ".join(self.rows[-1]) + " |", file=self.out, flush=True)
+
+    def save(self) -> None:
+        """Write bench.md and bench.csv."""
+        lines = [BENCH_COLUMNS, ("---",) * 8, *self.rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        replace_file(self.folder / "bench.md", f"{self.title}\n\n{text}\n".encode())
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([BENCH_COLUMNS, *self.rows])
+        replace_file(self.folder / "bench.csv", table.getvalue().encode())
+
+
+def duration(seconds: float) -> str:
+    """A duration with three digits, in a unit that suits it."""
+    for unit, scale in (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0)):
+        value = seconds / scale
+        if value < (120 if unit in ("s", "min") else 1000):
+            break
+    return f"{value:.3g} {unit}"
+
+
+def bench_reading(bench: Bench, root: Path, quick: bool) -> None:
+    """WFDB record -> 100 Hz float16: one core, then two workers that fill one memory map."""
+    import wfdb
+    from scipy.signal import resample_poly
+    paths = [str(p)[:-4] for p in sorted(root.glob("files/**/*.hea"))]
+    some, fs = paths[:20 if quick else 200], 100
+
+    def today() -> None:
+        for path in some:
+            x, fields = wfdb.rdsamp(path)                                # (5000, 12) float64 mV
+            order = [fields["sig_name"].index(lead) for lead in prepare_data.LEADS]
+            resample_poly(np.nan_to_num(x[:, order].T), 1, 5, axis=1).astype(np.float16)
+
+    def here() -> None:
+        for path in some:
+            try:
+                prepare_data.read_record(path, fs)
+            except prepare_data.Rejected:
+                pass  # a planted defect
+
+    def floor() -> None:
+        for path in some:
+            Path(path + ".dat").read_bytes()
+    got = race({"today": today, "here": here, "floor": floor}, 1 if quick else 5,
+               time.process_time)  # CPU time: one core's, whatever BLAS does with the other
+    each = {name: seconds / len(some) for name, seconds in got.items()}
+    bench.add("read a record, one core", ("wfdb.rdsamp + resample_poly", each["today"]),
+              ("read_record", each["here"]), "≥ 15×", ("read the file", each["floor"]),
+              peak_bytes(here))
+    if (os.cpu_count() or 1) < 2:
+        return
+    listed = paths if quick else paths * 4
+
+    def read_all(workers: int) -> None:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            relative = [os.path.relpath(path, root) for path in listed]
+            prepare_data.allocate(Path(folder), relative, prepare_data.SECONDS * fs)
+            status = np.load(Path(folder) / "status.npy", mmap_mode="r+")
+            prepare_data.run_workers(Path(folder), root, fs, status, workers)
+    got = race({"one": lambda: read_all(1), "two": lambda: read_all(2)}, 1 if quick else 3)
+    bench.add(f"read {len(listed):,} records", ("one worker", got["one"]),
+              ("two workers, one map", got["two"]), "≥ 1.7×", ("half of one", got["one"] / 2),
+              peak_bytes(lambda: read_all(2)))
+
+
+class H5Rows(torch.utils.data.Dataset):
+    """What users do today: one h5py read a record."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, row: int) -> Tensor:
+        self.file = self.file or prepare_data.h5py.File(self.path, "r")  # each worker its own
+        return torch.from_numpy(self.file["signal"][row])
+
+
+def bench_batches(bench: Bench, cohort: Cohort, quick: bool) -> None:
+    """A batch of 512 pairs, (2, 512, 12, T) float16, in random order, from the page cache."""
+    rng, dataset, cpu = np.random.default_rng(0), H5Rows(cohort.path), torch.device("cpu")
+    batches = 2 if quick else 8
+    draws = [rng.integers(0, len(cohort), 2 * BATCH_PAIRS) for _ in range(batches)]
+    disk, ram = (Signals(cohort, cpu, cache, "zscore") for cache in ("disk", "ram"))
+
+    def each_batch(read: Callable) -> Callable:
+        def call() -> None:
+            for rows in draws:
+                read(rows)
+        return call
+
+    def loader() -> None:
+        for _ in torch.utils.data.DataLoader(dataset, 2 * BATCH_PAIRS, num_workers=2,
+                                             sampler=np.concatenate(draws)):
+            pass
+    block = np.zeros((2 * BATCH_PAIRS, *cohort.signal.shape[1:]), np.float16)
+    calls = {"h5py": each_batch(lambda rows: torch.stack([dataset[int(row)] for row in rows])),
+             "loader": loader}
+    fast = {"disk": each_batch(disk.read), "ram": each_batch(ram.read),
+            "floor": each_batch(lambda rows: block.copy())}
+    got = race(calls, 1 if quick else 5) | race(fast, 3 if quick else 25)
+    each = {name: seconds / batches for name, seconds in got.items()}
+    size, here = f"read a batch of {BATCH_PAIRS} pairs", ("memory map", each["disk"])
+    floor = "copy as many bytes", each["floor"]
+    bench.add(size, ("h5py rows", each["h5py"]), here, "≥ 5×", floor,
+              peak_bytes(fast["disk"]))
+    bench.add(size, ("DataLoader, 2 workers", each["loader"]), here, "≥ 5×", floor,
+              peak_bytes(loader))
+    bench.add(size, ("from RAM", each["ram"]), here, "≥ 0.83× (1.2 times RAM)", floor)
+
+
+def random_cohort(n: int, samples: int, pairs: int, device: torch.device) -> types.SimpleNamespace:
+    """A cohort of n random records of MIMIC's 76 classes, the signal made on the device."""
+    signal = torch.empty(n, 12, samples, dtype=torch.float16, device=device)
+    for part in signal.split(8192):
+        part.normal_()
+    rng = np.random.default_rng(0)
+    label = (rng.random((n, 76), np.float32) < 0.02).astype(np.uint8)
+    pair = rng.integers(0, n, (pairs, 2)).astype(np.int32)
+    action = label[pair[:, 1]].astype(np.int8) - label[pair[:, 0]].astype(np.int8)
+    return types.SimpleNamespace(
+        signal=signal if device.type == "cuda" else signal.numpy(), label=label, pair=pair,
+        action=action, class_name=[f"I{k:02}" for k in range(76)], leads=prepare_data.LEADS)
+
+
+def steady_steps(task: Pretraining, optimizer: torch.optim.Optimizer, order: np.ndarray
+                 ) -> tuple[float, float]:
+    """Run a pretraining step on each row of `order`: median seconds of one, share spent waiting."""
+    times, wait, began = [], 0.0, time.perf_counter()
+    waited = began
+    for step, (items, batch) in enumerate(prefetch(task.read, order)):
+        wait += time.perf_counter() - waited
+        loss, _ = task.loss_of(items, batch, GRAD_RATIO_STEPS + step)  # past the first, longer ones
+        descend(loss, optimizer)
+        if task.device.type == "cpu" or step % 20 == 0:  # a GPU runs ahead
+            wait_for(task.device)
+            times.append((step, time.perf_counter()))
+        waited = time.perf_counter()
+    wait_for(task.device)
+    times.append((step, time.perf_counter()))
+    first = len(times) // 10  # the first steps warm up
+    each = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(times[first:], times[first + 1:])
+            if b[0] > a[0]]
+    return float(np.median(each or [math.nan])), wait / (time.perf_counter() - began)
+
+
+def bench_step(bench: Bench, args: argparse.Namespace, quick: bool) -> None:
+    """The encoder forward and backward, the whole step at its size, and SIGReg's share of it."""
+    device = torch.device(args.device)
+    pairs, repeats = (8, 1) if quick else (64 if device.type == "cpu" else BATCH_PAIRS, 7)
+    for samples in (1000, 5000):
+        if samples > 1000:
+            pairs = max(4, pairs // 4)
+        x = torch.randn(2 * pairs, 12, samples, device=device)
+        plain = cardiowm.XResNet1d50().to(device)
+        fast = fast_encoder(copy.deepcopy(plain))
+        if args.compile:
+            fast.compile()
+
+        def step(encoder: nn.Module, low: bool) -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+                h = encoder(x)
+            h.float().square().mean().backward()
+            encoder.zero_grad()
+            wait_for(device)
+        calls = {"plain": lambda: step(plain, False), "fast": lambda: step(fast, False)}
+        low = has_bf16(device.type)
+        if low:
+            calls["bf16"] = lambda: step(fast, True)
+        got = race(calls, repeats)
+        name = f"encoder step, {2 * pairs} records, T={samples}"
+        how = "channels_last" + (" + compile" if args.compile else "")
+        flops = 3 * 210.07e6 * samples / 1000 * len(x)  # forward, and twice that backward
+        for key, dtype, wanted in (("fast", torch.float32, "≥ 1.3×"),
+                                   ("bf16", torch.bfloat16, "≥ 2.5×")):
+            if key in got:
+                floor = ("arithmetic at the peak of a product", flops / peak_flops(dtype, device)) \
+                    if device.type == "cpu" else \
+                    ("memory traffic", MOVED_BYTES * samples * len(x) / bandwidth(device))
+                bench.add(name, ("Conv1d, float32", got["plain"]),
+                          (f"{how}, {str(dtype)[6:]}", got[key]), wanted, floor,
+                          peak_bytes(calls[key]) if device.type == "cpu" else None)
+
+
+def complex_sigreg(z: Tensor, directions: Tensor) -> Tensor:
+    """SIGReg as the formula is usually typed: complex exponentials over (N, S, Q)."""
+    t = torch.linspace(0, 3, 17, device=z.device)
+    phi = torch.exp(-t.square() / 2)
+    weight = torch.full_like(t, 2 * 3 / 16)
+    weight[[0, -1]] = 3 / 16
+    u = z @ directions                                              # (N, S)
+    error = torch.exp(1j * u[..., None] * t).mean(dim=0) - phi      # (N, S, Q) -> (S, Q)
+    return len(z) * (error.abs().square() * phi * weight).sum(dim=1).mean()
+
+
+def bench_sigreg(bench: Bench, args: argparse.Namespace, quick: bool) -> None:
+    """SIGReg forward and backward, then its share of a pretraining step and the wait for data."""
+    device = torch.device(args.device)
+    z = torch.randn(BATCH_PAIRS, 256, device=device, requires_grad=True)
+    sigreg = cardiowm.SIGReg().to(device)
+    directions = sigreg.draw_directions(256, None, device)
+
+    def gradient(function: Callable) -> Callable:
+        def call() -> None:
+            z.grad = None
+            function(z, directions).backward()
+            wait_for(device)
+        return call
+    calls = {"complex": gradient(complex_sigreg), "here": gradient(sigreg),
+             "floor": gradient(lambda z, d: (z @ d).sum())}
+    every = torch.get_num_threads()
+    for threads in sorted({1, every}) if device.type == "cpu" else (every,):
+        torch.set_num_threads(threads)
+        got = race(calls, 3 if quick else 50)
+        where = f", threads: {threads}" if device.type == "cpu" else ""
+        bench.add(f"SIGReg with gradient, N={BATCH_PAIRS}{where}",
+                  ("complex exponential", got["complex"]), ("SIGReg", got["here"]), "≥ 10×",
+                  ("its matrix products", got["floor"]),
+                  peak_bytes(calls["here"]) if device.type == "cpu" else None)
+    torch.set_num_threads(every)
+
+
+def bench_training(bench: Bench, args: argparse.Namespace, quick: bool) -> None:
+    """Pretraining steps on random cohorts: on a GPU of MIMIC's full size, on a CPU of 1 % of it."""
+    device = torch.device(args.device)
+    gpu = device.type == "cuda"
+    batch, steps = (8, 4) if quick else (BATCH_PAIRS, 240) if gpu else (64, 20)
+    for samples in (1000, 5000):
+        n = MIMIC_SIZE[0] if gpu else 512 if quick else 8000
+        if gpu:  # what fits beside the activations; said in the row
+            n = min(n, int(0.7 * torch.cuda.mem_get_info(device)[0] / (24 * samples)))
+        elif samples > 1000:
+            batch, n = max(2, batch // 4), n // 5
+        cohort = random_cohort(n, samples, min(MIMIC_SIZE[1], 80 * n // 100), device)
+        task = Pretraining(args, cohort, np.arange(len(cohort.pair)), device)
+        optimizer = make_optimizer(task.modules.values(), 1e-3, 5e-4)
+        order = np.random.default_rng(0).integers(0, len(cohort.pair), (steps, batch))
+        steady_steps(task, optimizer, order[:steps // 10 + 1])
+        seconds, wait = steady_steps(task, optimizer, order)
+        z = torch.randn(2, batch, 256, device=device, requires_grad=True)
+
+        def regularise() -> None:
+            (task.sigreg(z[0]) + task.sigreg(z[1])).backward()
+            wait_for(device)
+        share = race({"": regularise}, 3 if quick else 30)[""] / seconds
+        floor = MOVED_BYTES * samples * 2 * batch / bandwidth(device) if gpu else \
+            3 * 210.07e6 * samples / 1000 * 2 * batch / peak_flops(
+                torch.bfloat16 if has_bf16("cpu") else torch.float32, device)
+        what = "memory traffic of the encoder" if gpu else "arithmetic of the encoder"
+        epochs = 50 * (MIMIC_SIZE[1] // BATCH_PAIRS) * seconds * BATCH_PAIRS / batch
+        bench.add(f"pretraining step, {batch} pairs of {n:,} records, T={samples}", None,
+                  (f"SIGReg {100 * share:.1f} %, waiting for data {100 * wait:.1f} %; 50 epochs of "
+                   f"{MIMIC_SIZE[1]:,} pairs in {duration(epochs)}", seconds),
+                  "≥ 50 % of the floor; SIGReg, waiting ≤ 2 %" if gpu else
+                  "SIGReg, waiting ≤ 2 %", (what, floor),
+                  torch.cuda.max_memory_allocated(device) if gpu else None)
+        del cohort, task, optimizer
+
+
+def rank_auroc(y: np.ndarray, score: np.ndarray) -> float:
+    """AUROC of one class by its formula, as one would type it."""
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    midrank = (np.cumsum(count) - (count - 1) / 2)[inverse]
+    positives = int(y.sum())
+    return (midrank[y > 0].sum() - positives * (positives + 1) / 2) / (
+        positives * (len(y) - positives))
+
+
+def bench_bootstrap(bench: Bench, quick: bool) -> None:
+    """Macro-AUROC with 1,000 replicates of 80,000 records and 76 classes."""
+    n, k, replicates = (2000, 8, 50) if quick else (80_000, 76, 1000)
+    rng = np.random.default_rng(0)
+    y = (rng.random((n, k)) < np.geomspace(0.002, 0.25, k)).astype(np.uint8)
+    score = (rng.normal(size=(n, k)) + y).astype(np.float32)
+    patient = rng.integers(0, n // 5, n)
+    rows = rng.integers(0, n, n)  # one replicate, the same for all
+
+    def loop(function: Callable) -> Callable:
+        return lambda: [function(y[rows, c], score[rows, c]) for c in range(k)]
+    calls = {"rank": loop(rank_auroc)}
+    try:
+        from sklearn.metrics import roc_auc_score
+        calls["sklearn"] = loop(roc_auc_score)
+    except ImportError:
+        print("scikit-learn is not installed: its row is left out", file=sys.stderr)
+    one = race(calls, 1 if quick else 3)
+    ours = {"records": lambda: evaluate.bootstrap_auroc(y, score, replicates),
+            "patients": lambda: evaluate.bootstrap_auroc(y, score, replicates, unit=patient)}
+    got = race(ours, 1 if quick else 3)
+    counts = torch.ones(n, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as bootstrap_auroc
+    floor = race({"": lambda: counts.sum(dim=0)}, 5)[""] / 64 * replicates * k
+    torch.set_num_threads(threads)
+    size = f"AUROC and {replicates:,} bootstraps, {n:,} × {k}"
+    for name, text in (("sklearn", "scikit-learn loop"), ("rank", "rank formula in a loop")):
+        if name in one:
+            bench.add(size, (f"{text} (extrapolated from one replicate)", one[name] * replicates),
+                      ("bootstrap_auroc", got["records"]), "≥ 150×" if name == "sklearn" else "",
+                      ("adding up the counts", floor), peak_bytes(ours["records"]))
+    bench.add(size, ("of records", got["records"]), ("of patients", got["patients"]),
+              "≥ 1×", None, peak_bytes(ours["patients"]))
+
+
+def bench_augmentation(bench: Bench, args: argparse.Namespace, quick: bool) -> None:
+    """Paper B's 2,000,000 synthetic rows beside 721,002 real ones: making them, one probe epoch."""
+    device = torch.device(args.device)
+    total, n = (20_000, 7210) if quick else SYNTHETIC_ROWS
+    rng = np.random.default_rng(0)
+    combinations = np.zeros((300, 76), np.int64)
+    for row in combinations:
+        row[rng.choice(76, rng.integers(1, 5), replace=False)] = 1
+    plan = (torch.from_numpy(combinations), torch.from_numpy(rng.integers(50, 13_000, 300)),
+            torch.from_numpy(rng.random(n) < 0.54))  # as many normal rows as MIMIC has
+    model = cardiowm.WorldModel(76).to(device)
+    args = argparse.Namespace(**vars(args) | {"total": total, "augment": "dynamics"})
+    made = {}
+
+    def make() -> None:
+        inputs = torch.zeros(n + total, 256, dtype=torch.float16, device=device)
+        inputs[:n].normal_()
+        y = torch.zeros(n + total, 76, dtype=torch.uint8, device=device)
+        synthesise(args, model, plan, inputs, y)
+        made.update(inputs=inputs, y=y)
+    held = peak_bytes(make)
+    inputs, y = made["inputs"], made["y"]
+    generation = race({"": lambda: (synthesise(args, model, plan, inputs, y), wait_for(device))},
+                      1)[""]
+    head = cardiowm.MLPProbe(256, 76).to(device)
+    optimizer = make_optimizer([head], 1e-4, 1e-2)
+    loss_of = probe_loss(head, inputs, y, n, torch.ones(76, device=device))
+    batch = min(RECIPES["mlp"]["batch_size"], n)
+    order = rng.integers(0, n + total, (4 if quick else 40 if device.type == "cpu" else 600, batch))
+
+    def train_steps() -> None:
+        for items, at in prefetch(lambda items: to_device(items, device), order):
+            descend(loss_of(items, at, 0)[0], optimizer)
+        wait_for(device)
+    epoch = race({"": train_steps}, 1)[""] / len(order) * ((n + total) // batch)
+    flops = 2 * total * sum(p.numel() for m in (model.predictor, model.action_encoder)
+                            for p in m.parameters())
+    bench.add(f"{total:,} synthetic rows beside {n:,} real",
+              ("one epoch of the MLP probe", epoch), ("making them", generation),
+              "≥ 6.7× (15 % of an epoch), ≤ 2,000 MB",
+              ("arithmetic at the peak of a product", flops / peak_flops(torch.float32, device)),
+              held)
+
+
+def bench_growth(folder: Path, root: Path, args: argparse.Namespace, quick: bool) -> None:
+    """Preparation, epoch and bootstrap at 1, 4 and 16 times the demo cohort: growth.csv and .png.
+
+    The larger cohorts list the same records again, as other patients.
+    """
+    device, times = torch.device(args.device), (1, 2, 4) if quick else (1, 4, 16)
+    batch = 8 if quick else 64 if device.type == "cpu" else BATCH_PAIRS
+    rows = []
+    for factor in times:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            listing, out = Path(scratch) / "listing", Path(scratch) / "cohort.h5"
+            list_again(root, listing, factor)
+            seconds, held = {}, {}
+
+            def prepare_cohort() -> None:
+                subprocess.run([sys.executable, prepare_data.__file__, "--source", "mimic",
+                                "--root", listing, "--labels", listing / "records_w_diag_icd10.csv",
+                                "--fs", "100", "--out", out], check=True, capture_output=True)
+
+            def timed(name: str, call: Callable) -> None:
+                began = time.perf_counter()
+                held[name] = peak_bytes(call)
+                seconds[name] = time.perf_counter() - began
+            timed("preparation", prepare_cohort)
+            cohort = Cohort(out)
+            pairs = select_pairs(cohort, np.flatnonzero(cohort.split == 0), "all", False)
+            order = epoch_order(len(pairs), batch, args.seed, 0)
+
+            def some_steps() -> None:
+                task = Pretraining(args, cohort, pairs, device)
+                optimizer = make_optimizer(task.modules.values(), 1e-3, 5e-4)
+                spread = np.linspace(0, len(order) - 1, 4 if quick else 15).astype(int)
+                seconds["epoch"] = steady_steps(task, optimizer, order[spread])[0] * len(order)
+            held["epoch"] = peak_bytes(some_steps)
+            score = np.random.default_rng(0).random(cohort.label.shape, np.float32)
+            timed("bootstrap", lambda: evaluate.bootstrap_auroc(cohort.label, score,
+                                                                20 if quick else 1000))
+            for name in ("preparation", "epoch", "bootstrap"):
+                rows.append((name, factor, len(cohort), seconds[name], held[name]))
+                print(f"{factor:>3} × demo, {len(cohort):,} records: {name} "
+                      f"{duration(seconds[name])}, {held[name] / 1e6:,.0f} MB held", flush=True)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(
+        [("stage", "times the demo", "records", "seconds", "bytes held"), *rows])
+    replace_file(folder / "growth.csv", table.getvalue().encode())
+    draw_growth(rows, folder / "growth.png")
+
+
+def list_again(root: Path, listing: Path, factor: int) -> None:
+    """A folder in MIMIC's layout that lists the records under `root` `factor` times."""
+    listing.mkdir()
+    (listing / "files").symlink_to((root / "files").resolve())
+    replace_file(listing / "demo.json", (root / "demo.json").read_bytes())  # marks it synthetic
+    for name in ("record_list.csv", "records_w_diag_icd10.csv"):
+        with open(root / name, newline="") as file:
+            rows = list(csv.DictReader(file))
+        with open(listing / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            for again in range(factor):
+                for row in rows:
+                    ids = {key: int(row[key]) + again * 10**8 for key in ("subject_id", "study_id")
+                           if row[key].isdigit()}
+                    writer.writerow(row | ids)
+
+
+def draw_growth(rows: list[tuple], path: Path) -> None:
+    """Time and memory against the number of records, beside the line of proportional growth."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for name in ("preparation", "epoch", "bootstrap"):
+        _, _, records, seconds, held = zip(*(row for row in rows if row[0] == name))
+        label = {"preparation": "preparation (WFDB to cohort)", "epoch": "epoch of pretraining",
+                 "bootstrap": "1,000 bootstraps"}[name]
+        line, = axes[0].loglog(records, seconds, "o-", label=label)
+        ideal = [seconds[0] * n / records[0] for n in records]
+        axes[0].loglog(records, ideal, ":", color=line.get_color(), linewidth=1)
+        axes[1].loglog(records, [max(b, 1) / 1e6 for b in held], "o-", label=label)
+    axes[0].set(xlabel="records", ylabel="seconds", title="time (dotted: proportional)")
+    axes[1].set(xlabel="records", ylabel="MB", title="memory held, without mapped files")
+    for axis in axes:
+        axis.grid(True, which="both", alpha=0.2)
+        axis.set_xticks(records, [f"{n:,}" for n in records])
+        axis.minorticks_off()
+    axes[0].legend(fontsize=8)
+    figure.suptitle("Cost of growth, SYNTHETIC demo records listed again", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def bench_all(args: argparse.Namespace) -> None:
+    """--mode bench: all stages, then growth; writes bench.md, bench.csv, growth.csv, growth.png."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: --mode bench measures one device; run `python train.py` "
+                         "instead")
+    device = pick_device(args.device)
+    args.device, quick = str(device), args.quick
+    folder = Path(args.run or "bench")
+    folder = folder if len(folder.parts) > 1 else Path("runs") / folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run {folder}: {error.strerror}; name a folder that can be made") \
+            from None
+    torch.manual_seed(args.seed)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    flags = " --compile" * args.compile + " --quick (too small to mean anything)" * quick
+    title = (f"python train.py --mode bench{flags}: {hardware}; {cpu_name()}, "
+             f"{torch.get_num_threads()} threads; torch {torch.__version__}, numpy "
+             f"{np.__version__}; medians of repeats that take turns, seed {args.seed}")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        root = Path(scratch) / "demo"
+        prepare_data.write_demo(root, 40 if quick else prepare_data.DEMO_PATIENTS,
+                                workers=os.cpu_count() or 1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare_data.build("mimic", root, Path(scratch) / "cohort.h5", 100,
+                               root / "records_w_diag_icd10.csv")
+        bench = Bench(folder, title)
+        cohort = Cohort(Path(scratch) / "cohort.h5")
+        stages = {"reading records": lambda: bench_reading(bench, root, quick),
+                  "batches": lambda: bench_batches(bench, cohort, quick),
+                  "the encoder": lambda: bench_step(bench, args, quick),
+                  "SIGReg": lambda: bench_sigreg(bench, args, quick),
+                  "training": lambda: bench_training(bench, args, quick),
+                  "the bootstrap": lambda: bench_bootstrap(bench, quick),
+                  "augmentation": lambda: bench_augmentation(bench, args, quick)}
+        for name, stage in stages.items():
+            print(f"bench: {name}", file=sys.stderr)
+            with contextlib.redirect_stdout(io.StringIO()):  # only rows of the table
+                stage()
+            bench.save()
+        print("\nCost of growth", flush=True)
+        bench_growth(folder, root, args, quick)
+    print(f"\n{folder}: bench.md bench.csv growth.csv growth.png")
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, elsewhere as Python does."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return text.partition("model name")[2].splitlines()[0].lstrip("\t :")
+    except (OSError, IndexError):
+        return platform.processor() or "CPU"
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of DESIGN section 7: flags, grouped, no abbreviations."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1252,7 +1888,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--mode", required=True,
                         choices=["pretrain", "finetune", "probe", "reproduce", "bench"],
-                        help="what to do (reproduce and bench: not in this version)")
+                        help="what to do; bench measures every stage (reproduce: not in this "
+                             "version)")
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, help="cohort .h5 (unset: data/cohort.h5, else the "
                                                  "demo is built)")
@@ -1368,6 +2005,9 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Config -> data -> run folder -> train -> predictions -> summary."""
     began = time.monotonic()
     check_arguments(args, parser)
+    if args.mode == "bench":
+        bench_all(args)
+        return
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(args.deterministic)
