@@ -7,6 +7,8 @@
     python train.py --mode finetune --frac 0.1 --init scratch       # supervised baseline
     python train.py --mode pretrain --frac 0.1 --objective invariance   # naive patient invariance
     python train.py --mode pretrain --frac 0.1 --reg vicreg             # VICReg ablation
+    python train.py --mode bench                        # how fast each stage is here
+    torchrun --nproc_per_node=8 -- train.py --mode pretrain     # on eight GPUs
 
 Every run writes runs/NAME/{config.json, log.jsonl, last.pt, best.pt, predictions_{val,test}.npz};
 evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort
@@ -24,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -1119,7 +1122,8 @@ def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y:
     if args.augment == "dynamics":
         augmentor = cardiowm.Augmentor(model, combinations, counts, args.total)
         normal = normal.to(inputs.device)
-        batches = augmentor.batches(inputs[:n][normal], SYNTHESIS_BATCH, generator, y[:n][normal])
+        y_normal = y[:n][normal] if y[:n][normal].any() else None  # MIMIC: normal is no code
+        batches = augmentor.batches(inputs[:n][normal], SYNTHESIS_BATCH, generator, y_normal)
     else:
         batches = cardiowm.Interpolator(
             inputs[:n], y[:n], combinations, counts, args.total,
@@ -1286,6 +1290,7 @@ def pick_device(name: str) -> torch.device:
 BATCH_PAIRS = 512              # paper A's batch
 MIMIC_SIZE = 800_035, 638_683  # records and pairs of MIMIC-IV-ECG
 MOVED_BYTES = 33_000           # that an eager bf16 training step moves per record and sample
+BENCH_DISK = 6e9               # demo records, and a cohort of 16 times as many while it is built
 BENCH_COLUMNS = ("stage", "today", "here", "ratio", "wanted", "floor", "of the floor", "held")
 
 
@@ -1799,7 +1804,7 @@ def draw_growth(rows: list[tuple], path: Path) -> None:
         _, _, records, seconds, held = zip(*(row for row in rows if row[0] == name))
         label = {"preparation": "preparation (WFDB to cohort)", "epoch": "epoch of pretraining",
                  "bootstrap": "1,000 bootstraps"}[name]
-        line, = axes[0].loglog(records, seconds, "o-", label=label)
+        (line,) = axes[0].loglog(records, seconds, "o-", label=label)
         ideal = [seconds[0] * n / records[0] for n in records]
         axes[0].loglog(records, ideal, ":", color=line.get_color(), linewidth=1)
         axes[1].loglog(records, [max(b, 1) / 1e6 for b in held], "o-", label=label)
@@ -1809,9 +1814,9 @@ def draw_growth(rows: list[tuple], path: Path) -> None:
         axis.grid(True, which="both", alpha=0.2)
         axis.set_xticks(records, [f"{n:,}" for n in records])
         axis.minorticks_off()
-    axes[0].legend(fontsize=8)
     figure.suptitle("Cost of growth, SYNTHETIC demo records listed again", fontsize=10)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -1830,6 +1835,12 @@ def bench_all(args: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"--run {folder}: {error.strerror}; name a folder that can be made") \
             from None
+    if (folder / "config.json").exists():
+        raise InputError(f"--run {folder}: found a training run there; choose another --run")
+    free = shutil.disk_usage(folder).free
+    if not quick and free < BENCH_DISK:
+        raise InputError(f"--run {folder}: {free / 1e9:.1f} GB of disk are free, the bench needs "
+                         f"{BENCH_DISK / 1e9:.0f} GB for a while; name another folder")
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     flags = " --compile" * args.compile + " --quick (too small to mean anything)" * quick
