@@ -31,6 +31,7 @@ from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 FLAT_MV = 1e-6          # a lead whose standard deviation is at most this (mV) carries no signal
@@ -234,6 +235,7 @@ class _CharacteristicFunction(torch.autograd.Function):
         return torch.stack([torch.stack(part) for part in zip(*means)])  # (2, Q, S)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors                                     # (N, S) each
         t = torch.arange(ctx.knots, dtype=grad.dtype, device=grad.device) * ctx.dt

@@ -3475,8 +3475,10 @@ def test_compiled_pretraining_steps_are_those_of_the_plain_encoder(tiny, monkeyp
             names = ("loss", "pred", "sigreg_t", "sigreg_next", "online_bce")
             rows.append([terms[name].item() for name in names])
     assert len(found[True]) == 8
-    # float32 in another order, 1e-6 in the first step, grows as the weights part
-    np.testing.assert_allclose(found[True], found[False], rtol=1e-3)
+    # float32 in another order: 2e-6 seen in the first step. Then Adam moves a weight by the rate
+    # even where its gradient is rounding, and the terms part by up to 0.5 % in 8 steps
+    np.testing.assert_allclose(found[True][0], found[False][0], rtol=1e-5)
+    np.testing.assert_allclose(found[True], found[False], rtol=2e-2)
 
 
 @needs_ptbxl
