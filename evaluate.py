@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_data import Cohort, InputError, Progress
+from prepare_data import Cohort, InputError, Progress, replace_file
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 BOOTSTRAP_SEED = 0  # of every table: two runs are judged on the same resamples
@@ -376,6 +376,103 @@ def method(config: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------
+# Frozen models, embeddings, and what every output says of itself
+# ----------------------------------------------------------------------------------------------
+
+
+def pick_device():
+    """CUDA if there is one, else the CPU: a torch.device."""
+    import torch
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_world_model(folder: Path) -> tuple:
+    """(model in eval mode on the device, checkpoint) of a finished pretraining: its last.pt, as A.
+
+    Raises: InputError for a run of another kind.
+    """
+    import cardiowm
+    checkpoint = load_checkpoint(folder / "last.pt")
+    if checkpoint["kind"] != "worldmodel":
+        raise InputError(f"run {folder}: is a {checkpoint['kind']}; a pretraining (train.py --mode "
+                         "pretrain) is wanted")
+    model = cardiowm.WorldModel(**checkpoint["model_args"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval().to(pick_device()), checkpoint
+
+
+def cohort_of(folder: Path, data: str | None) -> Cohort:
+    """The cohort that a run was trained on: --data, else where its config.json says it was.
+
+    Raises: InputError for another cohort (sha256 differs) or an unreadable one.
+    """
+    wanted = json.loads((folder / "config.json").read_text(encoding="utf-8"))["cohort"]
+    cohort = Cohort(data or wanted["path"])
+    if cohort.sha256 != wanted["sha256"]:
+        raise InputError(f"{'--data: ' if data else ''}{cohort.path} is not the cohort that "
+                         f"{folder} was trained on ({wanted['name']}, sha256 "
+                         f"{wanted['sha256'][:8]}, found {cohort.sha256[:8]}); give that one")
+    return cohort
+
+
+def embed(model, signal: np.ndarray, rows: np.ndarray, normalize: str = "zscore",
+          progress: Progress | None = None, batch: int = 256) -> tuple:
+    """Frozen h (n, 256) and z (n, D), float32 tensors on the device, of the rows (n,) in order.
+
+    Args: signal (N, 12, T) mV, any float dtype, e.g. Cohort.signal; normalize "zscore" or "none",
+        as the checkpoint says.
+    """
+    import torch
+
+    import cardiowm
+    device = next(model.parameters()).device
+    h, z = [], []
+    with torch.no_grad():
+        for start in range(0, len(rows), batch):
+            x = torch.from_numpy(np.asarray(signal[rows[start:start + batch]])).to(device)
+            x = cardiowm.normalize(x) if normalize == "zscore" else x.float()
+            h.append(model.encode(x))
+            z.append(model.project(h[-1]))
+            if progress is not None:
+                progress.update(len(x))
+    return torch.cat(h), torch.cat(z)
+
+
+def caption(cohort: Cohort, rows: np.ndarray, what: str, seed: int | None = None) -> str:
+    """`SYNTHETIC cohort demo, test fold 19: 227 records of 66 patients, 21 classes, seed 0`."""
+    kind = "SYNTHETIC" if cohort.synthetic else "real"
+    return (f"{kind} cohort {cohort.name}, {what}: {len(rows):,} records of "
+            f"{len(np.unique(cohort.subject_id[rows])):,} patients, {len(cohort.class_name)} "
+            "classes" + ("" if seed is None else f", seed {seed}"))
+
+
+def write_files(out: Path, files: dict[str, str | list | bytes]) -> None:
+    """Write text, CSV rows (a list of lists) or bytes under `out`, each whole or not at all."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; name another folder") from None
+    older = [name for name in files if (out / name).exists()]
+    for name, content in files.items():
+        if isinstance(content, list):
+            buffer = io.StringIO()
+            csv.writer(buffer, lineterminator="\n").writerows(content)
+            content = buffer.getvalue()
+        replace_file(out / name, content if isinstance(content, bytes) else content.encode())
+    note = f" (replaced: {', '.join(older)})" if older else ""
+    print(f"written: {out}/{', '.join(files)}{note}")
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as the bytes of a PNG file; the figure is closed."""
+    from matplotlib import pyplot as plt
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------
 # Score: macro-AUROC of runs on triage, monitoring and pairs (A, Tables 1-3; B, Table 1)
 # ----------------------------------------------------------------------------------------------
 
@@ -600,7 +697,6 @@ def run_score(args: argparse.Namespace) -> None:
     text = "\n\n".join(texts) + "\n"
     print(text)
     write_scores(Path(args.out), text, scored, settings)
-    print(f"written: {args.out}/score.md, score.csv, per_class.csv")
 
 
 def write_scores(out: Path, text: str, scored: list, settings: tuple) -> None:
@@ -621,74 +717,85 @@ def write_scores(out: Path, text: str, scored: list, settings: tuple) -> None:
                           " ".join(cell["left_out"]), cell["paper"]])
             classes += [[run["name"], run["cohort"], cell["task"], *row]
                         for row in cell["per_class"]]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; name another folder") from None
-    if (out / "score.md").exists():
-        print(f"{out}: an older table is replaced")
-    (out / "score.md").write_text(text, encoding="utf-8")
-    for name, content in (("score.csv", lines), ("per_class.csv", classes)):
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows(content)
-        (out / name).write_text(buffer.getvalue(), encoding="utf-8")
+    write_files(out, {"score.md": text, "score.csv": lines, "per_class.csv": classes})
+
+
+MODES = {"score": run_score}
+
+# flags with a meaning in some modes only; given elsewhere they are refused, not ignored
+MODE_FLAGS = {
+    "score": {"runs", "task", "labelled_only", "unit", "n_boot"},
+    "worldmodel": {"runs", "n_boot"},
+    "counterfactual": {"runs", "n_boot", "study_id", "onset", "resolve"},
+    "embedding": {"runs"},
+    "transitions": {"study_id", "onset", "resolve", "stable"},
+    "cohort": set(),
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    """All flags; those of modes to come are parsed, and refused with `--mode score`."""
+    """The command line of DESIGN section 7: flags, grouped, no abbreviations."""
     p = argparse.ArgumentParser(
         prog="evaluate.py", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--mode", default="score", help="default: score, the one mode of this version",
-                   choices=("score", "cohort", "transitions", "worldmodel", "counterfactual",
-                            "embedding"))
+    p.add_argument("--mode", default="score", choices=tuple(MODE_FLAGS),
+                   help="what to make (default: %(default)s)")
     group = p.add_argument_group("what is evaluated")
     group.add_argument("--runs", nargs="+", metavar="RUN", help="names under runs/, or folders")
-    group.add_argument("--data", metavar="FILE.h5", help="the runs' cohort, for the control rows "
-                       "(default: where config.json says it was)")
+    group.add_argument("--data", metavar="FILE.h5", help="the cohort (default: the runs' own, where "
+                       "config.json says it was; without runs data/cohort.h5)")
     group.add_argument("--task", choices=(*TASKS, "all"), default="all",
                        help="triage: first record of a stay; monitoring: all records; pairs: first "
                        "records of pairs (default: %(default)s)")
     group.add_argument("--labelled-only", action="store_true",
                        help="only records with a diagnosis of any chapter; otherwise, as in the "
                        "papers, a record without one counts as having none of the classes")
+    group = p.add_argument_group("transitions and counterfactuals")
+    group.add_argument("--onset", metavar="CLASS", nargs="+", help="classes that begin")
+    group.add_argument("--resolve", metavar="CLASS", nargs="+", help="classes that end")
+    group.add_argument("--stable", metavar="CLASS", nargs="+", help="classes present before and "
+                       "after")
+    group.add_argument("--study-id", metavar="ID", type=int, help="the record to start from")
     group = p.add_argument_group("intervals")
     group.add_argument("--unit", choices=("record", "patient"), default="record",
                        help="what the bootstrap resamples (default: %(default)s, as the papers)")
     group.add_argument("--n-boot", type=int, default=1000, help="(default: %(default)s)")
     group = p.add_argument_group("output")
-    group.add_argument("--out", metavar="DIR", default="runs/score",
-                       help="score.md, score.csv, per_class.csv (default: %(default)s)")
-    group = p.add_argument_group("for modes that this version does not have")
-    group.add_argument("--onset", metavar="CLASS")
-    group.add_argument("--resolve", metavar="CLASS")
-    group.add_argument("--stable", metavar="CLASS")
-    group.add_argument("--study-id", metavar="ID", type=int)
+    group.add_argument("--out", metavar="DIR", help="folder of tables and figures (default: "
+                       "runs/MODE)")
     return p
+
+
+def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
+    """Raises InputError for a flag out of range or of no use in this mode, and a bad --out."""
+    for name in sorted(set.union(*MODE_FLAGS.values()) - MODE_FLAGS[args.mode]):
+        if getattr(args, name) != p.get_default(name):
+            modes = " or ".join(m for m, flags in MODE_FLAGS.items() if name in flags)
+            raise InputError(f"--{name.replace('_', '-')}: of no use to --mode {args.mode}; it "
+                             f"belongs to --mode {modes}")
+    if "runs" in MODE_FLAGS[args.mode] and not args.runs:
+        raise InputError("--runs: none given; name at least one finished run of train.py")
+    if args.n_boot < 2:
+        raise InputError(f"--n-boot {args.n_boot}: at least 2 are wanted for an interval")
+    args.out = args.out or f"runs/{args.mode}"
+    out = next(p for p in (Path(args.out), *Path(args.out).absolute().parents) if p.exists())
+    if not out.is_dir():
+        raise InputError(f"--out {args.out}: {out} is {file_kind(out)}; a folder is wanted")
+    if (Path(args.out) / "config.json").exists():
+        raise InputError(f"--out {args.out}: is a run folder; name another")
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out {args.out}: {out} cannot be written to; name another")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line on stderr for what the user can mend."""
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
     try:
-        if args.mode != "score":
-            raise InputError(f"--mode {args.mode}: not in this version; `score` is")
-        for flag in ("onset", "resolve", "stable", "study_id"):
-            if getattr(args, flag) is not None:
-                raise InputError(f"--{flag.replace('_', '-')}: of no use to --mode score; leave it "
-                                 "out")
-        if not args.runs:
-            raise InputError("--runs: none given; name at least one finished run of train.py")
-        if args.n_boot < 2:
-            raise InputError(f"--n-boot {args.n_boot}: at least 2 are wanted for an interval")
-        out = next(p for p in (Path(args.out), *Path(args.out).absolute().parents) if p.exists())
-        if not out.is_dir():
-            raise InputError(f"--out {args.out}: {out} is {file_kind(out)}; a folder is wanted")
-        if (Path(args.out) / "config.json").exists():
-            raise InputError(f"--out {args.out}: is a run folder; name another")
-        if not os.access(out, os.W_OK):
-            raise InputError(f"--out {args.out}: {out} cannot be written to; name another")
-        run_score(args)
+        if args.mode not in MODES:
+            raise InputError(f"--mode {args.mode}: not in this version")
+        check_arguments(args, p)
+        MODES[args.mode](args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
