@@ -1925,8 +1925,11 @@ def test_score_equals_the_direct_computation_task_by_task(evaluate_root, capsys)
     for row, run in zip(rows, [a] * 3 + [b] * 3, strict=True):
         m = masks[row["task"]]
         want = evaluate.bootstrap_auroc(run["y_true"][m], run["y_score"][m], n_boot=50, seed=0)
+        by_patient = evaluate.bootstrap_auroc(run["y_true"][m], run["y_score"][m], 50, 0,
+                                              run["subject_id"][m])
         for key in ("low", "high"):
-            assert float(row[key]) == want[key]
+            assert float(row["record_" + key]) == want[key]
+            assert float(row["patient_" + key]) == by_patient[key]
         assert float(row["auroc"]) == want["point"]
         assert f"{want['point']:.3f} [{want['low']:.3f}-{want['high']:.3f}]" in out
         assert int(row["records"]) == int(row["scored"]) == m.sum()
@@ -1953,11 +1956,11 @@ def test_score_by_patient_and_on_labelled_records_only(evaluate_root, capsys):
     assert 0 < m.sum() < 80
     code, out, _ = evaluate_cli(capsys, "--runs", "one", "--task", "monitoring", "--labelled-only",
                                 "--unit", "patient", "--n-boot", 40, "--out", "there")
-    assert code == 0 and "labelled records only" in out and "bootstraps of patients" in out
+    assert code == 0 and "labelled records only" in out and "interval over patients" in out
     row, = evaluate_csv("there/score.csv")
     want = evaluate.bootstrap_auroc(a["y_true"][m], a["y_score"][m], 40, 0, a["subject_id"][m])
-    assert [float(row[k]) for k in ("auroc", "low", "high")] == [want[k] for k in
-                                                                  ("point", "low", "high")]
+    assert [float(row[k]) for k in ("auroc", "patient_low", "patient_high")] == [
+        want[k] for k in ("point", "low", "high")]
     assert (int(row["records"]), int(row["scored"])) == (80, m.sum())  # both counts, always
     assert f"| {m.sum()} " in out and "| 80 " in out and not Path("runs/score").exists()
 
@@ -1999,11 +2002,21 @@ def test_score_puts_the_papers_numbers_beside_their_own_method_only(evaluate_roo
         evaluate_write_run(evaluate_root, name, **args)
     code, out, _ = evaluate_cli(capsys, "--runs", *runs, "--n-boot", 2)
     assert code == 0
+    rows = [row for row in evaluate_csv("runs/score/score.csv") if row["task"] != "pairs"]
     for name, (_, words) in runs.items():
-        line = next(x for x in out.splitlines() if x.startswith(f"| {name} "))
+        line = " ".join(row["method"] + " " + row["paper"] for row in rows if row["run"] == name)
         assert all(word in line for word in words), line
         has_number = "A 0." in line or "B 0." in line
         assert has_number == (name in ("sup", "sup1", "lin", "fine", "mlp")), line
+    tables = dict(part.split("\n", 1) for part in out.split("### ")[1:])
+    a1, b1 = tables["Paper A, Table 1: all patients"], next(
+        text for title, text in tables.items() if title.startswith("Paper B"))
+    line, = (x for x in a1.splitlines() if x.startswith("| supervised "))
+    assert [cell.strip() for cell in line.split("|")][2::2][:2] == [
+        "0.735 [0.727-0.751]", "0.786 [0.776-0.797]"]  # A's alone
+    line, = (x for x in b1.splitlines() if x.startswith("| supervised "))
+    assert line.split("|")[2].strip() == "0.772"      # B's alone
+    assert "invariance" not in a1 and "0.690" not in out  # a method that was not run has no row
 
 
 def test_method_reads_objective_from_the_pretraining_it_started_from():
@@ -2127,7 +2140,8 @@ def test_score_adds_controls_from_the_cohort_and_says_when_it_cannot(
             [run["y_true"], run["y_true"]]), subject_id=np.concatenate(
             [run["subject_id"], run["subject_id"] + 1000]), split=np.repeat([2, 0], n),
         study_id=np.arange(2 * n) + 1000, age=np.tile(np.arange(n), 2).astype(np.float32),
-        sex=np.zeros(2 * n, np.int8))
+        sex=np.zeros(2 * n, np.int8), has_label=np.tile(run["has_label"], 2),
+        pair=np.array([[0, 1]]), pair_kind=np.array([1]))
     monkeypatch.setattr(evaluate, "Cohort", lambda path: cohort)
     code, out, _ = evaluate_cli(capsys, "--runs", "one", "--data", "c.h5", "--n-boot", 5,
                                 "--task", "monitoring")
@@ -2145,6 +2159,190 @@ def test_score_adds_controls_from_the_cohort_and_says_when_it_cannot(
     assert code == 2 and "--data" in error and "other" in error and "toytoyto" in error
     code, out, _ = evaluate_cli(capsys, "--runs", "one", "--n-boot", 5)
     assert code == 0 and "changed since the runs" in out and "| carry-forward" not in out
+
+
+# Paired differences, claims, studies, sub-groups
+
+
+def evaluate_two_scores(seed, n=300, equal=True, correlation=0.6):
+    """Labels (n, 3) and two correlated scores of AUROC Phi(1 / sqrt 2) each, or one of Phi(0.5)."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, 3)) < (0.4, 0.25, 0.15)).astype(np.uint8)
+    shared, own = rng.standard_normal((n, 3)), rng.standard_normal((2, n, 3))
+    noise = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    shift = np.array([1.0, 1.0 if equal else 0.5 * np.sqrt(2)])[:, None, None]
+    return y, *(noise + shift * y)
+
+
+def test_bootstrap_interval_covers_the_true_auroc_in_95_of_100_samples():
+    truth = 0.5 * (1 + math.erf(0.5))  # Phi(1 / sqrt 2), of two normals one apart
+    hits, trials = 0, 400
+    for seed in range(trials):
+        y, score, _ = evaluate_two_scores(seed)
+        got = evaluate.bootstrap_auroc(y, score, n_boot=200, seed=seed)
+        hits += got["low"] <= truth <= got["high"]
+    # 2 standard errors of 400 trials are 2.2 %: 92 to 98 % is what is asked for
+    assert 0.92 <= hits / trials <= 0.98, hits / trials
+
+
+def test_patient_bootstrap_covers_where_the_records_of_a_patient_are_alike():
+    truth, hits, records, trials = 0.5 * (1 + math.erf(0.5)), 0, 0, 300
+    for seed in range(trials):
+        rng = np.random.default_rng([1, seed])
+        y = np.repeat((rng.random((60, 3)) < 0.4).astype(np.uint8), 5, axis=0)
+        score = np.repeat(rng.standard_normal((60, 3)), 5, axis=0) + y + 1e-6 * rng.random((300, 3))
+        subject = np.repeat(np.arange(60), 5)
+        got = evaluate.bootstrap_auroc(y, score, 200, seed, subject)
+        hits += got["low"] <= truth <= got["high"]
+        got = evaluate.bootstrap_auroc(y, score, 200, seed)
+        records += got["low"] <= truth <= got["high"]
+    assert 0.90 <= hits / trials <= 0.98, hits / trials  # 60 patients: percentiles are a bit narrow
+    assert records / trials < 0.75  # five copies of each patient are not five patients
+
+
+def test_paired_test_is_level_at_equality_and_finds_a_difference():
+    found = {True: [], False: []}
+    for equal in found:
+        for seed in range(300 if equal else 60):
+            y, a, b = evaluate_two_scores(seed, equal=equal)
+            boots = [evaluate.bootstrap_auroc(y, s, 200, seed)["replicates"] for s in (a, b)]
+            low, high, p = evaluate.paired_difference(*boots)
+            assert (low > 0 or high < 0) == (p < 0.05) or abs(p - 0.05) < 0.02
+            found[equal].append(p < 0.05)
+    assert 0.02 <= np.mean(found[True]) <= 0.09, np.mean(found[True])  # 5 %, 2.5 % of noise
+    assert np.mean(found[False]) > 0.8
+
+
+def test_paired_difference_by_hand():
+    a, b = np.array([0.8, 0.7, 0.9, np.nan, 0.6]), np.array([0.7, 0.8, 0.7, 0.5, 0.5])
+    low, high, p = evaluate.paired_difference(a, b)  # 0.1 -0.1 0.2 (undefined) 0.1
+    assert (low, high) == pytest.approx(np.percentile([0.1, -0.1, 0.2, 0.1], (2.5, 97.5)))
+    assert p == pytest.approx(2 * (1 + 1) / (1 + 4))
+    assert evaluate.paired_difference(a, a)[2] == 1  # no difference at all
+    assert np.isnan(evaluate.paired_difference(a * np.nan, b)).all()
+
+
+def test_a_difference_is_that_of_the_same_resamples(evaluate_root, capsys):
+    a = evaluate_write_run(evaluate_root, "one", score_seed=1)
+    b = evaluate_write_run(evaluate_root, "two", score_seed=2, init="x")
+    assert evaluate_cli(capsys, "--runs", "one", "two", "--n-boot", 30)[0] == 0
+    rows = evaluate_csv("runs/score/differences.csv")
+    assert len(rows) == 3 * 2
+    for row in rows:
+        m = {"triage": a["first_in_stay"], "monitoring": np.ones(80, bool),
+             "pairs": a["pair_first"]}[row["task"]]
+        ids = a["subject_id"][m] if row["unit"] == "patient" else np.arange(m.sum())
+        units, rng, d = np.unique(ids), np.random.default_rng(0), []
+        for _ in range(30):  # the plain loop: draw units, concatenate their records
+            drawn = units[rng.integers(0, len(units), len(units))]
+            pick = np.concatenate([np.flatnonzero(ids == u) for u in drawn])
+            d.append(evaluate.macro_auroc(a["y_true"][m][pick], a["y_score"][m][pick])
+                     - evaluate.macro_auroc(b["y_true"][m][pick], b["y_score"][m][pick]))
+        assert [float(row["low"]), float(row["high"])] == pytest.approx(
+            np.percentile(d, (2.5, 97.5)), abs=1e-12)
+    classes = evaluate_csv("runs/score/per_class.csv")
+    assert {float(r["difference"]) for r in classes if r["run"] == "one" and r["auroc"] != "nan"
+            } == {0.0}
+
+
+def test_runs_of_several_seeds_become_one_row_and_other_presets_do_not(evaluate_root, capsys):
+    one = evaluate_write_run(evaluate_root, "s0", seed=0, preset="paper")
+    two = evaluate_write_run(evaluate_root, "s1", seed=1, preset="paper")
+    evaluate_write_run(evaluate_root, "quick", seed=2, preset="quick")
+    code, out, _ = evaluate_cli(capsys, "--runs", "s0", "s1", "quick", "--n-boot", 20, "--task",
+                                "monitoring")
+    table = out.split("### Paper A, Table 1")[1].split("###")[0]
+    mean = np.mean([evaluate.macro_auroc(r["y_true"], r["y_score"]) for r in (one, two)])
+    assert code == 0 and f"{mean:.3f} [" in table and "(quick)" not in table
+    assert "supervised (quick)" in out  # a row of its own elsewhere
+    boots = [evaluate.bootstrap_auroc(r["y_true"], r["y_score"], 20)["replicates"]
+             for r in (one, two)]
+    low, high = np.percentile(np.mean(boots, axis=0), (2.5, 97.5))
+    assert f"{mean:.3f} [{low:.3f}-{high:.3f}]" in table
+
+
+def evaluate_rows(**shift):
+    """Rows as by_method makes them: method -> (difference of every replicate, per seed)."""
+    rows = {}
+    for name, values in shift.items():
+        name = name.replace("_", " ").replace("FD", "finetuned, dynamics")
+        each = [{"triage": {"auroc": 0.7 + v, "boot": {
+            unit: (0.7 + v + 0.001 * np.arange(-5, 6), None) for unit in ("record", "patient")}}}
+            for v in values]
+        rows[name, 1.0] = {"method": name, "frac": 1.0, "seeds": list(range(len(values))),
+                           "each": each, "cells": {"triage": each[0]["triage"] | {
+                               "auroc": 0.7 + np.mean(values), "boot": {
+                                   unit: (0.7 + np.mean(values) + np.zeros(11), None)
+                                   for unit in ("record", "patient")}}}}
+    return rows
+
+
+def test_a_claim_holds_only_when_both_intervals_and_every_seed_agree():
+    def answers(**shift):
+        _, table = evaluate.claim_lines(evaluate_rows(**shift), {})
+        return [row[-1] for row in table[1:] if row[0] == "finetuned > supervised"]
+    assert answers(FD=[0.02, 0.03], supervised=[0.0, 0.0]) == ["holds"]
+    assert answers(FD=[-0.02, -0.03], supervised=[0.0, 0.0]) == ["does not hold"]
+    assert answers(FD=[0.05, -0.01], supervised=[0.0, 0.0]) == ["undecided"]  # seeds disagree
+    rows = evaluate_rows(FD=[0.02], supervised=[0.0])
+    spread = np.linspace(-0.1, 0.2, 11)
+    rows["finetuned, dynamics", 1.0]["cells"]["triage"]["boot"]["patient"] = (0.7 + spread, None)
+    assert evaluate.claim_lines(rows, {})[1][1][-1] == "undecided"            # patients disagree
+    lines, table = evaluate.claim_lines(evaluate_rows(FD=[0.02]), {
+        ("supervised", 1.0): "12 pairs: too few"})
+    assert len(table) == 1 and "not run: supervised (12 pairs: too few)" in "\n".join(lines)
+
+
+def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
+    def rows(probe, finetuned, augmented):
+        found = {}
+        for name, value in ((evaluate.GAP_FROM, probe), (evaluate.GAP_TO, finetuned),
+                            ("mlp probe on z + dynamics augmentation, dynamics", augmented)):
+            found[name, 1.0] = {"cells": {"monitoring": {
+                "auroc": value, "boot": {"record": (np.full(9, value), None)}}}}
+        return found
+    shares, note = evaluate.gap_shares(rows(0.687, 0.789, 0.743), list(rows(0, 1, 2)), "record")
+    assert shares == ["-", "-", "55% [55%..55%]"] and "+0.102" in note[0]
+    shares, note = evaluate.gap_shares(rows(0.7, 0.69, 0.743), list(rows(0, 1, 2)), "record")
+    assert shares == ["-"] * 3 and "no shares" in note[0]
+
+
+def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(evaluate_root, capsys):
+    study = evaluate_root / "study"
+    evaluate_write_run(study, "supervised-frac0.01", frac=0.01)
+    evaluate_write_run(study, "supervised")
+    base = ["python", "train.py", "--mode"]
+    runs = {"supervised": {"command": [*base, "finetune", "--init", "scratch"], "reason": ""},
+            "supervised-frac0.01": {"command": [*base, "finetune", "--init", "scratch", "--frac",
+                                                "0.01"], "reason": ""},
+            "pre": {"command": [*base, "pretrain", "--frac", "0.01"], "reason": "44 pairs"},
+            "probe": {"command": [*base, "probe", "--frac", "0.01", "--init", "runs/study/pre",
+                                  "--resume"], "reason": "pre has 44 pairs"}}
+    (study / "study.json").write_text(json.dumps({"cohort": "x", "runs": runs}))
+    assert evaluate.planned(runs, "probe") == ("linear probe, dynamics", 0.01)
+    code, out, _ = evaluate_cli(capsys, "--runs", "study", "--n-boot", 5)
+    table = out.split("### Paper A, Table 2")[1].split("###")[0]
+    assert code == 0 and "not run: pre has 44 pairs" in table and "0.515 [0.500-0.526]" in table
+    assert "linear probe, dynamics (pre has 44 pairs)" in out.split("ordering claims")[1]
+    (study / "supervised" / "predictions_test.npz").unlink()
+    (study / "supervised-frac0.01" / "predictions_test.npz").unlink()
+    code, _, error = evaluate_cli(capsys, "--runs", "study")
+    assert code == 2 and "no run of that study is finished" in error
+
+
+def test_subgroups_are_told_by_sex_age_label_and_the_pair_that_ends_in_the_record():
+    cohort = types.SimpleNamespace(
+        study_id=np.arange(5), sex=np.array([0, 1, -1, 0, 1]), has_label=np.array([1, 0, 1, 1, 1],
+                                                                                  bool),
+        age=np.array([49, 50, 79.9, 80, np.nan]), pair=np.array([[0, 1], [1, 2], [3, 4]]),
+        pair_kind=np.array([0, 2, 1]))
+    got = {k: np.flatnonzero(v).tolist() for k, v in evaluate.subgroups(
+        cohort, np.array([4, 3, 2, 1, 0])).items()}
+    assert got == {"all": [0, 1, 2, 3, 4], "female": [1, 4], "male": [0, 3], "sex unknown": [2],
+                   "age < 50": [4], "age 50-64": [3], "age 65-79": [2], "age >= 80": [1],
+                   "age unknown": [0], "labelled": [0, 1, 2, 4], "unlabelled": [3],
+                   "first record of the patient": [1, 4], "after a record of the same stay": [3],
+                   "after a record of another stay": [0], "pair touches unlabelled": [2]}
 
 
 def test_evaluate_help_lists_every_flag_and_import_brings_no_torch(capsys):
@@ -3048,7 +3246,9 @@ BAD_INPUT = [
     ),
     (["--mode", "probe", "--init", "leads"], "leads"),
     (["--mode", "probe", "--init", "shape"], "another architecture"),
-    (["--mode", "reproduce"], "not in this version"),
+    (["--mode", "reproduce", "--frac", "0.1"], "--frac: means nothing in --mode reproduce"),
+    (["--mode", "reproduce", "--seed", "1", "1"], "--seed: found 1 1"),
+    (["--mode", "pretrain", "--seed", "1", "2"], "--seed: found 1 2, wanted one seed"),
     (["--mode", "pretrain", "--reg", "vicreg", "--lam", "0.5"], "means nothing with --reg vicreg"),
     (
         ["--mode", "probe", "--init", "base", "--min-count", "5"],

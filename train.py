@@ -88,7 +88,12 @@ MODE_FLAGS = {
     "finetune": {"init", "normalize"},
     "probe": {"init", "head", "features", "augment", "class_weight", "min_count", "total"},
 }
-BENCH_FLAGS = {"mode", "run", "seed", "device", "compile", "quick"}
+# modes that compose runs of their own take these flags only
+OWN_FLAGS = {
+    "bench": {"run", "seed", "device", "compile", "quick"},
+    "reproduce": {"data", "cache", "labelled_only", "min_count", "total", "paper", "quick", "run",
+                  "seed", "device", "compile", "deterministic", "resume", "checkpoint_minutes"},
+}
 
 
 def recipe_name(args: argparse.Namespace) -> str:
@@ -98,17 +103,38 @@ def recipe_name(args: argparse.Namespace) -> str:
     return "supervised" if args.mode == "finetune" and args.init == "scratch" else args.mode
 
 
+def check_ranges(args: argparse.Namespace, seeds: list[int]) -> None:
+    """Raises InputError where a number is out of range."""
+    ranges = {  # name: (lowest, highest) allowed
+        "frac": (1e-9, 1.0), "lam": (0.0, 1.0), "slices": (1, 1_000_000), "z_dim": (2, 65_536),
+        "epochs": (1, 1_000_000), "batch_size": (2, 10_000_000), "lr": (1e-12, 100.0),
+        "min_count": (1, 10**9), "total": (1, 10**9),
+        "checkpoint_minutes": (0.0, 1e6)}
+    found = [(name, getattr(args, name), *ranges[name]) for name in ranges]
+    for name, value, low, high in found + [("seed", seed, 0, 2**31 - 1) for seed in seeds]:
+        if value is not None and not low <= value <= high:  # NaN fails as well
+            wanted = "a fraction of the training patients, 0 < frac <= 1" if name == "frac" else \
+                f"{low:,} to {high:,}"
+            raise InputError(f"--{name.replace('_', '-')}: found {value}, wanted {wanted}")
+
+
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises InputError where a flag is out of range, or means nothing in this mode."""
-    if args.mode == "reproduce":
-        raise InputError("--mode reproduce: not in this version; pretrain, finetune, probe and "
-                         "bench are")
-    if args.mode == "bench":
-        for name in sorted(vars(args).keys() - BENCH_FLAGS):
+    seeds = args.seed if isinstance(args.seed, list) else [args.seed]
+    if len(set(seeds)) < len(seeds) or (len(seeds) > 1 and args.mode != "reproduce"):
+        raise InputError(f"--seed: found {' '.join(map(str, seeds))}, wanted one seed (--mode "
+                         "reproduce takes several, each once)")
+    args.seed = seeds if args.mode == "reproduce" else seeds[0]
+    for one, other in (("paper", "quick"), ("resume", "overwrite")):
+        if getattr(args, one) and getattr(args, other):
+            raise InputError(f"--{one} and --{other} exclude each other: give one")
+    check_ranges(args, seeds)
+    if args.mode in OWN_FLAGS:
+        for name in sorted(vars(args).keys() - OWN_FLAGS[args.mode] - {"mode", "seed"}):
             if getattr(args, name) != parser.get_default(name):
-                flags = " ".join("--" + n for n in sorted(BENCH_FLAGS - {"mode"}))
-                raise InputError(f"--{name.replace('_', '-')}: means nothing in --mode bench, "
-                                 f"which makes its own data; it takes {flags}")
+                flags = " ".join("--" + n.replace("_", "-") for n in sorted(OWN_FLAGS[args.mode]))
+                raise InputError(f"--{name.replace('_', '-')}: means nothing in --mode {args.mode},"
+                                 f" which sets it by itself; it takes {flags}")
         return
     everywhere = set.union(*MODE_FLAGS.values())
     for name in sorted(everywhere - MODE_FLAGS[args.mode]):
@@ -117,17 +143,6 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag}: means nothing in --mode {args.mode}; it belongs to --mode "
                              f"{modes}")
-    ranges = {  # name: (lowest, highest) allowed
-        "frac": (1e-9, 1.0), "lam": (0.0, 1.0), "slices": (1, 1_000_000), "z_dim": (2, 65_536),
-        "epochs": (1, 1_000_000), "batch_size": (2, 10_000_000), "lr": (1e-12, 100.0),
-        "seed": (0, 2**31 - 1), "min_count": (1, 10**9), "total": (1, 10**9),
-        "checkpoint_minutes": (0.0, 1e6)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # NaN fails as well
-            wanted = "a fraction of the training patients, 0 < frac <= 1" if name == "frac" else \
-                f"{low:,} to {high:,}"
-            raise InputError(f"--{name.replace('_', '-')}: found {value}, wanted {wanted}")
     if args.objective == "invariance" and args.action != "coded":
         raise InputError(f"--action {args.action}: the invariance objective takes no action; leave "
                          "--action out, or use --objective dynamics")
@@ -145,9 +160,6 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         raise InputError("--augment and --class-weight belong to paper B's probe: add --head mlp")
     if args.augment == "dynamics" and args.features == "h":
         raise InputError("--augment dynamics: the predictor works in z; leave --features out")
-    for one, other in (("paper", "quick"), ("resume", "overwrite")):
-        if getattr(args, one) and getattr(args, other):
-            raise InputError(f"--{one} and --{other} exclude each other: give one")
     if args.mode == "finetune" and args.init == "random":
         raise InputError("--init random: a finetuned untrained encoder is the supervised baseline: "
                          "give --init scratch")
@@ -868,6 +880,8 @@ class Pretraining:
         self.network = parallel(Transition(model, online), device)
         self.sigreg = cardiowm.SIGReg(args.slices).to(device)
         if args.compile:
+            # gradient_ratio goes through a graph twice: its buffers must not be given away
+            torch._functorch.config.donated_buffer = False
             model.encoder.compile()
             self.sigreg.compile()
         self.signals = Signals(cohort, device, args.cache, args.normalize)
@@ -1899,8 +1913,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--mode", required=True,
                         choices=["pretrain", "finetune", "probe", "reproduce", "bench"],
-                        help="what to do; bench measures every stage (reproduce: not in this "
-                             "version)")
+                        help="what to do; reproduce does the papers' whole matrix and reports, "
+                             "bench measures every stage")
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, help="cohort .h5 (unset: data/cohort.h5, else the "
                                                  "demo is built)")
@@ -1954,8 +1968,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--quick", action="store_true", help="a smoke run: very few epochs")
     group = parser.add_argument_group("run")
     group.add_argument("--run", help="name under runs/, or a path (unset: made from the flags)")
-    group.add_argument("--seed", type=int, default=0, help="of patients, weights, batches and "
-                                                           "directions")
+    group.add_argument("--seed", type=int, nargs="+", default=0, metavar="SEED",
+                       help="of patients, weights, batches and directions; reproduce takes several")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     group.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
@@ -2013,12 +2027,9 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
 
 
 def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Config -> data -> run folder -> train -> predictions -> summary."""
+    """One run: config -> data -> run folder -> train -> predictions -> summary."""
     began = time.monotonic()
     check_arguments(args, parser)
-    if args.mode == "bench":
-        bench_all(args)
-        return
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(args.deterministic)
@@ -2048,12 +2059,243 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     summarise(run, args, cohort, scores, time.monotonic() - began)
 
 
+# ----------------------------------------------------------------------------------------------
+# Reproduce: both papers' matrix for one cohort, composed of this script's own commands
+# ----------------------------------------------------------------------------------------------
+
+
+def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[str, list[str]]:
+    """Name and command line of every run of a study, in order; all lie under `folder`.
+
+    Paper A: five pretrainings, linear probe and finetuning of each, supervised at each fraction.
+    Paper B: the MLP probe on z and on h, with dynamics and with SMOTE-style rows. Controls: an
+    untrained encoder, oversampling, full class weights and, where it is known, the true state
+    change as action.
+    """
+    runs: dict[str, list[str]] = {}
+    shared = ["--data", str(cohort.path), "--device", args.device, "--cache", args.cache,
+              "--checkpoint-minutes", f"{args.checkpoint_minutes:g}", "--resume"]
+    for name in ("paper", "quick", "labelled_only", "deterministic"):
+        shared += ["--" + name.replace("_", "-")] * getattr(args, name)
+    augment = ["--min-count", str(args.min_count)]
+    augment += ["--total", str(args.total)] if args.total else []
+    mlp = ["--mode", "probe", "--head", "mlp"]
+    for seed in args.seed:
+        def add(name: str, flags: list[str], start: str | None = None, frac: float = 1.0) -> None:
+            at = (f"-frac{frac:g}" if frac != 1 else "") + (f"-seed{seed}" if seed else "")
+            own = ["--frac", f"{frac:g}"] if frac != 1 else []
+            own += ["--seed", str(seed)] if seed else []
+            own += ["--init", str(folder / (start + at))] if start else []
+            own += ["--compile"] if args.compile and "probe" not in flags else []
+            runs[name + at] = [*flags, *own, "--run", str(folder / (name + at)), *shared]
+
+        def pretrained(name: str, flags: list[str], frac: float = 1.0) -> None:
+            add(f"pretrain-{name}", ["--mode", "pretrain", *flags], None, frac)
+            add(f"probe-{name}", ["--mode", "probe"], f"pretrain-{name}", frac)
+            add(f"finetune-{name}", ["--mode", "finetune"], f"pretrain-{name}", frac)
+
+        for frac in (1.0, 0.1, 0.01):
+            pretrained("dynamics", [], frac)
+            add("supervised", ["--mode", "finetune", "--init", "scratch"], None, frac)
+            add("probe-untrained", ["--mode", "probe", "--init", "random"], None, frac)
+            if frac == 1:
+                add("mlp-z", mlp, "pretrain-dynamics")
+                add("mlp-h", [*mlp, "--features", "h"], "pretrain-dynamics")
+                add("mlp-full-weights", [*mlp, "--class-weight", "full"], "pretrain-dynamics")
+                for kind in ("dynamics", "smote", "oversample"):
+                    add(f"mlp-{kind}", [*mlp, "--augment", kind, *augment], "pretrain-dynamics")
+        pretrained("invariance", ["--objective", "invariance"])
+        pretrained("vicreg", ["--reg", "vicreg"])
+        if cohort.state is not None:
+            add("pretrain-state", ["--mode", "pretrain", "--action", "state"])
+            add("mlp-state", [*mlp, "--augment", "dynamics", *augment], "pretrain-state")
+    return runs
+
+
+def pace(cohort: Cohort, device: torch.device) -> dict[str, float]:
+    """Seconds for a record in training, a record embedded and a row of the MLP probe, as of now."""
+    encoder = fast_encoder(cardiowm.XResNet1d50(len(cohort.leads)).to(device))
+    head = cardiowm.MLPProbe(cardiowm.H_DIM, len(cohort.class_name)).to(device)
+    x = torch.randn(64, len(cohort.leads), cohort.signal.shape[2], device=device)
+    z = torch.randn(256, cardiowm.H_DIM, device=device)
+
+    def train_step() -> None:
+        with autocast(device):
+            encoder(x).sum().backward()
+
+    @torch.no_grad()
+    def embed_step() -> None:
+        encoder(x)
+
+    optimizer = make_optimizer([head], 1e-4, 0.0)
+    steps = {"train": (train_step, len(x)), "embed": (embed_step, len(x)),
+             "row": (lambda: descend(head(z).square().mean(), optimizer), len(z))}
+    found = {}
+    for name, (step, items) in steps.items():
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            step()
+            wait_for(device)
+            seconds.append(time.perf_counter() - began)
+        found[name] = min(seconds[1:]) / items
+    return found
+
+
+def expect(argv: list[str], parser: argparse.ArgumentParser, cohort: Cohort, device: torch.device,
+           speed: dict[str, float]) -> tuple[float, str]:
+    """Seconds that a run will take at most, and what it works on; prints nothing."""
+    args = parser.parse_args(argv)
+    with contextlib.redirect_stdout(io.StringIO()):
+        check_arguments(args, parser)
+        rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
+        pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+        n = len(pairs) if args.mode == "pretrain" else len(rows)
+        resolve(args, cohort, device, max(n, 1))
+    val, test = (int((cohort.split == k).sum()) for k in (1, 2))
+    size = min(args.batch_size, n)
+    if args.mode == "pretrain":
+        if n < MIN_PAIRS:
+            return 0.0, f"{n} pairs: too few, wanted {MIN_PAIRS}"
+        again = 2 * min(RECALIBRATE_BATCHES, n // size) * size
+        seconds = args.epochs * (2 * n * speed["train"] + (again + val) * speed["embed"])
+        return seconds + (val + test) * speed["embed"], f"{n:,} pairs, {args.epochs} epochs"
+    if args.mode == "finetune":
+        again = min(RECALIBRATE_BATCHES, n // size) * size
+        seconds = args.epochs * (n * speed["train"] + (again + val) * speed["embed"])
+        return seconds + test * speed["embed"], f"{n:,} records, {args.epochs} epochs"
+    synthetic, real = SYNTHETIC_ROWS
+    total = 0 if args.augment == "none" else args.total or (
+        synthetic if args.preset == "paper" else round(synthetic / real * n))
+    seconds = (n + val + test) * speed["embed"]
+    seconds += args.epochs * (n + total) * speed["row"] * (args.head == "mlp")
+    return seconds, f"{n + total:,} rows, at most {args.epochs} epochs"
+
+
+def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """--mode reproduce: plan, every run that is not yet complete, then the report."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: --mode reproduce runs on one device; run `python train.py` "
+                         "instead, or its commands (study.json lists them) under torchrun")
+    device = pick_device(args.device)
+    cohort = open_cohort(args.data)
+    args.paper |= device.type == "cuda" and not args.quick
+    flags = "".join(f"-{name.replace('_', '-')}" for name in ("paper", "quick", "labelled_only")
+                    if getattr(args, name))
+    folder = Path(args.run or f"{cohort.name}-reproduce{flags}")
+    folder = folder if len(folder.parts) > 1 else Path("runs") / folder
+    if (folder / "config.json").exists():
+        raise InputError(f"--run {folder}: found a training run there; choose another --run")
+    study = {"cohort": cohort.sha256, "runs": {}}
+    if (folder / "study.json").exists():
+        study = json.loads((folder / "study.json").read_text())
+        if study["cohort"] != cohort.sha256:
+            raise InputError(f"--run {folder}: holds a study of another cohort (sha256 "
+                             f"{study['cohort'][:8]}, found {cohort.sha256[:8]}); choose another "
+                             "--run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run {folder}: {error.strerror}; name a folder that can be made") \
+            from None
+    kind = "SYNTHETIC" if cohort.synthetic else "real"
+    runs = study_runs(args, cohort, folder)
+    print(f"study {folder}: {len(runs)} runs of the {kind} cohort {cohort.name}, {len(cohort):,} "
+          f"records, seeds {' '.join(map(str, args.seed))}, on {device}")
+    speed = pace(cohort, device)
+    plan = {name: expect(argv, parser, cohort, device, speed) for name, argv in runs.items()}
+    done = {name for name in runs if (folder / name / "predictions_test.npz").exists()}
+    for name, (seconds, what) in plan.items():
+        cost = "-" if "too few" in what else f"~ {duration(seconds)}"
+        print(f"  {name:<32} {'complete' if name in done else cost:>10}  {what}")
+    left = sum(plan[name][0] for name in runs if name not in done)
+    print(f"  {len(runs) - len(done)} to do: about {duration(left)} at the speed measured just "
+          "now, then the report", flush=True)
+    began, expected = time.monotonic(), 0.0
+    for i, (name, argv) in enumerate(runs.items(), 1):
+        took = time.monotonic()
+        remaining = (left - expected) * (took - began) / expected if expected else left
+        print(f"\nrun {i} of {len(runs)}: {name}; about {duration(remaining)} left\n"
+              f"  python train.py {' '.join(argv)}", flush=True)
+        start = parser.parse_args(argv).init
+        start = Path(start).name if start not in (None, "scratch", "random") else None
+        if "too few" in plan[name][1]:
+            reason = plan[name][1]
+        elif start and study["runs"][start]["reason"]:
+            reason = f"{start} has {study['runs'][start]['reason']}"
+        else:
+            reason = study_run(argv, parser)
+        if reason:
+            print(f"not done: {reason}")
+        old = study["runs"].get(name, {})
+        seconds = old.get("seconds") if name in done else round(time.monotonic() - took, 1)
+        study["runs"][name] = {"command": ["python", "train.py", *argv], "reason": reason,
+                               "what": plan[name][1], "seconds": seconds}
+        replace_file(folder / "study.json", json.dumps(study, indent=1).encode())
+        expected += 0.0 if name in done else plan[name][0]
+    study_report(args, cohort, folder)
+    failed = {name: run["reason"] for name, run in study["runs"].items() if run["reason"]}
+    print(f"\n{folder}: {len(runs) - len(failed)} of {len(runs)} runs complete, in "
+          f"{duration(time.monotonic() - began)}; report: {folder / 'report' / 'report.md'}")
+    for name, reason in failed.items():
+        print(f"  {name}: {reason}")
+
+
+def study_run(argv: list[str], parser: argparse.ArgumentParser) -> str:
+    """Do one run of a study; returns why it could not be done, "" if it was."""
+    if "--compile" in argv:
+        torch._dynamo.reset()  # what was compiled for another run is of no use to this one
+    try:
+        train(parser.parse_args(argv), parser)
+        return ""
+    except (InputError, RuntimeError) as error:  # no combination found; a loss no longer finite
+        return str(error).splitlines()[0]
+
+
+def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None:
+    """Every table and figure of evaluate.py for a study, and report.md, which holds them all."""
+    report, first = folder / "report", f"-seed{args.seed[0]}" if args.seed[0] else ""
+    finished = {path.parent.name for path in folder.glob("*/predictions_test.npz")}
+    dynamics = folder / f"pretrain-dynamics{first}"
+    models = [str(folder / name) for name in (f"pretrain-{kind}{first}" for kind in (
+        "dynamics", "invariance", "vicreg", "state")) if name in finished]
+    begins = (cohort.action == 1)[cohort.split[cohort.pair[:, 0]] == 2].sum(axis=0)
+    onset = cohort.class_name[int(begins.argmax())]
+    commands = {"score": ["--runs", str(folder)], "cohort": [],
+                "transitions": ["--onset", onset]}
+    if models:
+        commands["worldmodel"] = ["--runs", *models]
+    if dynamics.name in finished:
+        commands["embedding"] = ["--runs", str(dynamics)]
+        if cohort.state is not None:
+            commands["counterfactual"] = ["--runs", str(dynamics)]
+    text = [f"# Study of {'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}", ""]
+    for mode, flags in commands.items():
+        argv = ["--mode", mode, *flags, "--data", str(cohort.path), "--out", str(report / mode)]
+        print(f"\npython evaluate.py {' '.join(argv)}", flush=True)
+        if evaluate.main(argv) != 0:
+            text += [f"`--mode {mode}` was not done: see its message.", ""]
+            continue
+        for page in sorted((report / mode).glob("*.md")):
+            text += [page.read_text(encoding="utf-8").rstrip(), ""]
+        text += [f"![{page.stem}]({mode}/{page.name})\n"
+                 for page in sorted((report / mode).glob("*.png"))]
+    report.mkdir(exist_ok=True)
+    replace_file(report / "report.md", "\n".join(text).encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 after one line for bad input, 130 interrupted."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        train(args, parser)
+        check_arguments(args, parser)
+        if args.mode == "bench":
+            bench_all(args)
+        elif args.mode == "reproduce":
+            reproduce(args, parser)
+        else:
+            train(args, parser)
     except InputError as error:
         where = f" (rank {rank()})" if rank() else ""
         print(f"error{where}: {error}", file=sys.stderr)
