@@ -1,15 +1,21 @@
-"""Evaluation of cardiac world models: AUROC by ranks, bootstrap intervals, tables of runs.
+"""Evaluation of cardiac world models: tables, figures, and a scorecard of the world model itself.
 
 Papers, as cited below:
   A  Action-Conditioned Cardiac World Models, also circulated as Beyond Patient Invariance: Learning
      Cardiac Dynamics via Action-Conditioned JEPAs (ICLR 2026 World Models workshop)
   B  World Model Augmentation for Imbalanced Multi-Label ECG Classification
 
-    python evaluate.py --mode score --runs RUN [RUN ...]
-    python evaluate.py --mode score --runs RUN --task triage --unit patient --data data/cohort.h5
+    python evaluate.py --mode score --runs RUN [RUN ...]      # the papers' tables, Figure 4 of A
+    python evaluate.py --mode worldmodel --runs PRETRAINING [...]     # are the dynamics real?
+    python evaluate.py --mode counterfactual --runs PRETRAINING       # against the demo's truth
+    python evaluate.py --mode counterfactual --runs PRETRAINING --study-id ID --onset I48
+    python evaluate.py --mode embedding --runs PRETRAINING    # B, Figure 2
+    python evaluate.py --mode transitions --onset I44         # A, Figures 2 and 3
+    python evaluate.py --mode cohort                          # A, Figures 5 and 6
 
-Reads runs/NAME/{config.json,predictions_test.npz} of finished runs and writes score.md, score.csv
-and per_class.csv; it trains nothing and changes no run.
+RUN is a name under runs/, a folder, or a study of train.py --mode reproduce, which stands for all
+of its runs. Tables (.md, .csv) and figures (.png) go to --out; nothing is trained and no run is
+changed.
 """
 
 import argparse
@@ -946,7 +952,8 @@ def class_lines(rows: dict[tuple, dict], task: str, names: list[str], unit: str)
     head = ["class", "positives", "prevalence", *map(row_name, shown)] \
         + ["second less first"] * (len(shown) == 2)
     return [f"### Classes, {task}", "", *markdown(head, body),
-            f"- [95 % interval over {unit}s], one class at a time; every run: per_class.csv.", ""]
+            f"- [95 % interval over {unit}s], one class at a time; with a handful of positives it "
+            "is too narrow, since resamples know no others. Every run: per_class.csv.", ""]
 
 
 def subgroups(cohort: Cohort, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -1045,7 +1052,7 @@ def draw_fractions(rows: dict[tuple, dict], unit: str, title: str):
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8,
                   frameon=False)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     return figure
 
 
@@ -1086,7 +1093,7 @@ def draw_forest(rows: dict[tuple, dict], task: str, names: list[str], unit: str,
     figure.suptitle(f"{title}\n{task}, classes by number of positives", fontsize=9)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8,
                   frameon=False)
-    figure.tight_layout(rect=(0, 0.9 / (1.6 + 0.3 * len(order)), 1, 1))
+    figure.tight_layout(rect=(0, 0.5 / (1.6 + 0.3 * len(order)), 1, 1))
     return figure
 
 
@@ -1116,6 +1123,8 @@ def draw_curves(runs: list[dict], title: str):
                           linestyle=("-", "--", ":")[i // 10 % 3])
         axis.set(title=f"{mode}: {text}", xlabel="step")
         axis.set_xscale("log")
+        if mode == "pretrain":
+            axis.set_yscale("log")  # VICReg's loss is on another scale than SIGReg's
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     for axis in axes.flat[len(wanted):]:

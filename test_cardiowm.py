@@ -3544,6 +3544,111 @@ def test_quick_bench_fills_its_tables_and_its_plot(workplace, capsys):
 
 
 # ----------------------------------------------------------------------------------------------
+# Reproduce
+# ----------------------------------------------------------------------------------------------
+
+
+def study_of(cohort, *flags):
+    args = train.build_parser().parse_args(["--mode", "reproduce", *flags])
+    train.check_arguments(args, train.build_parser())
+    return train.study_runs(args, cohort, Path("runs/study"))
+
+
+def test_a_study_holds_every_method_of_the_papers_tables_and_claims(tiny):
+    runs = study_of(tiny)
+    parser, commands = train.build_parser(), {n: {"command": ["x", *argv]}
+                                              for n, argv in runs.items()}
+    found = {evaluate.planned(commands, name) for name in runs}
+    assert set(evaluate.PAPER) <= found
+    for _, frac, _, methods in evaluate.PAPER_TABLES:
+        assert {(m, frac) for m in methods} <= found
+    for _, _, _, better, worse, frac in evaluate.CLAIMS:
+        assert {(better, frac), (worse, frac)} <= found
+    assert {(m, 1.0) for m in evaluate.CONTROL_METHODS + evaluate.EXTRA_METHODS} <= found
+    names = list(runs)
+    for name, argv in runs.items():
+        args = parser.parse_args(argv)
+        train.check_arguments(args, parser)  # every run is a command that a user could give
+        assert args.run == f"runs/study/{name}" and args.resume
+        if args.init not in (None, "scratch", "random"):
+            start = Path(args.init).name  # stands before it, of the same fraction and seed
+            assert names.index(start) < names.index(name)
+            other = parser.parse_args(runs[start])
+            assert (other.frac, other.seed, other.mode) == (args.frac, args.seed, "pretrain")
+    two = study_of(tiny, "--seed", "0", "3", "--quick", "--min-count", "7")
+    assert list(two)[:len(runs)] == names and len(two) == 2 * len(runs)
+    assert [n + "-seed3" for n in names] == list(two)[len(runs):]
+    assert all("--quick" in argv for argv in two.values())
+    assert [n for n in names if "--min-count" in runs[n]] == [
+        "mlp-dynamics", "mlp-smote", "mlp-oversample", "mlp-state"]
+    tiny.state = None  # a real cohort
+    assert not any("state" in name for name in study_of(tiny))
+
+
+def test_the_plan_knows_items_and_epochs_of_each_run(pretrained, tiny):
+    parser, cpu = train.build_parser(), torch.device("cpu")
+    speed = {"train": 1.0, "embed": 0.0, "row": 0.0}
+    argv = ["--mode", "pretrain", "--quick"]
+    pairs = int((tiny.split[tiny.pair[:, 0]] == 0).sum())
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(train, "MIN_PAIRS", 10)
+    seconds, what = train.expect(argv, parser, tiny, cpu, speed)
+    epochs = int(what.split(", ")[1].split()[0])
+    assert what == f"{pairs} pairs, {epochs} epochs" and seconds == epochs * 2 * pairs
+    assert epochs == max(2, math.ceil(20 / (pairs // min(64, pairs))))
+    monkey.setattr(train, "MIN_PAIRS", 10_000)
+    assert "too few, wanted 10000" in train.expect(argv, parser, tiny, cpu, speed)[1]
+    monkey.undo()
+    records = int((tiny.split == 0).sum())
+    seconds, what = train.expect(["--mode", "finetune", "--epochs", "3"], parser, tiny, cpu, speed)
+    assert (seconds, what) == (3 * records, f"{records} records, 3 epochs")
+    speed = {"train": 0.0, "embed": 0.0, "row": 1.0}
+    mlp = ["--mode", "probe", "--head", "mlp", "--epochs", "2", "--augment", "smote"]
+    seconds, what = train.expect(mlp + ["--total", "100"], parser, tiny, cpu, speed)
+    assert seconds == 2 * (records + 100) and what.startswith(f"{records + 100} rows")
+
+
+def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, capsys):
+    every = train.study_runs
+    kept = ("pretrain-dynamics", "probe-dynamics", "supervised-frac0.1", "mlp-dynamics",
+            "pretrain-dynamics-frac0.01", "probe-dynamics-frac0.01")
+    monkeypatch.setattr(train, "study_runs", lambda *a: {
+        name: argv for name, argv in every(*a).items() if name in kept})
+    monkeypatch.setattr(train, "MIN_PAIRS", 20)
+    monkeypatch.setitem(train.MIN_STEPS, "quick", 2)
+    argv = ["--mode", "reproduce", "--quick", "--run", "study", "--min-count", 2]
+    broken = train.probe
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "probe", interrupt)
+    assert run_train(*argv) == 130  # stopped by hand in its second run
+    monkeypatch.setattr(train, "probe", broken)
+    capsys.readouterr()
+    assert run_train(*argv) == 0
+    out = capsys.readouterr().out
+    plan = out.split("to do: about")[0]
+    assert re.search(r"pretrain-dynamics +complete", plan) and "finished already" in out
+    assert re.search(r"pretrain-dynamics-frac0.01 +- +\d+ pairs: too few, wanted 20", plan)
+    study = json.loads(Path("runs/study/study.json").read_text())
+    assert sorted(study["runs"]) == sorted(kept)
+    reasons = {name: run["reason"] for name, run in study["runs"].items()}
+    assert "too few" in reasons["pretrain-dynamics-frac0.01"]
+    assert reasons["probe-dynamics-frac0.01"].startswith("pretrain-dynamics-frac0.01 has ")
+    assert not any(reasons[name] for name in kept[:4])
+    text = Path("runs/study/report/report.md").read_text()
+    assert "SYNTHETIC" in text and "Paper B, Table 1" in text
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (Path("runs/study/report") / link).stat().st_size > 1000
+    before = (Path("runs/study/mlp-dynamics/predictions_test.npz")).stat().st_mtime_ns
+    assert run_train(*argv) == 0  # all complete: the report alone is made again
+    assert Path("runs/study/mlp-dynamics/predictions_test.npz").stat().st_mtime_ns == before
+    other = Path("runs/study/study.json")
+    other.write_text(json.dumps(study | {"cohort": "0" * 64}))
+    assert run_train(*argv) == 2 and "study of another cohort" in last_line(capsys)
+
+
+# ----------------------------------------------------------------------------------------------
 # The whole: imports, command lines, README, real records
 # ----------------------------------------------------------------------------------------------
 
