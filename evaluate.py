@@ -658,7 +658,7 @@ def control_rows(runs: list[dict], data: Cohort | None) -> tuple[list[dict], str
 # ----------------------------------------------------------------------------------------------
 # World-model scorecard: is the dynamics right, and is it the action that makes it so?
 # ----------------------------------------------------------------------------------------------
-SCORECARD_SEED = 0       # of distractors, shuffled actions, refits and subsets, the same for all runs
+SCORECARD_SEED = 0       # of distractors, shuffled actions, refits and subsets, in all runs
 FIT_LIMIT = 50_000       # training pairs, and training records, that the controls are fitted on
 DISTRACTORS = 999        # records of other patients among which the true next state is looked for
 MIN_POSITIVES = 10       # training positives that a class needs for a read-out
@@ -870,6 +870,7 @@ def distractor_sets(subject: np.ndarray, pair: np.ndarray) -> dict[str, list[np.
     patient: the patient's other records without source and target; may be none.
     """
     order = np.random.default_rng(SCORECARD_SEED).permutation(len(subject))
+    order = order[:DISTRACTORS + np.unique(subject, return_counts=True)[1].max()]  # as many suffice
     others, same = [], []
     for source, target in pair:
         others.append(order[subject[order] != subject[source]][:DISTRACTORS])
@@ -884,10 +885,10 @@ def distractor_sets(subject: np.ndarray, pair: np.ndarray) -> dict[str, list[np.
 def fit_readout(z, y, l2: float) -> tuple:
     """Linear read-out of K classes from z: the penalised maximum likelihood, by L-BFGS in float64.
 
-    Minimises sum_n log(1 + exp(-s_nk logit_nk)) + l2 / 2 |w_k|^2 for every class k, with s = 2 y - 1
-    and logit = z @ weight + bias; the bias is free. Convex, full batch, so without randomness.
+    Minimises sum_n log(1 + exp(-s_nk logit_nk)) + l2 / 2 |w_k|^2 for each class k, s = 2 y - 1 and
+    logit = z @ weight + bias; the bias is free. Convex and full batch: nothing random.
 
-    Args: z (N, D), standardised by the caller; y (N, K) of 0/1, each class with both values; l2 > 0.
+    Args: z (N, D), standardised by the caller; y (N, K) of 0/1, both in each class; l2 > 0.
     Returns: weight (D, K), bias (K,), float64.
     """
     import torch
@@ -914,9 +915,9 @@ def onset_rises(model, z, y, readout, classes: list[int]) -> tuple[np.ndarray, .
     """How the logit of class c moves when c begins, and when other classes begin instead.
 
     Args: z (N, D); y (N, K) of 0/1; readout: z -> logits (N, len(classes)) of these classes.
-    Returns: three (N, len(classes)) arrays: logit_c(r(z, 0)); logit_c(r(z, e_c)) - logit_c(r(z, 0)),
-        NaN for a record that has c; the mean of logit_c(r(z, e_j)) - logit_c(r(z, 0)) over the
-        classes j != c that the record lacks, NaN if it lacks none.
+    Returns: three (N, len(classes)) arrays. zero: logit_c(r(z, 0)). own: logit_c(r(z, e_c)) - zero,
+        NaN for a record that has c. others: the mean of logit_c(r(z, e_j)) - zero over the classes
+        j != c that the record lacks, NaN if it lacks none.
     """
     import torch
     with torch.no_grad():
@@ -946,7 +947,8 @@ def onset_auroc(zero: np.ndarray, own: np.ndarray, unit: np.ndarray, n_boot: int
                 block: int = 64) -> np.ndarray:
     """AUROC of the logit after onset against after zero action, (N, K) -> (1 + n_boot, K).
 
-    Replicates are those of `ratio_replicates`: patients are drawn from all N records.
+    Replicates are those of `ratio_replicates`: patients are drawn from all N records. A patient
+    drawn twice meets itself more often, so the interval lies a little high in a small cohort.
     """
     ids, index = np.unique(unit, return_inverse=True)
     counts = np.ascontiguousarray(_patient_counts(len(ids), n_boot, seed).T)  # (patients, R)
@@ -1010,7 +1012,7 @@ def latent_state(z) -> dict[str, float]:
     return {"effective rank": float(cardiowm.effective_rank(z)), "std, min": float(std.min()),
             "std, median": float(std.median()), "std, max": float(std.max()),
             "SIGReg": float(cardiowm.SIGReg()(some, generator=generator)),
-            "mean |z|": float(z.norm(dim=1).mean())}
+            "mean norm": float(z.norm(dim=1).mean())}
 
 
 def reidentification(h, subject: np.ndarray, block: int = 1024) -> tuple[np.ndarray, ...]:
@@ -1158,8 +1160,10 @@ def onset_rows(model, fit: tuple, test: tuple, subject: np.ndarray, names: list[
                           subject[lacks[:, k]], "records") for k, name in enumerate(tested)]
     truth = auroc(y_test[:, classes].cpu().numpy(), readout(z_test).cpu().numpy())
     for name, value in [("all classes", _mean_defined(truth[None])[0]), *zip(tested, truth)]:
-        rows.append(measured(part, "AUROC of the read-out on z", name, (value, np.nan, np.nan),
-                             subject, "records"))
+        quantity = "AUROC of the read-out on z"
+        rows.append(undefined(part, quantity, name, "no test record with it, or none without")
+                    if np.isnan(value) else measured(
+                        part, quantity, name, (value, np.nan, np.nan), subject, "records"))
     return rows
 
 
@@ -1174,8 +1178,8 @@ def reversal_rows(model, z, a, z_next, names: list[str], subject: np.ndarray, no
                           no_action or "no such pair")]
     errors = reversal(model, z[keep], a[keep], z_next[keep])
     subject = subject[keep.cpu().numpy()]
-    rows = [measured(part, name, group, ratio_interval(e, np.ones(len(e)), subject, n_boot), subject)
-            for name, e in errors.items()]
+    rows = [measured(part, name, group, ratio_interval(error, np.ones(len(error)), subject, n_boot),
+                     subject) for name, error in errors.items()]
     back, wrong = list(errors.values())[:2]
     return rows + [measured(part, "gain of -a over the wrong sign", group, ratio_interval(
         wrong - back, wrong, subject, n_boot), subject)]
@@ -1186,7 +1190,7 @@ def latent_rows(h, z, subject: np.ndarray, n_boot: int) -> list:
     rows = [measured("latent space", f"{key} of {name}", "test records", (value, np.nan, np.nan),
                      subject, "records")
             for name, x in (("z", z), ("h", h)) for key, value in latent_state(x).items()
-            if name == "z" or key not in ("SIGReg", "mean |z|")]
+            if name == "z" or key not in ("SIGReg", "mean norm")]
     part, group = "re-identification", "records with another of the patient"
     which, hit, chance = reidentification(h, subject)
     if not len(which):
@@ -1381,7 +1385,8 @@ def retrieval_table(rows: list[dict], label: str) -> list[str]:
     mine = [row for row in rows if row["run"] == label and row["part"].startswith("retrieval")]
     body = []
     for part, group in dict.fromkeys((row["part"], row["group"]) for row in mine):
-        cells = {row["quantity"]: row for row in mine if (row["part"], row["group"]) == (part, group)}
+        cells = {row["quantity"]: row for row in mine
+                 if (row["part"], row["group"]) == (part, group)}
         if "distractors per pair" not in cells:
             continue
         size = f"{cells['distractors per pair']['value']:,.1f}"
@@ -1404,9 +1409,10 @@ def scorecard_text(runs: list[dict], cohort: Cohort, used: dict, rows: list[dict
     silent = without_signature(cohort)
     lines = [f"## World-model scorecard: {scorecard_caption(cohort, used)}", "",
              f"95 % intervals: {n_boot:,} bootstraps of patients, seed {BOOTSTRAP_SEED}. Controls "
-             f"are fitted on {cut[0]} and {cut[1]}, whatever fraction a run was trained on. Seed of "
-             f"shuffles, refits and distractors: {SCORECARD_SEED}. A pair is changed when its label "
-             "set changes; a record without any code counts as having none, as in the papers.", ""]
+             f"are fitted on {cut[0]} and {cut[1]}, whatever fraction a run was trained on. Seed "
+             f"of shuffles, refits and distractors: {SCORECARD_SEED}. A pair is changed when its "
+             "label set changes; a record without any code counts as having none, as in the "
+             "papers.", ""]
     lines += markdown(["run", "method", "action", "frac", "seed"], [
         [run["label"], run["method"], "none" if run["no_action"] else run["action"],
          f"{run['frac']:g}", str(run["seed"])] for run in runs])
@@ -1420,8 +1426,8 @@ def scorecard_text(runs: list[dict], cohort: Cohort, used: dict, rows: list[dict
     lines += [line for label in labels for line in retrieval_table(rows, label)]
     lines += ["### 3 Onset read-out", "",
               "Means over the classes of a linear read-out's answer to the onset of the class, on "
-              "test records without it; single classes are in worldmodel.csv. A read-out also moves "
-              "for a code that does not show in the ECG"
+              "test records without it; single classes are in worldmodel.csv. A read-out also "
+              "moves for a code that does not show in the ECG"
               + (f" (control: {', '.join(silent)}), so the contrast is the honest number."
                  if silent else "; this cohort has no such control."), ""]
     lines += part_table(rows, "onset read-out", labels, skip=tuple(cohort.class_name))
@@ -1431,7 +1437,8 @@ def scorecard_text(runs: list[dict], cohort: Cohort, used: dict, rows: list[dict
     lines += ["### 5 Latent space", "", "Effective rank is at most the records - 1 and the width; "
               "SIGReg, on min(512, records), is 1.052 under N(0, I).", ""]
     lines += part_table(rows, "latent space", labels)
-    lines += ["### 6 Patient re-identification", "", "Nearest other test record by cosine of h.", ""]
+    lines += ["### 6 Patient re-identification", "",
+              "Nearest other test record by cosine of h.", ""]
     lines += part_table(rows, "re-identification", labels)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -1445,44 +1452,59 @@ def scorecard_caption(cohort: Cohort, used: dict) -> str:
 
 
 def draw_errors(axes, rows: list[dict], label: str) -> None:
-    """Error by group, one dot per predictor."""
-    mine = {(row["group"], row["quantity"]): row["value"] for row in rows
-            if row["run"] == label and row["part"] == "one-step error" and row["value"] != ""}
+    """Error by group, one mark per predictor."""
+    mine = {(row["group"], row["quantity"]): row for row in rows if row["run"] == label
+            and row["part"] == "one-step error" and row["value"] != ""}
     groups = list(dict.fromkeys(group for group, _ in mine))
-    pairs = {row["group"]: row["pairs"] for row in rows
-             if row["run"] == label and row["part"] == "one-step error" and row["value"] != ""}
-    shown = [name for name in PREDICTORS if any((g, name) in mine for g in groups)]
-    style = dict(zip(PREDICTORS, zip(("C0", "C1", "C3", "0.45", "0.7", "C2", "C4", "C5"), "osXD|^vP")))
+    shown = [name for name in PREDICTORS if any((group, name) in mine for group in groups)]
+    colors, markers = ("C0", "C1", "C3", "0.45", "0.2", "C2", "C4", "C5"), "osXD_^vP"
     for i, name in enumerate(shown):
+        k = PREDICTORS.index(name)
         at = [g for g, group in enumerate(groups) if (group, name) in mine]
-        axes.plot([g + 0.7 * ((i + 0.5) / len(shown) - 0.5) for g in at],
-                  [mine[groups[g], name] for g in at], style[name][1], color=style[name][0],
-                  markersize=5, markeredgewidth=1.5, label=name)
+        axes.plot([g + 0.75 * ((i + 0.5) / len(shown) - 0.5) for g in at],
+                  [mine[groups[g], name]["value"] for g in at], markers[k], color=colors[k],
+                  markersize=5, markeredgewidth=1.3, linestyle="none", label=name)
     for g in range(1, len(groups)):
         axes.axvline(g - 0.5, color="0.9", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, len(groups) - 0.5)
-    axes.set_xticks(range(len(groups)), [f"{g}\nn = {pairs[g]:,}" for g in groups], rotation=40,
-                    ha="right", rotation_mode="anchor", fontsize=7.5)
-    axes.set_ylim(bottom=0)
+    pairs = [next(row["pairs"] for (of, _), row in mine.items() if of == g) for g in groups]
+    axes.set_xticks(range(len(groups)), [f"{g}\nn = {n:,}" for g, n in zip(
+        groups, pairs, strict=True)], rotation=40, ha="right", rotation_mode="anchor", fontsize=7.5)
+    axes.set_yscale("log")  # the mean lies far above the others
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.2g}")
+    axes.tick_params(axis="y", which="both", labelsize=7.5)
     axes.set_ylabel("mean squared error of z")
-    axes.set_title(f"One-step error: {label}", loc="left")
+    axes.set_title(f"One-step error: {label}", loc="left", fontsize=11)
 
 
-def draw_lines(axes, lines: list[tuple], labels: list[str], markersize: float = 5) -> None:
-    """Dots with intervals, one line per (name, {run: row}), runs side by side in their colours."""
+def draw_lines(axes, name: str, lines: list[tuple], labels: list[str], rule: float | None = None,
+               silent: tuple = ()) -> None:
+    """Dots with intervals, one line per (name, {run: row}); runs side by side in their colours."""
+    axes.set_title(name, loc="left", fontsize=11)
+    if not lines:
+        axes.text(0.5, 0.5, "not defined, see worldmodel.md", ha="center", va="center",
+                  transform=axes.transAxes)
+        axes.set_axis_off()
+        return
     for i, (_, cells) in enumerate(lines):
         for r, label in enumerate(labels):
             row = cells.get(label)
             if row is None or row["value"] == "":
                 continue
-            y = i + 0.5 * ((r + 0.5) / len(labels) - 0.5)
-            axes.plot(row["value"], y, "o", color=f"C{r}", markersize=markersize)
+            y = i + 0.6 * ((r + 0.5) / len(labels) - 0.5)
+            axes.plot(row["value"], y, "o", color=f"C{r}", markersize=4.5)
             if not np.isnan(row["low"]):
                 axes.plot([row["low"], row["high"]], [y, y], color=f"C{r}", linewidth=1.3)
-    axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=7.5)
+    axes.set_yticks(range(len(lines)), [line for line, _ in lines], fontsize=7.5)
+    for tick, (line, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_color("C3" if line in silent else "black")  # negative controls
     axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
+    if rule is not None:
+        axes.axvline(rule, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
 
 
 def draw_scorecard(rows: list[dict], labels: list[str], title: str, silent: list[str]) -> bytes:
@@ -1490,55 +1512,53 @@ def draw_scorecard(rows: list[dict], labels: list[str], title: str, silent: list
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    by_key = {}
+    cells = {}
     for row in rows:
-        by_key.setdefault((row["part"], row["quantity"], row["group"]), {})[row["run"]] = row
+        cells.setdefault((row["part"], row["quantity"], row["group"]), {})[row["run"]] = row
 
-    def some(lines):  # only what at least one run has a value for
+    def some(lines):  # (text, key) where at least one run has a value
+        lines = [(text, cells.get(key, {})) for text, key in lines]
         return [line for line in lines if any(row["value"] != "" for row in line[1].values())]
 
-    onset = some([(group, cells) for (part, quantity, group), cells in by_key.items()
-                  if (part, quantity) == ("onset read-out", "sign rate")])
-    onset.sort(key=lambda line: (line[0] in silent, line[0]))
-    wide = [line for line in onset if " " in line[0]]  # means over classes first
-    onset = wide[:-1] + [line for line in onset if line not in wide] if len(wide) > 1 else onset
-    gains = some([(f"{quantity}\n{group}", by_key.get(("gain", quantity, group), {}))
-                  for quantity in GAINS for group in HEADLINE])
-    found = some([(f"{among}, {group}:\n{name}", by_key.get((f"retrieval among {among}", f"MRR, "
-                                                            f"{name}", group), {}))
+    means = ("all classes", "with signature", "without signature (control)")
+    difference = "with - without signature"
+    classes = list(dict.fromkeys(group for part, _, group in cells if part == "onset read-out"
+                                 and group not in (*means, difference)))
+    classes = [*means, *sorted(classes, key=lambda name: (name in silent, name))]
+    onset = [some([(group, ("onset read-out", quantity, group)) for group in classes])
+             for quantity in ("sign rate", "AUROC after onset")]
+    gains = some([(f"{name},\n{group}", ("gain", name, group))
+                  for name in GAINS for group in HEADLINE])
+    found = some([(f"{among}, {group}:\n{name}",
+                   (f"retrieval among {among}", f"MRR, {name}", group))
                   for among in ("other patients", "same patient") for group in ("all", "changed")
                   for name in ("model", "zero action", "persistence", "chance")])
-    height = max(5.5 + 3.4 * len(labels), 0.2 * len(onset) + 3, 10)
-    figure = plt.figure(figsize=(15, height), layout="constrained")
-    grid = figure.add_gridspec(len(labels) + 1, 3, width_ratios=(1, 1, 0.8),
-                               height_ratios=[3.4] * len(labels) + [5.5])
+    heights = [3.4] * len(labels) + [max(6.0, 0.17 * len(onset[0]) + 1 - 3.4 * len(labels))]
+    figure = plt.figure(figsize=(15, sum(heights) + 1), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 4, width_ratios=(1, 1, 0.45, 0.45),
+                               height_ratios=heights)
     for r, label in enumerate(labels):
         axes = figure.add_subplot(grid[r, :2])
         draw_errors(axes, rows, label)
         if r == 0:
-            axes.legend(ncols=4, fontsize=7.5, loc="lower left", bbox_to_anchor=(0, 1.09),
+            axes.legend(ncols=4, fontsize=7.5, loc="lower left", bbox_to_anchor=(0, 1.1),
                         borderaxespad=0, frameon=False)
-    for place, lines, name, line_at in (
-            (grid[-1, 0], gains, "Gain: 1 - error / error held against", 0),
-            (grid[-1, 1], found, "Retrieval of the true next state: MRR", None),
-            (grid[:, 2], onset, "Onset read-out: sign rate", 0.5)):
-        axes = figure.add_subplot(place)
-        axes.set_title(name, loc="left")
-        if not lines:
-            axes.text(0.5, 0.5, "not defined, see worldmodel.md", ha="center", va="center",
-                      transform=axes.transAxes)
-            axes.set_axis_off()
-            continue
-        draw_lines(axes, lines, labels)
-        if line_at is not None:
-            axes.axvline(line_at, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
-        for tick, (group, _) in zip(axes.get_yticklabels(), lines, strict=True):
-            if group in silent or "control" in group:
-                tick.set_color("C3")  # negative control
+    draw_lines(figure.add_subplot(grid[-1, 0]), "Gain: 1 - error / error held against", gains,
+               labels, 0)
+    draw_lines(figure.add_subplot(grid[-1, 1]), "Retrieval of the true next state: MRR", found,
+               labels)
+    marked = (*silent, means[2])
+    for column, name, lines in ((2, "Onset: sign rate", onset[0]), (3, "Onset: AUROC", onset[1])):
+        axes = figure.add_subplot(grid[:, column])
+        draw_lines(axes, name, lines, labels, 0.5, marked)
+        axes.axhline(sum(line in means for line, _ in lines) - 0.5, color="0.4", linewidth=0.8)
+        if column == 3:
+            axes.set_yticklabels([])
     if len(labels) > 1:
         handles = [plt.Line2D([], [], marker="o", color=f"C{r}") for r in range(len(labels))]
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.suptitle(f"World-model scorecard\n{title}", fontsize=11)
+    control = "; red: codes without signature, the negative control" if silent else ""
+    figure.suptitle(f"World-model scorecard. {title}{control}", fontsize=11)
     return png(figure)
 
 
