@@ -1135,6 +1135,935 @@ def draw_curves(runs: list[dict], title: str):
 
 
 # ----------------------------------------------------------------------------------------------
+# World-model scorecard: is the dynamics right, and is it the action that makes it so?
+# ----------------------------------------------------------------------------------------------
+SCORECARD_SEED = 0       # of distractors, shuffled actions, refits and subsets, in all runs
+FIT_LIMIT = 50_000       # training pairs, and training records, that the controls are fitted on
+DISTRACTORS = 999        # records of other patients among which the true next state is looked for
+MIN_POSITIVES = 10       # training positives that a class needs for a read-out
+IRREVERSIBLE = ("I21",)  # an infarction does not go back to what was before: no reversal asked
+GAPS = {"gap < 1 day": (0, 1), "gap 1-30 days": (1, 30), "gap 30-365 days": (30, 365),
+        "gap > 1 year": (365, np.inf)}  # days, the lower bound included
+KINDS = {"within stay": 0, "between stays": 1, "touches unlabelled": 2}  # codes of pair_kind
+PREDICTORS = ("model", "zero action", "shuffled action", "persistence", "mean",
+              "refit with action", "refit without action", "refit with state change")
+GAINS = {  # name: (predictor, what it is held against); 1 - sum of errors / sum of errors
+    "skill against persistence": ("model", "persistence"),
+    "gain over zero action": ("model", "zero action"),
+    "gain over shuffled action": ("model", "shuffled action"),
+    "gain of refit with over without action": ("refit with action", "refit without action"),
+    "gain of refit with state change over without": ("refit with state change",
+                                                     "refit without action")}
+HEADLINE = ("all", "changed", "state changed")  # groups in the tables of gains and of retrieval
+ROW = ("run", "part", "quantity", "group", "value", "low", "high", "pairs", "records", "patients",
+       "note")  # columns of worldmodel.csv
+
+
+def _patient_counts(n: int, n_boot: int, seed: int) -> np.ndarray:
+    """(1 + n_boot, n): how often each patient occurs; row 0 is the cohort itself, once each."""
+    rng = np.random.default_rng(seed)
+    return np.stack([np.ones(n)] + [np.bincount(rng.integers(0, n, n), minlength=n).astype(float)
+                                    for _ in range(n_boot)])
+
+
+def ratio_replicates(numerator: np.ndarray, denominator: np.ndarray, unit: np.ndarray,
+                     n_boot: int, seed: int) -> np.ndarray:
+    """sum(numerator) / sum(denominator) by column, (n, K) -> (1 + n_boot, K); row 0 is of all.
+
+    Patients, numbered as np.unique(unit), are resampled: replicate r takes the r-th draw of
+    np.random.default_rng(seed).integers(0, n, n). NaN where a denominator sums to 0.
+    """
+    ids, index = np.unique(unit, return_inverse=True)
+    sums = np.zeros((2, len(ids), numerator.shape[1]))
+    np.add.at(sums[0], index, numerator)
+    np.add.at(sums[1], index, denominator)
+    counts = _patient_counts(len(ids), n_boot, seed)  # (1 + n_boot, patients)
+    above, below = counts @ sums[0], counts @ sums[1]
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+
+
+def mean_interval(replicates: np.ndarray, patients: int) -> tuple[float, float, float]:
+    """(1 + n_boot, K) -> value, low, high of the mean over K; one patient has no interval."""
+    mean = _mean_defined(replicates)
+    low, high = _interval(mean[1:]) if patients > 1 else (np.nan, np.nan)
+    return float(mean[0]), low, high
+
+
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, unit: np.ndarray,
+                   n_boot: int = 1000, seed: int = BOOTSTRAP_SEED) -> tuple[float, float, float]:
+    """A ratio of sums with its percentile 95 % interval over patients: (value, low, high).
+
+    Args: numerator, denominator, unit (n,); see `ratio_replicates`. Gains are
+        numerator = e_base - e_model and denominator = e_base, means have denominator 1.
+    """
+    columns = [np.asarray(x, np.float64)[:, None] for x in (numerator, denominator)]
+    return mean_interval(ratio_replicates(*columns, unit, n_boot, seed), len(np.unique(unit)))
+
+
+# One-step error
+
+
+def own_action(cohort: Cohort, pairs: np.ndarray, which: str) -> np.ndarray:
+    """(P, K) int8, what a run trained with --action `which` is told about these pairs."""
+    if which == "state":
+        source, target = cohort.pair[pairs].T
+        return cohort.state[target].astype(np.int8) - cohort.state[source].astype(np.int8)
+    return cohort.action[pairs] * np.int8(which == "coded")
+
+
+def shuffled_actions(a: np.ndarray, seed: int = SCORECARD_SEED) -> np.ndarray:
+    """Actions (P, K) dealt anew among the pairs that have one; pairs without keep their zeros.
+
+    One random cycle through the changed pairs: each gets the action of another pair, which may
+    happen to be equal. As sparse as the true ones, so only the information is gone.
+    """
+    changed = np.random.default_rng(seed).permutation(np.flatnonzero(a.any(axis=1)))
+    result = a.copy()
+    result[changed] = a[np.roll(changed, 1)]
+    return result
+
+
+def pair_groups(cohort: Cohort, pairs: np.ndarray) -> dict[str, np.ndarray | str]:
+    """Group name -> mask (P,) over these pairs, or the reason why the group is not defined."""
+    changed = cohort.action[pairs].any(axis=1)
+    groups = {"all": np.ones(len(pairs), bool), "changed": changed, "unchanged": ~changed}
+    if cohort.state is not None:
+        groups["state changed"] = own_action(cohort, pairs, "state").any(axis=1)
+    for name, kind in KINDS.items():
+        groups[name] = cohort.pair_kind[pairs] == kind
+        if kind < 2 and not (cohort.stay >= 0).any():
+            groups[name] = "the cohort has no stays"
+    for name, (low, high) in GAPS.items():
+        gap = cohort.gap_days[pairs]  # NaN, a time is missing: in none
+        groups[name] = (gap >= low) & (gap < high)
+        if cohort.source == "ptbxl":
+            groups[name] = "part of PTB-XL's dates are interpolated"
+    return groups
+
+
+def pair_error(z_pred, z_next) -> np.ndarray:
+    """Mean over D of (z_pred - z_next)^2, tensors (P, D) -> (P,) float64."""
+    return (z_pred - z_next).double().square().mean(dim=1).cpu().numpy()
+
+
+def one_step(model, z, a, no_action: str = "") -> dict:
+    """What a frozen model predicts, (P, D) by name, or the reason why there is no prediction.
+
+    Args: z (P, D); a (P, K) the model's own action input; no_action: why it has none, if so.
+    """
+    import torch
+    with torch.no_grad():
+        result = {"model": model.predict(z, a), "zero action": no_action, "persistence": z,
+                  "shuffled action": no_action or "fewer than two test pairs have an action"}
+        if not no_action:
+            result["zero action"] = model.predict(z, torch.zeros_like(a))
+            if (a != 0).any(dim=1).sum() > 1:
+                shuffled = torch.from_numpy(shuffled_actions(a.cpu().numpy())).to(a)
+                result["shuffled action"] = model.predict(z, shuffled)
+    return result
+
+
+def refit_predictor(model_args: dict, train: tuple, val: tuple, seed: int = SCORECARD_SEED,
+                    patience: int = 10, checks: int = 200):
+    """The model's predictor (and action encoder), fitted anew on frozen z.
+
+    Trained beside the encoder, a predictor could make zero action bad by never having seen it on a
+    changed pair; refits with and without the action get one recipe: AdamW at the pretraining's rate
+    and decay, batches of 256, and the weights of the lowest validation error, looked at once per
+    epoch (but every 20 steps at least), until it has not fallen for `patience` looks.
+
+    Args: model_args of cardiowm.WorldModel; train, val: (z (P, D), a (P, K) float or None for a
+        predictor without action, z_next (P, D)) on one device.
+    Returns: WorldModel in eval mode whose `predict` alone is of use.
+    """
+    import torch
+
+    import cardiowm
+    z, a, z_next = train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cardiowm.WorldModel(**model_args | {"action": a is not None})
+    model.encoder = model.projector = None
+    model = model.to(z.device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 5e-4},
+         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], lr=1e-3)
+    generator, size = torch.Generator().manual_seed(seed), min(256, len(z))
+    best, best_error, best_check = None, np.inf, 0
+    for check in range(checks):
+        model.train()
+        for _ in range(max(len(z) // size, 20)):
+            i = torch.randperm(len(z), generator=generator)[:size].to(z.device)
+            z_pred = model.predict(z[i], None if a is None else a[i])
+            optimizer.zero_grad()
+            (z_pred - z_next[i]).square().mean().backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            error = (model.predict(*val[:2]) - val[2]).square().mean().item()
+        if error < best_error:
+            best_error, best_check = error, check
+            best = {name: value.clone() for name, value in model.state_dict().items()}
+        elif check - best_check >= patience:
+            break
+    model.load_state_dict(best)
+    return model
+
+
+# Retrieval of the true next state
+
+
+def retrieval(query: np.ndarray, target: np.ndarray, candidates: np.ndarray,
+              distractors: list[np.ndarray]) -> np.ndarray:
+    """Rank of the target among itself and the distractors by Euclidean distance to the query.
+
+    Args: query, target (P, D); candidates (N, D); distractors: for each pair rows of candidates.
+    Returns: (P,) float64, 1 is the nearest; ties take the mean of their ranks, so a collapsed
+        latent space gains nothing.
+    """
+    rank = np.empty(len(query))
+    for p, rows in enumerate(distractors):
+        others = np.concatenate([target[p:p + 1], candidates[rows]]) - query[p]  # (1 + n, D)
+        distance = np.einsum("nd,nd->n", others, others)
+        own, rest = distance[0], distance[1:]
+        rank[p] = 1 + (rest < own).sum() + (rest == own).sum() / 2
+    return rank
+
+
+def retrieval_scores(rank: np.ndarray) -> dict[str, np.ndarray]:
+    """(P,) ranks -> hit@1, hit@10 and reciprocal rank of each pair."""
+    return {"hit@1": (rank <= 1) * 1.0, "hit@10": (rank <= 10) * 1.0, "MRR": 1 / rank}
+
+
+def retrieval_chance(n: np.ndarray) -> dict[str, np.ndarray]:
+    """What a random order of n (P,) candidates, the target among them, is expected to score."""
+    harmonic = np.concatenate([[0], np.cumsum(1 / np.arange(1, n.max(initial=0) + 1))])
+    return {"hit@1": 1 / n, "hit@10": np.minimum(n, 10) / n, "MRR": harmonic[n] / n}
+
+
+def distractor_sets(subject: np.ndarray, pair: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Rows of the test records (N,) that stand beside the target of each pair (P, 2).
+
+    Other patients: the first DISTRACTORS of them in one random order, the same for all pairs. Same
+    patient: the patient's other records without source and target; may be none.
+    """
+    order = np.random.default_rng(SCORECARD_SEED).permutation(len(subject))
+    order = order[:DISTRACTORS + np.unique(subject, return_counts=True)[1].max()]  # as many suffice
+    others, same = [], []
+    for source, target in pair:
+        others.append(order[subject[order] != subject[source]][:DISTRACTORS])
+        rows = np.flatnonzero(subject == subject[source])
+        same.append(rows[(rows != source) & (rows != target)])
+    return {"other patients": others, "same patient": same}
+
+
+# Onset read-out
+
+
+def fit_readout(z, y, l2: float) -> tuple:
+    """Linear read-out of K classes from z: the penalised maximum likelihood, by L-BFGS in float64.
+
+    Minimises sum_n log(1 + exp(-s_nk logit_nk)) + l2 / 2 |w_k|^2 for each class k, s = 2 y - 1 and
+    logit = z @ weight + bias; the bias is free. Convex and full batch: nothing random.
+
+    Args: z (N, D), standardised by the caller; y (N, K) of 0/1, both in each class; l2 > 0.
+    Returns: weight (D, K), bias (K,), float64.
+    """
+    import torch
+    z, y = z.double(), y.double()
+    weight = z.new_zeros(z.shape[1], y.shape[1], requires_grad=True)
+    bias = torch.logit(y.mean(dim=0)).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=2000, max_eval=4000, history_size=20,
+                                  tolerance_grad=1e-9, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(
+            z @ weight + bias, y, reduction="sum")
+        loss = (bce + l2 / 2 * weight.square().sum()) / len(z)
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return weight.detach(), bias.detach()
+
+
+def onset_rises(model, z, y, readout, classes: list[int]) -> tuple[np.ndarray, ...]:
+    """How the logit of class c moves when c begins, and when other classes begin instead.
+
+    Args: z (N, D); y (N, K) of 0/1; readout: z -> logits (N, len(classes)) of these classes.
+    Returns: three (N, len(classes)) arrays. zero: logit_c(r(z, 0)). own: logit_c(r(z, e_c)) - zero,
+        NaN for a record that has c. others: the mean of logit_c(r(z, e_j)) - zero over the classes
+        j != c that the record lacks, NaN if it lacks none.
+    """
+    import torch
+    with torch.no_grad():
+        none = torch.zeros(y.shape, device=z.device)
+        zero = readout(model.predict(z, none))
+        own, total = torch.full_like(zero, np.nan), torch.zeros_like(zero)
+        count = torch.zeros_like(zero)
+        for k, c in enumerate(classes):
+            a = none.clone()
+            a[:, c] = 1
+            rise = readout(model.predict(z, a)) - zero
+            lacks = y[:, c] == 0
+            own[lacks, k] = rise[lacks, k]
+            other = torch.arange(len(classes), device=z.device) != k
+            counted = lacks[:, None] & other  # (N, classes)
+            total += torch.where(counted, rise, 0)
+            count += counted
+        return tuple(x.cpu().numpy() for x in (zero, own, total / count))
+
+
+def share_above(x: np.ndarray) -> np.ndarray:
+    """1 where x > 0, 0.5 where x = 0, else 0; NaN becomes 0, count it in the denominator."""
+    return (x > 0) + 0.5 * (x == 0)
+
+
+def onset_auroc(zero: np.ndarray, own: np.ndarray, unit: np.ndarray, n_boot: int, seed: int,
+                block: int = 64) -> np.ndarray:
+    """AUROC of the logit after onset against after zero action, (N, K) -> (1 + n_boot, K).
+
+    Replicates are those of `ratio_replicates`: patients are drawn from all N records. A patient
+    drawn twice meets itself more often, so the interval lies a little high in a small cohort.
+    """
+    ids, index = np.unique(unit, return_inverse=True)
+    counts = np.ascontiguousarray(_patient_counts(len(ids), n_boot, seed).T)  # (patients, R)
+    result = np.full((counts.shape[1], own.shape[1]), np.nan)
+    for k in range(own.shape[1]):
+        keep = ~np.isnan(own[:, k])
+        if keep.any():
+            score = np.concatenate([zero[keep, k] + own[keep, k], zero[keep, k]])
+            row_unit = np.tile(index[keep], 2)
+            plan = _rank_plan(np.arange(len(score)) < keep.sum(), score, row_unit)
+            size = np.bincount(row_unit, minlength=len(ids))
+            result[:, k] = np.concatenate([_weighted_auroc(
+                [plan], np.ascontiguousarray(counts[:, start:start + block]), size)[:, 0]
+                for start in range(0, counts.shape[1], block)])
+    return result
+
+
+def without_signature(cohort: Cohort) -> list[str]:
+    """Classes of a synthetic cohort that do not change the ECG: negative controls of any read-out.
+
+    Found by simulating: an empty entry of SIGNATURE is not enough, since some codes act elsewhere
+    (on the rhythm, or by the patient's coronary territory).
+    """
+    from prepare_data import SIGNATURE, simulate
+    if not cohort.synthetic:
+        return []
+    plain = simulate(0, (), 0)
+    return [name for name in cohort.class_name
+            if name in SIGNATURE and (simulate(0, name, 0) == plain).all()]
+
+
+# Reversal, latent space, patient re-identification
+
+
+def reversal(model, z, a, z_next) -> dict[str, np.ndarray]:
+    """Mean over D of the squared distance to z (P, D) after two steps, (P,) float64 each."""
+    import torch
+    with torch.no_grad():
+        none = torch.zeros_like(a)
+        there = model.predict(z, a)
+        return {"there and back: r(r(z, a), -a)": pair_error(model.predict(there, -a), z),
+                "wrong sign: r(r(z, a), a)": pair_error(model.predict(there, a), z),
+                "two zero steps: r(r(z, 0), 0)": pair_error(
+                    model.predict(model.predict(z, none), none), z),
+                "scale: z_next": pair_error(z_next, z)}
+
+
+def latent_state(z) -> dict[str, float]:
+    """Collapse and shape of z (N, D), N >= 2: effective rank, std by dimension, SIGReg, mean norm.
+
+    SIGReg scales with N: taken on min(512, N) records and 256 directions, both of a fixed seed; its
+    expectation is 1.052 under N(0, I).
+    """
+    import torch
+
+    import cardiowm
+    z = z.float().cpu()
+    std = z.std(dim=0)  # (D,)
+    generator = torch.Generator().manual_seed(SCORECARD_SEED)
+    some = z[torch.randperm(len(z), generator=generator)[:512]]
+    return {"effective rank": float(cardiowm.effective_rank(z)), "std, min": float(std.min()),
+            "std, median": float(std.median()), "std, max": float(std.max()),
+            "SIGReg": float(cardiowm.SIGReg()(some, generator=generator)),
+            "mean norm": float(z.norm(dim=1).mean())}
+
+
+def reidentification(h, subject: np.ndarray, block: int = 1024) -> tuple[np.ndarray, ...]:
+    """Is the nearest other record, by cosine of h (N, 256), of the same patient?
+
+    Returns: rows (n,) of the records whose patient has another one; hit (n,) in [0, 1], the share
+        of the same patient among the nearest when several tie; chance (n,).
+    """
+    import torch
+    unit = torch.nn.functional.normalize(h.double(), dim=1)
+    patient = torch.from_numpy(np.unique(subject, return_inverse=True)[1]).to(h.device)
+    hit, chance = [], []
+    for start in range(0, len(unit), block):
+        i = torch.arange(start, min(start + block, len(unit)), device=h.device)
+        cosine = unit[i] @ unit.T                                   # (block, N)
+        same = patient[i, None] == patient
+        cosine[i - start, i], same[i - start, i] = -np.inf, False   # not itself
+        nearest = cosine >= cosine.amax(dim=1, keepdim=True) - 1e-12  # ties, but for rounding
+        hit.append((nearest & same).sum(dim=1) / nearest.sum(dim=1))
+        chance.append(same.sum(dim=1) / (len(unit) - 1))
+    hit, chance = (torch.cat(x).double().cpu().numpy() for x in (hit, chance))
+    rows = np.flatnonzero(chance > 0)
+    return rows, hit[rows], chance[rows]
+
+
+# Rows of worldmodel.csv, part by part
+
+
+def undefined(part: str, quantity: str, group: str, why: str) -> dict:
+    """A row that has no value, and why."""
+    return dict.fromkeys(ROW, "") | {"part": part, "quantity": quantity, "group": group,
+                                     "note": f"not defined: {why}"}
+
+
+def measured(part: str, quantity: str, group: str, interval: tuple, subject: np.ndarray,
+             counted: str = "pairs") -> dict:
+    """A row with (value, low, high); `counted` names what subject (n,) has one entry for."""
+    if np.isnan(interval[0]):
+        return undefined(part, quantity, group, f"no such {counted[:-1]}" if not len(subject)
+                         else "0 / 0")
+    value = dict(zip(("value", "low", "high"), interval, strict=True))
+    return undefined(part, quantity, group, "") | value | {
+        counted: len(subject), "patients": len(np.unique(subject)), "note": ""}
+
+
+def error_rows(predicted: dict, z_next, groups: dict, subject: np.ndarray, n_boot: int) -> list:
+    """Part 1. predicted: name -> z_pred (P, D) or the reason why there is none."""
+    rows, part = [], "one-step error"
+    errors = {name: p if isinstance(p, str) else pair_error(p, z_next)
+              for name, p in predicted.items()}
+
+    def add(part, quantity, above, below, why=""):
+        for group, mask in groups.items():
+            if why or isinstance(mask, str):
+                rows.append(undefined(part, quantity, group, why or mask))
+            elif not mask.any():
+                rows.append(undefined(part, quantity, group, "no such pair"))
+            else:
+                rows.append(measured(part, quantity, group, ratio_interval(
+                    above[mask], below[mask], subject[mask], n_boot), subject[mask]))
+
+    for name, error in errors.items():
+        why = error if isinstance(error, str) else ""
+        add(part, name, error, None if why else np.ones(len(error)), why)
+    for name, (better, base) in GAINS.items():
+        pair = [errors.get(key, "no such predictor") for key in (better, base)]
+        why = next((e for e in pair if isinstance(e, str)), "")
+        add("gain", name, None if why else pair[1] - pair[0], pair[1], why)
+    return rows
+
+
+def retrieval_rows(queries: dict, z, pair: np.ndarray, groups: dict, subject: np.ndarray,
+                   n_boot: int) -> list:
+    """Part 2. queries: name -> (P, D) or a reason; z (N, D), subject (N,) of the test records."""
+    rows, z = [], z.float().cpu().numpy()
+    patient = subject[pair[:, 0]]
+    for among, sets in distractor_sets(subject, pair).items():
+        part, n = f"retrieval among {among}", np.array([1 + len(s) for s in sets])
+        scores = {name: q if isinstance(q, str) else retrieval_scores(retrieval(
+            q.float().cpu().numpy(), z[pair[:, 1]], z, sets)) for name, q in queries.items()}
+        scores["chance"] = retrieval_chance(n)
+        for group in (g for g in HEADLINE if g in groups):
+            mask = groups[group] & (n > 1)
+            for name, score in scores.items():
+                for metric in ("hit@1", "hit@10", "MRR"):
+                    if isinstance(score, str) or not mask.any():
+                        why = score if isinstance(score, str) else "no pair with a distractor"
+                        rows.append(undefined(part, f"{metric}, {name}", group, why))
+                        continue
+                    value, low, high = ratio_interval(score[metric][mask], np.ones(mask.sum()),
+                                                      patient[mask], n_boot)
+                    if name == "chance":
+                        low = high = np.nan
+                    rows.append(measured(part, f"{metric}, {name}", group, (value, low, high),
+                                         patient[mask]))
+            if mask.any():
+                mean = float((n[mask] - 1).mean())
+                rows.append(measured(part, "distractors per pair", group, (mean, np.nan, np.nan),
+                                     patient[mask]))
+    return rows
+
+
+def onset_rows(model, fit: tuple, test: tuple, subject: np.ndarray, names: list[str],
+               silent: list[str], n_boot: int) -> list:
+    """Part 3. fit, test: (z (N, D), y (N, K) tensors); silent: names without signature."""
+    (z, y), (z_test, y_test), part = fit, test, "onset read-out"
+    positives = y.sum(dim=0)
+    enough = (positives >= MIN_POSITIVES) & (positives < len(y))
+    classes = enough.nonzero()[:, 0].tolist()
+    rows = [undefined(part, "sign rate", names[c], f"{int(positives[c])} training positives, "
+                      f"{MIN_POSITIVES} are wanted") for c in (~enough).nonzero()[:, 0].tolist()]
+    if not classes:
+        return rows + [undefined(part, "sign rate", "all classes", "no class has a read-out")]
+    mean, std = z.mean(dim=0), z.std(dim=0).clamp_min(1e-6)
+    # l2 = D: a priori a logit has standard deviation 1, whatever the width of z
+    weight, bias = fit_readout((z - mean) / std, y[:, classes], float(z.shape[1]))
+
+    def readout(v):
+        return ((v - mean) / std).double() @ weight + bias
+
+    zero, own, others = onset_rises(model, z_test, y_test, readout, classes)
+    lacks, both = ~np.isnan(own), ~np.isnan(own - others)
+    replicates = {  # of each class, all on the same draws of patients
+        "sign rate": ratio_replicates(share_above(own), lacks, subject, n_boot, BOOTSTRAP_SEED),
+        "own onset above the other onsets": ratio_replicates(
+            share_above(own - others), both, subject, n_boot, BOOTSTRAP_SEED),
+        "AUROC after onset": onset_auroc(zero, own, subject, n_boot, BOOTSTRAP_SEED),
+        "mean rise (logits)": ratio_replicates(np.nan_to_num(own), lacks, subject, n_boot,
+                                               BOOTSTRAP_SEED)}
+    tested = np.array([names[c] for c in classes])
+    control, patients = np.isin(tested, silent), len(np.unique(subject))
+    sets = {"all classes": np.ones(len(tested), bool)}
+    if control.any() and not control.all():
+        sets |= {"with signature": ~control, "without signature (control)": control}
+    for quantity, value in replicates.items():
+        for group, mask in sets.items():
+            of = subject[lacks[:, mask].any(axis=1)]
+            rows.append(measured(part, quantity, group, mean_interval(value[:, mask], patients), of,
+                                 "records"))
+        if len(sets) > 1:
+            contrast = _mean_defined(value[:, ~control]) - _mean_defined(value[:, control])
+            rows.append(measured(part, quantity, "with - without signature",
+                                 mean_interval(contrast[:, None], patients), subject, "records"))
+        rows += [measured(part, quantity, name, mean_interval(value[:, k:k + 1], patients),
+                          subject[lacks[:, k]], "records") for k, name in enumerate(tested)]
+    truth = auroc(y_test[:, classes].cpu().numpy(), readout(z_test).cpu().numpy())
+    for name, value in [("all classes", _mean_defined(truth[None])[0]), *zip(tested, truth)]:
+        quantity = "AUROC of the read-out on z"
+        rows.append(undefined(part, quantity, name, "no test record with it, or none without")
+                    if np.isnan(value) else measured(
+                        part, quantity, name, (value, np.nan, np.nan), subject, "records"))
+    return rows
+
+
+def reversal_rows(model, z, a, z_next, names: list[str], subject: np.ndarray, no_action: str,
+                  n_boot: int) -> list:
+    """Part 4, on the pairs with an action that changes no irreversible class."""
+    part, group = "reversal", f"action without {' '.join(IRREVERSIBLE)}"
+    fixed = [c for c, name in enumerate(names) if name in IRREVERSIBLE]
+    keep = (a != 0).any(dim=1) & ~(a[:, fixed] != 0).any(dim=1)
+    if no_action or not keep.any():
+        return [undefined(part, "there and back: r(r(z, a), -a)", group,
+                          no_action or "no such pair")]
+    errors = reversal(model, z[keep], a[keep], z_next[keep])
+    subject = subject[keep.cpu().numpy()]
+    rows = [measured(part, name, group, ratio_interval(error, np.ones(len(error)), subject, n_boot),
+                     subject) for name, error in errors.items()]
+    back, wrong = list(errors.values())[:2]
+    return rows + [measured(part, "gain of -a over the wrong sign", group, ratio_interval(
+        wrong - back, wrong, subject, n_boot), subject)]
+
+
+def latent_rows(h, z, subject: np.ndarray, n_boot: int) -> list:
+    """Parts 5 and 6: the latent space of the test records, and whose record it is."""
+    rows = [measured("latent space", f"{key} of {name}", "test records", (value, np.nan, np.nan),
+                     subject, "records")
+            for name, x in (("z", z), ("h", h)) for key, value in latent_state(x).items()
+            if name == "z" or key not in ("SIGReg", "mean norm")]
+    part, group = "re-identification", "records with another of the patient"
+    which, hit, chance = reidentification(h, subject)
+    if not len(which):
+        return rows + [undefined(part, "hit@1", group, "no patient has two test records")]
+    subject = subject[which]
+    return rows + [measured(part, "hit@1", group, ratio_interval(
+        hit, np.ones(len(hit)), subject, n_boot), subject, "records"), measured(
+        part, "chance", group, (float(chance.mean()), np.nan, np.nan), subject, "records")]
+
+
+# The mode: embed, call the parts, write
+
+
+def scorecard_runs(names: list[str]) -> list[dict]:
+    """Finished pretrainings of one cohort, as load_run gives them, with `label` and `action`."""
+    folders = [find_run(name) for name in names]
+    for i, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:i]]:
+            raise InputError(f"--runs: {folder} is given twice; name each run once")
+    runs = []
+    for folder in folders:
+        model, checkpoint = load_world_model(folder)
+        run = load_run(folder)
+        action = run["config"]["args"].get("action") or "coded"
+        why = ("the model has no action (--objective invariance)" if model.action_encoder is None
+               else "trained on zero actions alone (--action none)" if action == "none" else "")
+        label = run["name"] if run["name"] not in [r["label"] for r in runs] else str(folder)
+        runs.append(run | {"model": model, "checkpoint": checkpoint, "label": label,
+                           "action": action, "no_action": why,
+                           "method": run["method"].removeprefix("online probe, ")})
+    cohorts = {run["sha256"]: f"{run['label']} of {run['cohort']} ({run['sha256'][:8]})"
+               for run in runs}
+    if len(cohorts) > 1:
+        raise InputError(f"--runs: {', '.join(cohorts.values())} are of different cohorts, which "
+                         "cannot stand in one table; give the runs of one cohort")
+    return runs
+
+
+def scorecard_rows(cohort: Cohort) -> dict[str, np.ndarray]:
+    """Which pairs and records are used: test all of them, training at most FIT_LIMIT of each."""
+    split, rng = cohort.split[cohort.pair[:, 0]], np.random.default_rng(SCORECARD_SEED)
+    if not (split == 2).any():
+        raise InputError(f"{cohort.path}: no test patient has two records; a cohort with test "
+                         "pairs is wanted")
+    used = {"test pairs": np.flatnonzero(split == 2), "val pairs": np.flatnonzero(split == 1),
+            "test": np.flatnonzero(cohort.split == 2)}
+    for name, all_of in (("train pairs", np.flatnonzero(split == 0)),
+                         ("train", np.flatnonzero(cohort.split == 0))):
+        used[name] = np.sort(rng.permutation(all_of)[:FIT_LIMIT])
+    used["rows"] = np.unique(np.concatenate([used["test"], used["train"], *(
+        cohort.pair[used[f"{name} pairs"]].ravel() for name in ("val", "train"))]))
+    return used
+
+
+def fitted_controls(run: dict, cohort: Cohort, used: dict, z, z_test) -> dict:
+    """Predictions (P, D) of the training mean and of the refits for the test pairs, or reasons.
+
+    z (rows, D) of used["rows"]; z_test (P, D) of the test pairs' sources.
+    """
+    import torch
+    place = {name: torch.from_numpy(np.searchsorted(used["rows"], cohort.pair[
+        used[f"{name} pairs"]])).to(z.device) for name in ("train", "val")}  # (P, 2)
+    short = "" if len(place["train"]) > 1 and len(place["val"]) else (
+        f"{len(place['train'])} training and {len(place['val'])} validation pairs")
+    result = {"mean": short or z[place["train"][:, 1]].mean(dim=0).expand_as(z_test)}
+    for name, which in (("refit with action", "coded"), ("refit without action", None),
+                        ("refit with state change", "state")):
+        if which == "state" and cohort.state is None:
+            result[name] = "the true states are known in the demo cohort alone"
+        elif short:
+            result[name] = short
+        else:
+            action = {part: None if which is None else torch.from_numpy(own_action(
+                cohort, used[f"{part} pairs"], which)).to(z) for part in ("train", "val", "test")}
+            data = [(z[place[part][:, 0]], action[part], z[place[part][:, 1]])
+                    for part in ("train", "val")]
+            model = refit_predictor(run["checkpoint"]["model_args"], *data)
+            with torch.no_grad():
+                result[name] = model.predict(z_test, action["test"])
+    return result
+
+
+def scorecard(run: dict, cohort: Cohort, used: dict, n_boot: int, progress: Progress) -> list[dict]:
+    """All rows of one run."""
+    import torch
+    model, silent = run["model"], without_signature(cohort)
+    h, z = embed(model, cohort.signal, used["rows"], run["checkpoint"]["normalize"], progress)
+
+    def at(rows):  # positions in z
+        return torch.from_numpy(np.searchsorted(used["rows"], rows)).to(z.device)
+
+    pairs, subject = used["test pairs"], cohort.subject_id[used["test"]]
+    pair = np.searchsorted(used["test"], cohort.pair[pairs])  # (P, 2) rows of the test records
+    z_test, patient = z[at(used["test"])], subject[pair[:, 0]]
+    source, target = z_test[pair[:, 0]], z_test[pair[:, 1]]
+    a = torch.from_numpy(own_action(cohort, pairs, run["action"])).to(z)  # (P, K)
+    groups = pair_groups(cohort, pairs)
+    predicted = one_step(model, source, a, run["no_action"])
+    queries = {name: predicted[name] for name in ("model", "zero action", "persistence")}
+    predicted |= fitted_controls(run, cohort, used, z, source)
+    rows = error_rows({name: predicted[name] for name in PREDICTORS}, target, groups, patient,
+                      n_boot)
+    rows += retrieval_rows(queries, z_test, pair, groups, subject, n_boot)
+    if run["no_action"]:
+        rows.append(undefined("onset read-out", "sign rate", "all classes", run["no_action"]))
+    else:
+        y = torch.from_numpy(cohort.state if run["action"] == "state" else cohort.label)
+        y = y.to(z.device)
+        rows += onset_rows(model, (z[at(used["train"])], y[used["train"]]),
+                           (z_test, y[used["test"]]), subject, cohort.class_name, silent, n_boot)
+    rows += reversal_rows(model, source, a, target, cohort.class_name, patient, run["no_action"],
+                          n_boot)
+    rows += latent_rows(h[at(used["test"])], z_test, subject, n_boot)
+    return [row | {"run": run["label"]} for row in rows]
+
+
+def untrained_rows(run: dict, cohort: Cohort, used: dict, n_boot: int, progress: Progress) -> list:
+    """Parts 5 and 6 of an untrained model: what architecture and signal give without learning."""
+    import torch
+
+    import cardiowm
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SCORECARD_SEED)
+        model = cardiowm.WorldModel(**run["checkpoint"]["model_args"]).eval().to(pick_device())
+    h, z = embed(model, cohort.signal, used["test"], run["checkpoint"]["normalize"], progress)
+    return [row | {"run": "untrained encoder"}
+            for row in latent_rows(h, z, cohort.subject_id[used["test"]], n_boot)]
+
+
+def interval_text(row: dict | None, digits: int = 3) -> str:
+    """`0.123 [-0.010, 0.240]`, without the bracket where there is no interval; `not defined`."""
+    if row is None:
+        return ""
+    if row["value"] == "":
+        return "not defined"
+    text = f"{row['value']:.{digits}f}"
+    return text if np.isnan(row["low"]) else (
+        f"{text} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]")
+
+
+def counts_text(rows: list[dict | None]) -> list[str]:
+    """n (pairs or records) and patients of the rows of one line; several where the runs differ."""
+    found = [row for row in rows if row and row["value"] != ""]
+    return [" / ".join(dict.fromkeys(f"{n:,}" for n in numbers)) or "0" for numbers in (
+        [row["pairs"] or row["records"] for row in found], [row["patients"] for row in found])]
+
+
+def part_table(rows: list[dict], part: str, labels: list[str], groups: tuple = (),
+               skip: tuple = ()) -> list[str]:
+    """One part as Markdown: quantities and groups down, runs across; then what is not defined."""
+    of_part = [row for row in rows if row["part"] == part and row["group"] not in skip
+               and (not groups or row["group"] in groups)]
+    cells = {(row["quantity"], row["group"], row["run"]): row for row in of_part}
+    keys = list(dict.fromkeys((row["quantity"], row["group"]) for row in of_part))
+    body = []
+    for quantity, group in keys:
+        line = [cells.get((quantity, group, label)) for label in labels]
+        if any(row and row["value"] != "" for row in line):
+            body.append([quantity, group, *counts_text(line), *map(interval_text, line)])
+    unit = "records" if any(row["records"] for row in of_part) else "pairs"
+    lines = markdown(["quantity", "group", unit, "patients", *labels], body) if body else []
+    return lines + not_defined([row for row in rows if row["part"] == part])
+
+
+def not_defined(rows: list[dict]) -> list[str]:
+    """One line for each reason: what is not defined, in which run."""
+    reasons = {}
+    for row in rows:
+        if row["note"]:
+            what = reasons.setdefault((row["run"], row["note"]), ({}, {}))
+            what[0][row["quantity"]] = what[1][row["group"]] = None
+    return [f"- {run}: {', '.join(quantities)} ({', '.join(groups)}) {note}."
+            for (run, note), (quantities, groups) in reasons.items()] + [""] * bool(reasons)
+
+
+def error_table(rows: list[dict], label: str) -> list[str]:
+    """Part 1 of one run: groups down, predictors across."""
+    mine = [row for row in rows if row["run"] == label and row["part"] == "one-step error"]
+    cells = {(row["group"], row["quantity"]): row for row in mine}
+    body = []
+    for group in dict.fromkeys(row["group"] for row in mine):
+        line = [cells[group, name] for name in PREDICTORS]
+        if any(row["value"] != "" for row in line):
+            body.append([group, *counts_text(line),
+                         *(interval_text(row | {"low": np.nan}) for row in line)])
+    return [f"**{label}**", "", *markdown(["group", "pairs", "patients", *PREDICTORS], body),
+            *not_defined(mine)]
+
+
+def retrieval_table(rows: list[dict], label: str) -> list[str]:
+    """Part 2 of one run: queries down, scores across."""
+    mine = [row for row in rows if row["run"] == label and row["part"].startswith("retrieval")]
+    body = []
+    for part, group in dict.fromkeys((row["part"], row["group"]) for row in mine):
+        cells = {row["quantity"]: row for row in mine
+                 if (row["part"], row["group"]) == (part, group)}
+        if "distractors per pair" not in cells:
+            continue
+        size = f"{cells['distractors per pair']['value']:,.1f}"
+        for name in ("model", "zero action", "persistence", "chance"):
+            line = [cells[f"{metric}, {name}"] for metric in ("hit@1", "hit@10", "MRR")]
+            if line[0]["value"] != "":
+                body.append([part.removeprefix("retrieval among "), group, *counts_text(line), size,
+                             name, *map(interval_text, line)])
+    head = ["among", "group", "pairs", "patients", "distractors", "query", "hit@1", "hit@10", "MRR"]
+    return [f"**{label}**", "", *(markdown(head, body) if body else []), *not_defined(mine)]
+
+
+def scorecard_text(runs: list[dict], cohort: Cohort, used: dict, rows: list[dict],
+                   n_boot: int) -> str:
+    """worldmodel.md."""
+    labels = [run["label"] for run in runs]
+    cut = [f"{len(used[name]):,} of {total:,} training {what}" for name, what, total in (
+        ("train pairs", "pairs", int((cohort.split[cohort.pair[:, 0]] == 0).sum())),
+        ("train", "records", int((cohort.split == 0).sum())))]
+    silent = without_signature(cohort)
+    lines = [f"## World-model scorecard: {scorecard_caption(cohort, used)}", "",
+             f"95 % intervals: {n_boot:,} bootstraps of patients, seed {BOOTSTRAP_SEED}. Controls "
+             f"are fitted on {cut[0]} and {cut[1]}, whatever fraction a run was trained on. Seed "
+             f"of shuffles, refits and distractors: {SCORECARD_SEED}. A pair is changed when its "
+             "label set changes; a record without any code counts as having none, as in the "
+             "papers.", ""]
+    lines += markdown(["run", "method", "action", "frac", "seed"], [
+        [run["label"], run["method"], "none" if run["no_action"] else run["action"],
+         f"{run['frac']:g}", str(run["seed"])] for run in runs])
+    lines += ["### 1 One-step error", "", "Mean over the pairs of mean_d (z_pred - z_next)^2.", ""]
+    lines += [line for label in labels for line in error_table(rows, label)]
+    lines += ["Gain = 1 - sum of errors / sum of the errors it is held against; 0 is none.", ""]
+    lines += part_table(rows, "gain", labels, HEADLINE)
+    lines += ["### 2 Retrieval of the true next state", "",
+              "By Euclidean distance to the query, ties by mean rank; at most "
+              f"{DISTRACTORS} distractors.", ""]
+    lines += [line for label in labels for line in retrieval_table(rows, label)]
+    lines += ["### 3 Onset read-out", "",
+              "Means over the classes of a linear read-out's answer to the onset of the class, on "
+              "test records without it; single classes are in worldmodel.csv. A read-out also "
+              "moves for a code that does not show in the ECG"
+              + (f" (control: {', '.join(silent)}), so the contrast is the honest number."
+                 if silent else "; this cohort has no such control."), ""]
+    lines += part_table(rows, "onset read-out", labels, skip=tuple(cohort.class_name))
+    lines += ["### 4 Reversal", "", "Mean over D of the squared distance to z.", ""]
+    lines += part_table(rows, "reversal", labels)
+    labels = [*labels, "untrained encoder"]
+    lines += ["### 5 Latent space", "", "Effective rank is at most the records - 1 and the width; "
+              "SIGReg, on min(512, records), is 1.052 under N(0, I).", ""]
+    lines += part_table(rows, "latent space", labels)
+    lines += ["### 6 Patient re-identification", "",
+              "Nearest other test record by cosine of h.", ""]
+    lines += part_table(rows, "re-identification", labels)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def scorecard_caption(cohort: Cohort, used: dict) -> str:
+    """What the numbers rest on, for table and figure."""
+    fold = TEST_FOLD.get(cohort.source)
+    patients = len(np.unique(cohort.subject_id[cohort.pair[used["test pairs"], 0]]))
+    return (caption(cohort, used["test"], "test split" if fold is None else f"test fold {fold}")
+            + f"; {len(used['test pairs']):,} pairs of {patients:,} patients")
+
+
+def draw_errors(axes, rows: list[dict], label: str) -> None:
+    """Error by group, one mark per predictor."""
+    mine = {(row["group"], row["quantity"]): row for row in rows if row["run"] == label
+            and row["part"] == "one-step error" and row["value"] != ""}
+    groups = list(dict.fromkeys(group for group, _ in mine))
+    shown = [name for name in PREDICTORS if any((group, name) in mine for group in groups)]
+    colors, markers = ("C0", "C1", "C3", "0.45", "0.2", "C2", "C4", "C5"), "osXD_^vP"
+    for i, name in enumerate(shown):
+        k = PREDICTORS.index(name)
+        at = [g for g, group in enumerate(groups) if (group, name) in mine]
+        axes.plot([g + 0.75 * ((i + 0.5) / len(shown) - 0.5) for g in at],
+                  [mine[groups[g], name]["value"] for g in at], markers[k], color=colors[k],
+                  markersize=5, markeredgewidth=1.3, linestyle="none", label=name)
+    for g in range(1, len(groups)):
+        axes.axvline(g - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    pairs = [next(row["pairs"] for (of, _), row in mine.items() if of == g) for g in groups]
+    axes.set_xticks(range(len(groups)), [f"{g}\nn = {n:,}" for g, n in zip(
+        groups, pairs, strict=True)], rotation=40, ha="right", rotation_mode="anchor", fontsize=7.5)
+    axes.set_yscale("log")  # the mean lies far above the others
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.2g}")
+    axes.tick_params(axis="y", which="both", labelsize=7.5)
+    axes.set_ylabel("mean squared error of z")
+    axes.set_title(f"One-step error: {label}", loc="left", fontsize=11)
+
+
+def draw_lines(axes, name: str, lines: list[tuple], labels: list[str], rule: float | None = None,
+               silent: tuple = ()) -> None:
+    """Dots with intervals, one line per (name, {run: row}); runs side by side in their colours."""
+    axes.set_title(name, loc="left", fontsize=11)
+    if not lines:
+        axes.text(0.5, 0.5, "not defined, see worldmodel.md", ha="center", va="center",
+                  transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    for i, (_, cells) in enumerate(lines):
+        for r, label in enumerate(labels):
+            row = cells.get(label)
+            if row is None or row["value"] == "":
+                continue
+            y = i + 0.6 * ((r + 0.5) / len(labels) - 0.5)
+            axes.plot(row["value"], y, "o", color=f"C{r}", markersize=4.5)
+            if not np.isnan(row["low"]):
+                axes.plot([row["low"], row["high"]], [y, y], color=f"C{r}", linewidth=1.3)
+    axes.set_yticks(range(len(lines)), [line for line, _ in lines], fontsize=7.5)
+    for tick, (line, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_color("C3" if line in silent else "black")  # negative controls
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+    if rule is not None:
+        axes.axvline(rule, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
+
+
+def draw_scorecard(rows: list[dict], labels: list[str], title: str, silent: list[str]) -> bytes:
+    """worldmodel.png: errors by group, gains, retrieval, onset read-out by class."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["part"], row["quantity"], row["group"]), {})[row["run"]] = row
+
+    def some(lines):  # (text, key) where at least one run has a value
+        lines = [(text, cells.get(key, {})) for text, key in lines]
+        return [line for line in lines if any(row["value"] != "" for row in line[1].values())]
+
+    means = ("all classes", "with signature", "without signature (control)")
+    difference = "with - without signature"
+    classes = list(dict.fromkeys(group for part, _, group in cells if part == "onset read-out"
+                                 and group not in (*means, difference)))
+    classes = [*means, *sorted(classes, key=lambda name: (name in silent, name))]
+    onset = [some([(group, ("onset read-out", quantity, group)) for group in classes])
+             for quantity in ("sign rate", "AUROC after onset")]
+    gains = some([(f"{name},\n{group}", ("gain", name, group))
+                  for name in GAINS for group in HEADLINE])
+    found = some([(f"{among}, {group}:\n{name}",
+                   (f"retrieval among {among}", f"MRR, {name}", group))
+                  for among in ("other patients", "same patient") for group in ("all", "changed")
+                  for name in ("model", "zero action", "persistence", "chance")])
+    heights = [3.4] * len(labels) + [max(6.0, 0.17 * len(onset[0]) + 1 - 3.4 * len(labels))]
+    figure = plt.figure(figsize=(15, sum(heights) + 1), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 4, width_ratios=(1, 1, 0.45, 0.45),
+                               height_ratios=heights)
+    for r, label in enumerate(labels):
+        axes = figure.add_subplot(grid[r, :2])
+        draw_errors(axes, rows, label)
+        if r == 0:
+            axes.legend(ncols=4, fontsize=7.5, loc="lower left", bbox_to_anchor=(0, 1.1),
+                        borderaxespad=0, frameon=False)
+    draw_lines(figure.add_subplot(grid[-1, 0]), "Gain: 1 - error / error held against", gains,
+               labels, 0)
+    draw_lines(figure.add_subplot(grid[-1, 1]), "Retrieval of the true next state: MRR", found,
+               labels)
+    marked = (*silent, means[2])
+    for column, name, lines in ((2, "Onset: sign rate", onset[0]), (3, "Onset: AUROC", onset[1])):
+        axes = figure.add_subplot(grid[:, column])
+        draw_lines(axes, name, lines, labels, 0.5, marked)
+        axes.axhline(sum(line in means for line, _ in lines) - 0.5, color="0.4", linewidth=0.8)
+        if column == 3:
+            axes.set_yticklabels([])
+    if len(labels) > 1:
+        handles = [plt.Line2D([], [], marker="o", color=f"C{r}") for r in range(len(labels))]
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    control = "; red: codes without signature, the negative control" if silent else ""
+    figure.suptitle(f"World-model scorecard. {title}{control}", fontsize=11)
+    return png(figure)
+
+
+def run_worldmodel(args: argparse.Namespace) -> None:
+    """`--mode worldmodel`: worldmodel.md, .csv and .png under --out."""
+    runs = scorecard_runs(args.runs)
+    cohort = cohort_of(runs[0]["path"], args.data)
+    used = scorecard_rows(cohort)
+    progress = Progress(len(runs) * len(used["rows"]) + len(used["test"]), "records", "embedding")
+    rows = []
+    for run in runs:
+        rows += scorecard(run, cohort, used, args.n_boot, progress)
+    rows += untrained_rows(runs[0], cohort, used, args.n_boot, progress)
+    progress.close()
+    text = scorecard_text(runs, cohort, used, rows, args.n_boot)
+    print(text)
+    title = scorecard_caption(cohort, used) + f", seed {', '.join(str(r['seed']) for r in runs)}"
+    write_files(Path(args.out), {
+        "worldmodel.md": text, "worldmodel.csv": [list(ROW)] + [
+            ["" if isinstance(row[key], float) and np.isnan(row[key]) else row[key] for key in ROW]
+            for row in rows],
+        "worldmodel.png": draw_scorecard(rows, [run["label"] for run in runs], title,
+                                         without_signature(cohort))})
+
+
+# ----------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------
 
@@ -1305,7 +2234,7 @@ def per_class_csv(runs: list[dict], cells: list[dict[str, dict]], names: list[st
     return lines
 
 
-MODES = {"score": run_score}
+MODES = {"score": run_score, "worldmodel": run_worldmodel}
 
 # flags with a meaning in some modes only; given elsewhere they are refused, not ignored
 MODE_FLAGS = {

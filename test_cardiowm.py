@@ -3385,6 +3385,398 @@ def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
     assert torch.load(workplace / "runs" / name / "last.pt", weights_only=True)["step"] == 6
 
 
+# World-model scorecard
+
+
+class LinearWorld:
+    """z_next = z + A a + noise of standard deviation s: every entry of the scorecard is known."""
+
+    def __init__(self, d=16, k=4, s=0.1, pairs=3000, seed=0):
+        g = generator(seed)
+        self.s, self.action_encoder = s, object()
+        self.effect = torch.randn(k, d, generator=g, dtype=torch.float64)            # A, (K, D)
+        self.z = torch.randn(pairs, d, generator=g, dtype=torch.float64)
+        self.a = torch.randint(-1, 2, (pairs, k), generator=g).double()
+        self.a[torch.rand(pairs, generator=g) < 0.5] = 0
+        noise = s * torch.randn(pairs, d, generator=g, dtype=torch.float64)
+        self.z_next = self.predict(self.z, self.a) + noise
+        self.step = (self.a @ self.effect).square().mean(dim=1).numpy()              # |A a|^2 / D
+        self.patient = np.arange(pairs) // 3
+
+    def predict(self, z, a):
+        return z + a.to(z.dtype) @ self.effect.to(z.dtype)
+
+
+def test_ratio_interval_equals_a_plain_loop_on_the_same_draws():
+    rng = np.random.default_rng(3)
+    numerator, denominator = rng.normal(size=60), rng.random(60) + 0.1
+    unit = rng.integers(0, 17, 60) * 5 + 2
+    patients, draws, values = np.unique(unit), np.random.default_rng(7), []
+    for _ in range(40):
+        rows = [i for p in draws.integers(0, len(patients), len(patients))
+                for i in np.flatnonzero(unit == patients[p])]
+        values.append(sum(numerator[rows]) / sum(denominator[rows]))
+    wanted = (numerator.sum() / denominator.sum(), *np.percentile(values, (2.5, 97.5)))
+    got = evaluate.ratio_interval(numerator, denominator, unit, 40, 7)
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_ratio_interval_is_a_ratio_of_sums_over_patients_by_hand():
+    # patient 5: 1 / 2, patient 9: (2 + 4) / (1 + 1); both 7 / 4. Replicates are 1/2, 7/4 or 3.
+    value, low, high = evaluate.ratio_interval([2, 1, 4], [1, 2, 1], np.array([9, 5, 9]), 500, 0)
+    assert (value, low, high) == (7 / 4, 1 / 2, 3)
+    value, low, high = evaluate.ratio_interval([1, 2], [1, 1], np.array([4, 4]), 10, 0)
+    assert value == 1.5 and np.isnan(low) and np.isnan(high)  # one patient: nothing to resample
+    assert np.isnan(evaluate.ratio_interval([0, 0], [0, 0], np.array([1, 2]), 10, 0)[0])
+
+
+def test_ratio_replicates_of_classes_share_their_draws():
+    rng = np.random.default_rng(0)
+    x, unit = rng.random((30, 2)), np.arange(30) // 3
+    both = evaluate.ratio_replicates(x, np.ones((30, 2)), unit, 20, 1)
+    for k in range(2):
+        alone = evaluate.ratio_replicates(x[:, k:k + 1], np.ones((30, 1)), unit, 20, 1)
+        np.testing.assert_allclose(both[:, k], alone[:, 0])
+    value, low, high = evaluate.mean_interval(both, 10)
+    assert value == pytest.approx(x.mean()) and low < value < high
+
+
+def test_shuffled_actions_move_every_action_to_another_pair_and_keep_the_sparsity():
+    a = np.zeros((50, 60), np.int8)
+    changed = np.random.default_rng(0).permutation(50)[:31]
+    a[changed, np.arange(31)] = 1  # all different, so that a fixed point would show
+    shuffled = evaluate.shuffled_actions(a)
+    assert not (shuffled[changed] == a[changed]).all(axis=1).any()
+    unchanged = np.setdiff1d(np.arange(50), changed)
+    assert not shuffled[unchanged].any()
+    assert sorted(map(bytes, shuffled)) == sorted(map(bytes, a))
+    assert (evaluate.shuffled_actions(a) == shuffled).all()
+    assert (evaluate.shuffled_actions(a, seed=1) != shuffled).any()
+
+
+def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
+    world = LinearWorld()
+    changed = world.a.any(dim=1).numpy()
+    groups = {"all": np.ones(len(changed), bool), "changed": changed, "unchanged": ~changed,
+              "none": ~changed & changed, "gap": "dates are not known"}
+    predicted = evaluate.one_step(world, world.z, world.a)
+    predicted |= {"mean": world.z_next.mean(dim=0).expand_as(world.z)}
+    rows = evaluate.error_rows(predicted, world.z_next, groups, world.patient, 100)
+    got = {(row["quantity"], row["group"]): row for row in rows}
+    noise = world.s ** 2
+    spread = {"mean": 1 + noise}  # variance of z_next about its mean, plus that of A a
+    for group, mask in (("all", changed | True), ("changed", changed), ("unchanged", ~changed)):
+        step = world.step[mask].mean()
+        for name, wanted in (("model", noise), ("zero action", noise + step),
+                             ("persistence", noise + step), ("mean", spread["mean"] + step)):
+            # 48,000 or fewer normal errors: 3 % is several standard errors of each
+            assert got[name, group]["value"] == pytest.approx(wanted, rel=0.03), (name, group)
+        for name in ("gain over zero action", "skill against persistence"):
+            row = got[name, group]
+            assert row["value"] == pytest.approx(1 - noise / (noise + step), abs=0.01)
+            assert row["low"] <= row["value"] <= row["high"]
+        assert got["model", group]["pairs"] == mask.sum()
+        assert got["model", group]["patients"] == len(np.unique(world.patient[mask]))
+    assert got["gain over zero action", "unchanged"]["value"] == 0
+    # a shuffled action costs |A a - A a'|^2, more than no action at all
+    assert got["shuffled action", "changed"]["value"] > got["zero action", "changed"]["value"]
+    assert got["shuffled action", "unchanged"]["value"] == got["model", "unchanged"]["value"]
+    assert got["model", "none"]["note"] == "not defined: no such pair"
+    assert got["model", "gap"]["note"] == "not defined: dates are not known"
+    assert got["gain of refit with over without action", "all"]["value"] == ""
+
+
+def test_a_model_without_action_has_no_action_rows():
+    world = LinearWorld(pairs=30)
+    predicted = evaluate.one_step(world, world.z, world.a, "no action here")
+    assert predicted["zero action"] == predicted["shuffled action"] == "no action here"
+    assert torch.equal(predicted["persistence"], world.z)
+    single = torch.zeros_like(world.a)
+    single[3, 1] = 1
+    assert "fewer than two" in evaluate.one_step(world, world.z, single)["shuffled action"]
+
+
+def test_refits_with_and_without_the_action_reach_the_known_errors_of_a_linear_world():
+    world = LinearWorld(d=4, k=2, s=0.3, pairs=3000)
+    z, a, z_next = (x.float() for x in (world.z, world.a, world.z_next))
+    args = {"num_classes": 2, "z_dim": 4, "residual": True}
+    error = {}
+    for name, action in (("with", a), ("without", None)):
+        parts = [(z[part], None if action is None else action[part], z_next[part])
+                 for part in (slice(2000), slice(2000, 2500))]
+        model = evaluate.refit_predictor(args, *parts)
+        again = evaluate.refit_predictor(args, *parts)
+        with torch.no_grad():
+            z_pred = model.predict(z[2500:], a[2500:])
+            assert torch.equal(z_pred, again.predict(z[2500:], a[2500:]))
+        error[name] = evaluate.pair_error(z_pred, z_next[2500:]).mean()
+    # the rest of the sample's noise and what 2,000 pairs leave unlearnt: a fifth
+    assert error["with"] == pytest.approx(world.s ** 2, rel=0.2)
+    assert error["without"] == pytest.approx(world.s ** 2 + world.step[2500:].mean(), rel=0.2)
+
+
+def test_pair_groups_are_by_label_state_stay_and_gap():
+    cohort = types.SimpleNamespace(
+        source="demo", pair=np.array([[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]),
+        action=np.array([[0, 0], [1, 0], [0, -1], [0, 0], [0, 0]], np.int8),
+        pair_kind=np.array([0, 1, 2, 1, 1]), stay=np.array([7, 7, 8, -1, 9, 10]),
+        gap_days=np.array([0.5, 1, 30, 365, np.nan], np.float32),
+        state=np.array([[0, 0], [0, 1], [0, 1], [1, 1], [1, 1], [1, 1]], np.uint8))
+    groups = evaluate.pair_groups(cohort, np.arange(5))
+    got = {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()}
+    assert got == {"all": [0, 1, 2, 3, 4], "changed": [1, 2], "unchanged": [0, 3, 4],
+                   "state changed": [0, 2], "within stay": [0], "between stays": [1, 3, 4],
+                   "touches unlabelled": [2], "gap < 1 day": [0], "gap 1-30 days": [1],
+                   "gap 30-365 days": [2], "gap > 1 year": [3]}
+    assert evaluate.own_action(cohort, np.arange(5), "state").tolist() == [
+        [0, 1], [0, 0], [1, 0], [0, 0], [0, 0]]
+    assert not evaluate.own_action(cohort, np.arange(5), "none").any()
+    assert (evaluate.own_action(cohort, np.arange(5), "coded") == cohort.action).all()
+    cohort.source, cohort.stay, cohort.state = "ptbxl", np.full(6, -1), None
+    groups = evaluate.pair_groups(cohort, np.arange(5))
+    assert "state changed" not in groups and groups["within stay"] == "the cohort has no stays"
+    assert "interpolated" in groups["gap < 1 day"]
+
+
+def test_retrieval_equals_a_loop_over_sorted_distances_with_ties():
+    rng = np.random.default_rng(0)
+    candidates = rng.integers(0, 3, (40, 2)).astype(np.float32)  # few values: many ties
+    query, target = rng.integers(0, 3, (2, 25, 2)).astype(np.float32)
+    sets = [rng.permutation(40)[:rng.integers(0, 12)] for _ in range(25)]
+    for p, rank in enumerate(evaluate.retrieval(query, target, candidates, sets)):
+        own = sum((query[p] - target[p]) ** 2)
+        every = sorted([own] + [sum((query[p] - candidates[i]) ** 2) for i in sets[p]])
+        assert rank == np.mean([place + 1 for place, d in enumerate(every) if d == own])
+    collapsed = evaluate.retrieval(query * 0, target * 0, candidates * 0, sets)
+    assert (collapsed == [(2 + len(s)) / 2 for s in sets]).all()  # the middle, not the first
+
+
+def test_retrieval_chance_is_the_mean_over_every_rank():
+    n = np.array([1, 2, 7, 10, 11, 40])
+    chance = evaluate.retrieval_chance(n)
+    for i, size in enumerate(n):
+        every = evaluate.retrieval_scores(np.arange(1.0, size + 1))
+        for metric, values in every.items():
+            assert chance[metric][i] == pytest.approx(values.mean(), abs=1e-12)
+
+
+def test_distractors_are_other_patients_or_the_patients_other_records(monkeypatch):
+    monkeypatch.setattr(evaluate, "DISTRACTORS", 5)
+    subject = np.array([1, 1, 1, 2, 3, 3, 3, 3, 4, 5, 6])
+    pair = np.array([[0, 1], [1, 2], [5, 6]])
+    sets = evaluate.distractor_sets(subject, pair)
+    assert [s.tolist() for s in sets["same patient"]] == [[2], [0], [4, 7]]
+    for (source, _), rows in zip(pair, sets["other patients"]):
+        assert len(rows) == len(set(rows)) == 5
+        assert subject[source] not in subject[rows]
+
+
+def test_retrieval_in_a_linear_world_is_perfect_with_the_action_and_not_without():
+    world = LinearWorld(s=0.05, pairs=200)
+    z = torch.cat([world.z, world.z_next, world.z_next + 0.5])  # near, but not the truth
+    subject = np.tile(np.arange(200), 3)
+    pair = np.stack([np.arange(200), np.arange(200) + 200], axis=1)
+    queries = evaluate.one_step(world, world.z, world.a)
+    queries = {name: queries[name] for name in ("model", "zero action", "persistence")}
+    groups = {"all": np.ones(200, bool), "changed": world.a.any(dim=1).numpy()}
+    got = {(row["part"], row["quantity"], row["group"]): row for row in evaluate.retrieval_rows(
+        queries, z, pair, groups, subject, 20)}
+    for among in ("other patients", "same patient"):
+        part = f"retrieval among {among}"
+        assert got[part, "hit@1, model", "changed"]["value"] == 1
+        assert got[part, "MRR, model", "all"]["value"] == 1
+        assert got[part, "hit@1, zero action", "changed"] == (
+            got[part, "hit@1, persistence", "changed"] | {"quantity": "hit@1, zero action"})
+        assert got[part, "hit@1, zero action", "changed"]["value"] < 1
+    assert got["retrieval among same patient", "hit@1, chance", "all"]["value"] == 1 / 2
+    assert got["retrieval among other patients", "distractors per pair", "all"]["value"] == 597
+
+
+def test_readout_is_where_the_gradient_of_the_penalised_likelihood_vanishes():
+    g = generator()
+    z = torch.randn(300, 6, generator=g)
+    y = (z @ torch.randn(6, 3, generator=g) + torch.randn(300, 3, generator=g) > 1).float()
+    y[:, 2] = z[:, 0] > 0.5  # separable: without the penalty there is no maximum
+    weight, bias = evaluate.fit_readout(z, y, 3.0)
+    residual = (z.double() @ weight + bias).sigmoid() - y  # (N, K)
+    assert (z.double().T @ residual + 3.0 * weight).abs().max() < 1e-5
+    assert residual.sum(dim=0).abs().max() < 1e-5
+    again, _ = evaluate.fit_readout(z, y, 3.0)
+    assert torch.equal(weight, again)
+
+
+def test_onset_rises_equal_a_loop_over_records_and_classes():
+    world, g = LinearWorld(d=5, k=4, pairs=12), generator(1)
+    y = torch.randint(0, 2, (12, 4), generator=g)
+    y[0], classes = 1, [0, 2, 3]
+    y[1] = torch.tensor([0, 1, 1, 1])  # lacks one class alone: no other onset for it
+    weight = torch.randn(5, 3, generator=g, dtype=torch.float64)
+    zero, own, others = evaluate.onset_rises(world, world.z, y, lambda v: v @ weight, classes)
+    for n in range(12):
+        def logit(c=None):
+            a = torch.zeros(1, 4)
+            if c is not None:
+                a[0, c] = 1
+            return (world.predict(world.z[n:n + 1], a) @ weight)[0].numpy()
+
+        np.testing.assert_allclose(zero[n], logit())
+        for k, c in enumerate(classes):
+            wanted = np.nan if y[n, c] else (logit(c) - logit())[k]
+            np.testing.assert_allclose(own[n, k], wanted)
+            rises = [(logit(j) - logit())[k] for j in classes if j != c and not y[n, j]]
+            np.testing.assert_allclose(others[n, k], np.mean(rises) if rises else np.nan)
+
+
+def test_onset_of_a_linear_world_raises_its_own_class_and_a_silent_code_raises_nothing():
+    world = LinearWorld(d=8, k=4, pairs=1500)
+    # codes are orthogonal directions, the last moves nothing and is labelled at random
+    world.effect = 2 * torch.eye(4, 8, dtype=torch.float64)
+    world.effect[3] = 0
+    y = (torch.rand(1500, 4, generator=generator(2)) < 0.3).double()
+    z = world.predict(world.z, y)
+    rows = evaluate.onset_rows(world, (z[:1000], y[:1000]), (z[1000:], y[1000:]),
+                               np.arange(500) // 4, ["A", "B", "C", "S"], ["S"], 50)
+    got = {(row["quantity"], row["group"]): row for row in rows}
+    for name in "ABC":
+        assert got["sign rate", name]["value"] == 1
+        assert got["own onset above the other onsets", name]["value"] == 1
+    # exactly no rise: ties count one half, and the AUROC of equal scores is one half
+    assert got["sign rate", "S"]["value"] == 0.5 and got["AUROC after onset", "S"]["value"] == 0.5
+    assert got["mean rise (logits)", "S"]["value"] == 0
+    assert got["sign rate", "with - without signature"]["value"] == 0.5
+    assert got["sign rate", "all classes"]["value"] == pytest.approx((1 + 1 + 1 + 0.5) / 4)
+    lacks = y[1000:, 0].numpy() == 0
+    assert got["sign rate", "A"]["records"] == lacks.sum()
+    few = y.clone()
+    few[:, 1] = 0
+    few[:9, 1] = 1  # nine positives: no read-out, and said
+    rows = evaluate.onset_rows(world, (z[:1000], few[:1000]), (z[1000:], few[1000:]),
+                               np.arange(500), ["A", "B", "C", "S"], [], 5)
+    assert [row["group"] for row in rows if "9 training positives" in row["note"]] == ["B"]
+
+
+def test_onset_auroc_replicates_equal_auroc_on_repeated_rows():
+    rng = np.random.default_rng(0)
+    zero, own = rng.normal(size=(2, 40, 2)).round(1)  # rounded: ties
+    own[rng.random((40, 2)) < 0.4] = np.nan
+    unit, draws = np.arange(40) // 3, np.random.default_rng(5)
+    got = evaluate.onset_auroc(zero, own, unit, 6, 5, block=4)
+    for r in range(7):
+        drawn = np.arange(14) if r == 0 else draws.integers(0, 14, 14)
+        rows = np.concatenate([np.flatnonzero(unit == p) for p in drawn])
+        for k in range(2):
+            keep = rows[~np.isnan(own[rows, k])]
+            y = np.repeat([1, 0], len(keep))
+            score = np.concatenate([zero[keep, k] + own[keep, k], zero[keep, k]])
+            np.testing.assert_allclose(got[r, k], evaluate.auroc(y, score)[0], atol=1e-12)
+
+
+def test_codes_without_signature_are_found_by_simulating_them():
+    names = ["I10", "I21", "I25", "I44", "I47", "I48", "I49", "I63", "I73", "I82", "I99"]
+    cohort = types.SimpleNamespace(synthetic=True, class_name=names)
+    assert evaluate.without_signature(cohort) == ["I63", "I73", "I82"]
+    cohort.synthetic = False
+    assert evaluate.without_signature(cohort) == []
+
+
+def test_reversal_returns_in_a_linear_world_and_leaves_irreversible_codes_out():
+    world = LinearWorld(pairs=400)
+    names = ["I10", "I21", "I48", "I50"]
+    rows = evaluate.reversal_rows(world, world.z, world.a, world.z_next, names, world.patient, "",
+                                  20)
+    got = {row["quantity"]: row for row in rows}
+    keep = (world.a.any(dim=1) & (world.a[:, 1] == 0)).numpy()
+    back, wrong, zero, scale, gain = got.values()
+    assert back["value"] < 1e-28 and zero["value"] == 0  # float64 rounding of z + x - x
+    assert wrong["value"] == pytest.approx(4 * world.step[keep].mean())  # |2 A a|^2 / D
+    moved = (world.z_next - world.z).square().mean(dim=1)[keep].mean()
+    assert scale["value"] == pytest.approx(float(moved))
+    assert gain["value"] == pytest.approx(1) and back["pairs"] == keep.sum()
+    for a, why in ((world.a * 0, "no such pair"), (world.a, "no action")):
+        row, = evaluate.reversal_rows(world, world.z, a, world.z_next, names, world.patient,
+                                      "" if why == "no such pair" else why, 20)
+        assert row["value"] == "" and why in row["note"]
+
+
+def test_latent_state_of_standard_normal_and_of_collapsed_rows():
+    z = torch.randn(2000, 16, generator=generator())
+    state = evaluate.latent_state(z)
+    assert state["effective rank"] == pytest.approx(16, rel=0.01)
+    assert state["std, min"] <= state["std, median"] <= state["std, max"]
+    assert state["std, median"] == pytest.approx(1, abs=0.03)
+    assert state["SIGReg"] == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
+    assert state["mean norm"] == pytest.approx(4 * (1 - 1 / 64), rel=0.01)  # E of a chi, 16 d.f.
+    collapsed = evaluate.latent_state(torch.zeros(600, 16))
+    assert collapsed["effective rank"] == 1 and collapsed["std, max"] == 0
+    assert collapsed["SIGReg"] == pytest.approx(512 * 0.402048, rel=1e-4)
+
+
+def test_reidentification_equals_a_loop_and_shares_a_hit_among_ties():
+    rng = np.random.default_rng(0)
+    subject = rng.integers(0, 9, 40)
+    h = torch.from_numpy(rng.normal(size=(40, 3)) + subject[:, None])
+    rows, hit, chance = evaluate.reidentification(h, subject, block=7)
+    wanted = {}
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        cosine = [float(h[i] @ h[j] / h[i].norm() / h[j].norm()) for j in others]
+        same = [subject[j] == subject[i] for j in others]
+        if any(same):
+            wanted[i] = (same[int(np.argmax(cosine))], np.mean(same))
+    assert rows.tolist() == list(wanted)
+    np.testing.assert_allclose(np.stack([hit, chance], axis=1), list(wanted.values()))
+    rows, hit, chance = evaluate.reidentification(torch.ones(40, 3), subject)
+    np.testing.assert_allclose(hit, chance)  # a collapsed encoder is at chance
+
+
+def test_scorecard_puts_runs_side_by_side_and_says_what_is_not_defined(pretrained, capsys):
+    run_train("--mode", "pretrain", "--run", "blind", "--objective", "invariance", *QUICK)
+    run_train("--mode", "pretrain", "--run", "told", "--action", "state", *QUICK)
+    code, out, _ = evaluate_cli(capsys, "--mode", "worldmodel", "--runs", "base", "blind", "told",
+                                "--n-boot", 20, "--out", "card")
+    assert code == 0 and (Path("card") / "worldmodel.png").read_bytes()[1:4] == b"PNG"
+    assert (Path("card") / "worldmodel.md").read_text() in out
+    assert "SYNTHETIC cohort tiny, test fold 19" in out and "invariance" in out
+    rows = evaluate_csv(Path("card") / "worldmodel.csv")
+    assert tuple(rows[0]) == evaluate.ROW
+    cells = {(row["run"], row["part"], row["quantity"], row["group"]): row for row in rows}
+    assert len(cells) == len(rows)
+    blind = cells["blind", "one-step error", "zero action", "all"]
+    assert blind["value"] == "" and "no action" in blind["note"] and blind["note"] in out
+    assert {run for run, part, _, _ in cells if part == "latent space"} == {
+        "base", "blind", "told", "untrained encoder"}
+    # the errors of the table are those of the stored weights
+    cohort = prepare_data.Cohort("data/tiny.h5")
+    pairs = np.flatnonzero(cohort.split[cohort.pair[:, 0]] == 2)
+    for run, a in (("base", cohort.action[pairs]),
+                   ("told", evaluate.own_action(cohort, pairs, "state"))):
+        model, _ = evaluate.load_world_model(Path("runs") / run)
+        z, z_next = (evaluate.embed(model, cohort.signal, cohort.pair[pairs, side])[1].cpu()
+                     for side in (0, 1))
+        with torch.no_grad():
+            z_pred = model.cpu().predict(z, torch.from_numpy(a))
+        row = cells[run, "one-step error", "model", "all"]
+        assert float(row["value"]) == pytest.approx(float((z_pred - z_next).square().mean()),
+                                                    rel=1e-4)  # other batches, other sums
+        assert int(row["pairs"]) == len(pairs)
+        assert int(row["patients"]) == len(np.unique(cohort.subject_id[cohort.pair[pairs, 0]]))
+
+
+def test_scorecard_refuses_runs_that_cannot_stand_in_one_table(pretrained, workplace, capsys):
+    probe, other = workplace / "runs/aprobe", workplace / "runs/other"
+    run_train("--mode", "probe", "--init", "base", "--run", "aprobe", *QUICK)
+    if not other.exists():
+        shutil.copytree(pretrained, other)
+        config = json.loads((other / "config.json").read_text())
+        config["cohort"] |= {"sha256": "0" * 64, "name": "elsewhere"}
+        (other / "config.json").write_text(json.dumps(config))
+    for runs, words in (((probe,), "pretraining"), (("base", other), "different cohorts"),
+                        (("base", pretrained), "given twice"), (("nowhere",), "no such run")):
+        code, _, error = evaluate_cli(capsys, "--mode", "worldmodel", "--runs", *runs, "--out",
+                                      "refused")
+        assert code == 2 and words in error and not Path("refused").exists()
+
+
 # ----------------------------------------------------------------------------------------------
 # Bench
 # ----------------------------------------------------------------------------------------------
