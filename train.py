@@ -2277,9 +2277,10 @@ def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None
             text += [f"`--mode {mode}` was not done: see its message.", ""]
             continue
         for page in sorted((report / mode).glob("*.md")):
-            text += [page.read_text(encoding="utf-8").rstrip(), ""]
-        text += [f"![{page.stem}]({mode}/{page.name})\n"
-                 for page in sorted((report / mode).glob("*.png"))]
+            text += [page.read_text(encoding="utf-8").rstrip().replace("![](", f"![]({mode}/"), ""]
+        shown = "\n".join(text)
+        text += [f"![]({mode}/{picture.name})\n" for picture in sorted(
+            (report / mode).glob("*.png")) if f"({mode}/{picture.name})" not in shown]
     report.mkdir(exist_ok=True)
     replace_file(report / "report.md", "\n".join(text).encode())
 
