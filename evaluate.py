@@ -614,7 +614,7 @@ def by_method(runs: list[dict], cells: list[dict[str, dict]]) -> dict[tuple, dic
             for key, where in rows.items()}
 
 
-def interval_text(low: float, high: float, unit: str = "") -> str:
+def bounds_text(low: float, high: float, unit: str = "") -> str:
     """`[0.733-0.756]`, or why there is none."""
     return f"[one {unit}]" if np.isnan(low) else f"[{low:.3f}-{high:.3f}]"
 
@@ -625,7 +625,7 @@ def cell_text(cell: dict, unit: str) -> str:
         return "not defined"
     boot = cell["boot"][unit]
     low, high = (np.nan, np.nan) if boot is None else _interval(boot[0])
-    return f"{cell['auroc']:.3f} {interval_text(low, high, unit)}"
+    return f"{cell['auroc']:.3f} {bounds_text(low, high, unit)}"
 
 
 def difference_text(d: dict) -> str:
@@ -943,7 +943,7 @@ def class_lines(rows: dict[tuple, dict], task: str, names: list[str], unit: str)
                 for cell in cells]
         for cell, boot in zip(cells, both, strict=True):
             value = cell["classes"][k]
-            body[-1].append("not defined" if np.isnan(value) else f"{value:.3f} " + interval_text(
+            body[-1].append("not defined" if np.isnan(value) else f"{value:.3f} " + bounds_text(
                 *((np.nan, np.nan) if boot is None else _interval(boot)), unit))
         if len(cells) == 2:
             d = (np.nan,) * 3 if both[0] is None else paired_difference(*both[::-1])
@@ -2189,7 +2189,7 @@ def run_lines(runs: list[dict], cells: list[dict[str, dict]]) -> list[str]:
         for cell in row.values():
             boot = cell["boot"]["patient"]
             body[-1] += [cell_text(cell, "record"), "-" if np.isnan(cell["auroc"]) else
-                         interval_text(*(np.nan, np.nan) if boot is None else _interval(boot[0]),
+                         bounds_text(*(np.nan, np.nan) if boot is None else _interval(boot[0]),
                                        "patient")]
     return ["### All runs", "", *markdown(head, body)]
 
