@@ -26,14 +26,17 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
+import textwrap
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from prepare_data import Cohort, InputError, Progress, replace_file
+from prepare_data import (LEADS, QUALITY, SECONDS, SIGNATURE, Cohort, InputError, Progress, count,
+                          decimate, golden_lines, replace_file, simulate)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 BOOTSTRAP_SEED = 0  # of every table: two runs are judged on the same resamples
@@ -513,11 +516,11 @@ def write_files(out: Path, files: dict[str, str | list | bytes]) -> None:
     print(f"written: {out}/{', '.join(files)}{note}")
 
 
-def png(figure) -> bytes:
+def png(figure, dpi: int = 150) -> bytes:
     """A matplotlib figure as the bytes of a PNG file; the figure is closed."""
     from matplotlib import pyplot as plt
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()
 
@@ -788,6 +791,669 @@ def claim_lines(rows: dict[tuple, dict], reasons: dict[tuple, str]) -> tuple[lis
             "- difference of macro-AUROC, paired on the same resamples. Intervals are of the test "
             "sample; the training seeds are listed. No correction for the number of claims.",
             ""], table
+
+
+# ----------------------------------------------------------------------------------------------
+# Figures: transitions (A, Figures 2, 3), the cohort (A, Figures 5, 6), embeddings (B, Figure 2)
+# ----------------------------------------------------------------------------------------------
+FIGURE_SEED = 0  # of every draw in a figure
+PRINTED = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"), ("II",))
+MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # ECG paper
+MARGIN_MM, PULSE_MM, PAGE_MM = 5, 10, 280  # page edge; left of the traces, the calibration pulse
+MM_DPI = 254  # 10 pixels to the mm, so that every grid line lies on a pixel
+ICD_NAME = {
+    "I10": "hypertension", "I12": "hypertensive kidney disease", "I21": "acute infarction",
+    "I25": "chronic ischaemic heart disease", "I26": "pulmonary embolism",
+    "I27": "pulmonary heart disease", "I30": "acute pericarditis", "I31": "pericardial disease",
+    "I34": "mitral valve disorder", "I35": "aortic valve disorder", "I42": "cardiomyopathy",
+    "I44": "AV or left bundle branch block", "I45": "other conduction disorder",
+    "I47": "paroxysmal tachycardia", "I48": "atrial fibrillation or flutter",
+    "I49": "other arrhythmia", "I50": "heart failure", "I63": "cerebral infarction",
+    "I73": "peripheral vascular disease", "I82": "venous thrombosis", "I95": "hypotension"}
+POINT_COLOUR = {"real normal": "#56B4E9", "real abnormal": "#D55E00", "synthetic": "#222222"}
+POINTS = 7000  # B, Figure 2
+
+
+def known_gap_days(cohort: Cohort) -> np.ndarray:
+    """(P,) float32 days between the records of a pair; NaN where a date is missing.
+
+    All NaN for PTB-XL, part of whose dates are interpolated.
+    """
+    return cohort.gap_days * np.nan if cohort.source == "ptbxl" else cohort.gap_days
+
+
+def transition_masks(cohort: Cohort, onset=(), resolve=(), stable=(), study_id=None) -> dict:
+    """What is asked of a pair, one condition at a time: `I44 begins` -> (P,) bool.
+
+    Raises: InputError for a class that the cohort lacks, and when nothing is asked.
+    """
+    asked = {"begins": onset, "ends": resolve, "stays": stable}
+    names = [name for group in asked.values() for name in group]
+    if not names and study_id is None:
+        raise InputError("--mode transitions: no transition is described; give at least one of "
+                         "--onset, --resolve, --stable, --study-id")
+    if unknown := sorted(set(names) - set(cohort.class_name)):
+        raise InputError(f"--onset, --resolve, --stable: no class of the cohort {cohort.name}: "
+                         f"{', '.join(unknown)}; known are {', '.join(cohort.class_name)}")
+    source, target = cohort.pair.T
+    masks = {}
+    for word, group in asked.items():
+        for name in group:
+            k = cohort.class_name.index(name)
+            masks[f"{name} {word}"] = {
+                "begins": cohort.action[:, k] == 1, "ends": cohort.action[:, k] == -1,
+                "stays": (cohort.label[source, k] > 0) & (cohort.label[target, k] > 0)}[word]
+    if study_id is not None:
+        masks[f"study_id {study_id} is the source"] = cohort.study_id[source] == study_id
+    return masks
+
+
+def find_transition(cohort: Cohort, onset=(), resolve=(), stable=(), study_id=None) -> int:
+    """Index of the pair that shows best what is asked: A, Figures 2 and 3.
+
+    Args: onset, resolve, stable: class names whose action is +1, is -1, that both records carry;
+        study_id: of the source record. At least one is wanted.
+    Returns: among the pairs that meet every condition, the first in this order: neither record has
+        a quality flag; both are labelled; fewest changes, |a|_1; shortest gap (unknown last);
+        lowest index.
+    Raises: InputError for an unknown class, and for no such pair with how many meet each condition.
+    """
+    masks = transition_masks(cohort, onset, resolve, stable, study_id)
+    found = np.flatnonzero(np.logical_and.reduce(list(masks.values())))
+    if not len(found):
+        counts = "; ".join(f"{name}: {mask.sum():,}" for name, mask in masks.items())
+        raise InputError(f"--mode transitions: none of the {len(cohort.pair):,} pairs of the "
+                         f"cohort {cohort.name} meets all conditions; each alone: {counts}; ask "
+                         "for less")
+    rows = cohort.pair[found]  # (F, 2)
+    flagged = (cohort.quality[rows] > 0).any(axis=1)
+    unlabelled = ~cohort.has_label[rows].all(axis=1)
+    change = np.abs(cohort.action[found]).sum(axis=1, dtype=np.int64)
+    order = np.lexsort((found, known_gap_days(cohort)[found], change, unlabelled, flagged))
+    return int(found[order[0]])  # lexsort: the last key decides first; NaN sorts last
+
+
+def transition_words(cohort: Cohort, index: int) -> list[str]:
+    """Three lines: what began, ended, stayed; whose records; what the codes can and cannot say."""
+    source, target = cohort.pair[index]
+    action, label = cohort.action[index], cohort.label[source]
+
+    def names(mask):
+        codes = [cohort.class_name[k] for k in np.flatnonzero(mask)]
+        named = [f"{c} {ICD_NAME[c]}" if c in ICD_NAME else c for c in codes]
+        return ", ".join(named if len(named) <= 3 else codes) or "none"
+
+    gap = float(known_gap_days(cohort)[index])
+    between = f"{gap:,.{2 if gap < 10 else 0}f} days apart"
+    if np.isnan(gap):
+        between = ("dates partly interpolated" if cohort.source == "ptbxl"
+                   else "gap unknown, a date is missing")
+    note = ("Labels are the SCP statements of each record's report." if cohort.source == "ptbxl"
+            else "Codes belong to a stay and were assigned after it: when anything began or ended "
+            "they do not say.")
+    if lacking := [name for name, row in (("source", source), ("target", target))
+                   if not cohort.has_label[row]]:
+        note += f" Without any code, which is not normal: {' and '.join(lacking)}."
+    return [f"began: {names(action > 0)} · ended: {names(action < 0)} · "
+            f"stayed: {names((label > 0) & (action == 0))}",
+            f"{'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}, subject_id "
+            f"{cohort.subject_id[source]}, study_id {cohort.study_id[source]} \u2192 "
+            f"{cohort.study_id[target]}, {between}", note]
+
+
+def record_words(cohort: Cohort, row: int) -> str:
+    """One record in words: study_id, labels, quality flags."""
+    labels = " ".join(np.array(cohort.class_name)[cohort.label[row] > 0]) or (
+        "no class" if cohort.has_label[row] else "unlabelled")
+    flags = ", ".join(name for name, bit in QUALITY.items() if cohort.quality[row] & bit)
+    return f"study_id {cohort.study_id[row]}: {labels}" + (f" (quality: {flags})" if flags else "")
+
+
+def printed_rows(signal: np.ndarray, leads: list[str], fs: float) -> list[list[tuple]]:
+    """An ECG (12, T) mV as printed: 3 rows of 4 leads x 2.5 s, and lead II for 10 s.
+
+    Returns: per row its traces (lead, x mm, y mm, height mm of the lead's name), y about the median
+        of the whole lead.
+    """
+    x_mm = np.arange(signal.shape[1]) / fs * MM_PER_S
+    y_mm = np.asarray(signal, np.float64) * MM_PER_MV
+    y_mm = y_mm - np.median(y_mm, axis=1, keepdims=True)
+    rows = []
+    for names in PRINTED:
+        rows.append([])
+        pieces = np.array_split(np.arange(len(x_mm)), len(names))
+        for name, piece in zip(names, pieces, strict=True):
+            x, y = x_mm[piece], y_mm[leads.index(name), piece]
+            rows[-1].append((name, x, y, max(4, y[x < x[0] + 8].max() + 1.5)))  # above its start
+    return rows
+
+
+def row_limits(ecgs: list[list]) -> list[tuple[int, int]]:
+    """Per printed row mm (above, below) its baseline, whole 5 mm: no trace of any ECG is cut."""
+    limits = []
+    for rows in zip(*ecgs, strict=True):
+        traces = sum(rows, [])
+        high = max(max(y.max(), name + 3) for _, _, y, name in traces)  # 3 mm: letters
+        low = -min(y.min() for _, _, y, _ in traces)
+        limits.append((5 * max(3, int(np.ceil((high + 0.5) / 5))),  # the pulse wants 10 mm
+                       5 * max(1, int(np.ceil((low + 0.5) / 5)))))
+    return limits
+
+
+def draw_ecg(axes, rows: list[list], limits: list[tuple], top: float) -> None:
+    """Draw `printed_rows` on ECG paper whose upper edge is at `top`; the axes' unit is 1 mm."""
+    from matplotlib.collections import LineCollection
+    left, right = MARGIN_MM, PAGE_MM - MARGIN_MM
+    bottom = top - np.sum(limits)
+    for step, width, colour in ((1, 0.3, "#f7d5d5"), (5, 0.7, "#eda9a9")):
+        lines = [((x, bottom), (x, top)) for x in np.arange(left, right + 1, step)]
+        lines += [((left, y), (right, y)) for y in np.arange(bottom, top + 0.5, step)]
+        axes.add_collection(LineCollection(lines, linewidths=width, colors=colour))
+    start = left + PULSE_MM
+    for traces, (up, down) in zip(rows, limits, strict=True):
+        zero, top = top - up, top - up - down
+        pulse = np.array([(1, 0), (2, 0), (2, 1), (7, 1), (7, 0), (8, 0)]) * (1, MM_PER_MV)
+        axes.plot(left + pulse[:, 0], zero + pulse[:, 1], color="black", linewidth=0.9)  # 0.2 s
+        for lead, x, y, name in traces:
+            axes.plot(start + x, zero + y, color="black", linewidth=0.8, solid_joinstyle="round")
+            axes.text(start + x[0] + 0.8, zero + name, lead, fontsize=9, weight="bold")
+            if x[0] > 0:  # where the strip changes to another lead
+                axes.plot([start + x[0]] * 2, [zero - 3, zero + 3], color="black", linewidth=0.8)
+
+
+def transition_figure(cohort: Cohort, index: int):
+    """Source and target ECG of a pair on one page, 1 mm of paper = 1 mm of figure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    ecgs = [printed_rows(cohort.signal[row], cohort.leads, cohort.fs) for row in cohort.pair[index]]
+    limits = row_limits(ecgs)  # of both, so that the two are laid out alike
+    title, *small = [textwrap.wrap(line, width) for line, width in zip(
+        transition_words(cohort, index), (125, 140, 140), strict=True)]
+    small = sum(small, [])
+    head_mm = MARGIN_MM + 6 * len(title) + 5 * len(small) + 2
+    height = float(head_mm + 2 * (8 + np.sum(limits)) + 10)
+    figure = plt.figure(figsize=(PAGE_MM / MM_PER_INCH, height / MM_PER_INCH))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, PAGE_MM), ylim=(0, height))
+    axes.axis("off")
+    y = height - MARGIN_MM
+    for lines, size, step, weight in ((title, 11, 6, "bold"), (small, 9.5, 5, "normal")):
+        for line in lines:
+            axes.text(MARGIN_MM, y, line, fontsize=size, va="top", weight=weight)
+            y -= step
+    y = height - head_mm
+    for name, row, rows in zip(("source", "target"), cohort.pair[index], ecgs, strict=True):
+        axes.text(MARGIN_MM, y - 2.5, f"{name}, {record_words(cohort, row)}", fontsize=10,
+                  va="top")
+        draw_ecg(axes, rows, limits, y - 8)
+        y -= 8 + np.sum(limits)
+    axes.text(MARGIN_MM, y - 3, f"25 mm/s  10 mm/mV  (shown at {cohort.fs:g} Hz, each lead about "
+              "its median)", fontsize=9, va="top")
+    return figure
+
+
+def run_transitions(args: argparse.Namespace) -> None:
+    """`--mode transitions`: the ECG pair of A's Figures 2 and 3, transitions-*.png and .md."""
+    cohort = Cohort(args.data or "data/cohort.h5")
+    asked = {"onset": args.onset or [], "resolve": args.resolve or [], "stable": args.stable or []}
+    index = find_transition(cohort, **asked, study_id=args.study_id)
+    masks = transition_masks(cohort, **asked, study_id=args.study_id)
+    matching = int(np.logical_and.reduce(list(masks.values())).sum())
+    parts = [text for word, names in asked.items() if names for text in (word, *names)]
+    parts += [] if args.study_id is None else ["study", str(args.study_id)]
+    name = "-".join(["transitions", *(re.sub(r"\W", "", part) for part in parts)])
+    title, *lines = transition_words(cohort, index)
+    lines += [f"{word}: {record_words(cohort, row)}" for word, row in zip(
+        ("source", "target"), cohort.pair[index], strict=True)]
+    lines.append(f"asked: {', '.join(masks)}; {matching:,} of {len(cohort.pair):,} pairs meet it, "
+                 "of which this one comes first by: no quality flag, both labelled, fewest "
+                 "changes, shortest gap, lowest index")
+    lines.append(caption(cohort, np.arange(len(cohort)), "all records"))
+    text = "\n".join([f"## {title}", "", f"![]({name}.png)", "", *(f"- {t}" for t in lines), ""])
+    print(text)
+    write_files(Path(args.out), {f"{name}.png": png(transition_figure(cohort, index), MM_DPI),
+                                 f"{name}.md": text})
+
+
+# The cohort (A, Figures 5 and 6)
+
+
+def jaccard(y: np.ndarray, y_next: np.ndarray) -> np.ndarray:
+    """|y and y_next| / |y or y_next| of label sets (P, K) of 0 and 1: (P,) float64 in [0, 1].
+
+    Two empty sets are equal: 1.
+    """
+    y, y_next = np.asarray(y) > 0, np.asarray(y_next) > 0
+    union = (y | y_next).sum(axis=1)
+    return np.where(union == 0, 1.0, (y & y_next).sum(axis=1) / np.maximum(union, 1))
+
+
+def class_table(cohort: Cohort) -> list[list]:
+    """Lines of cohort.csv, most frequent class first: what each class counts."""
+    lines = []
+    for k, name in enumerate(cohort.class_name):
+        has = cohort.label[:, k] > 0
+        lines.append([name, int(has.sum()), len(np.unique(cohort.subject_id[has])),
+                      has.sum() / len(cohort), int((cohort.action[:, k] == 1).sum()),
+                      int((cohort.action[:, k] == -1).sum())])
+    head = ["class", "records", "patients", "prevalence", "onsets", "resolutions"]
+    return [head, *sorted(lines, key=lambda line: (-line[1], line[0]))]
+
+
+def cohort_numbers(cohort: Cohort) -> list[list[str]]:
+    """Rows (what, number, share) of cohort.md: `prepare_data.count`, pair kinds, Jaccard, gaps."""
+    counts = {name: value for name, value in count(cohort).items()
+              if not name.startswith("records with ")}
+    share = {"patients with one record": "patients", "patients with two or more": "patients",
+             "stable pairs": "pairs", "changed pairs": "pairs", "labelled records": "records",
+             "unlabelled records": "records"}
+    share |= {name: "changed pairs" for name in counts if name.startswith("|a|1")}
+    of = {name: counts[whole] for name, whole in share.items()}
+    source, target = cohort.pair.T
+    similarity = jaccard(cohort.label[source], cohort.label[target])
+    empty = ~(cohort.label[source] | cohort.label[target]).any(axis=1)
+    kinds = ("within a stay", "between stays", "touching an unlabelled record")
+    if (cohort.stay < 0).all():
+        kinds = (None, "between labelled records (no stays known)", kinds[2])
+    more = {f"pairs {name}": int((cohort.pair_kind == kind).sum())
+            for kind, name in enumerate(kinds) if name}
+    more |= {"pairs of Jaccard 1": int((similarity == 1).sum()),
+             "pairs of Jaccard 1, both sets empty": int(empty.sum()),
+             "pairs of Jaccard 0": int((similarity == 0).sum())}
+    counts |= more
+    of |= {name: len(similarity) for name in more}
+    if len(similarity):
+        counts["Jaccard, mean"] = float(similarity.mean())
+    gap = known_gap_days(cohort)
+    if cohort.source != "ptbxl" and (~np.isnan(gap)).any():
+        counts |= {"gap in days, median": float(np.nanmedian(gap)),
+                   "pairs of gap 0": int((gap == 0).sum()),
+                   "pairs of unknown gap": int(np.isnan(gap).sum())}
+    body = []
+    for name, value in counts.items():
+        text = f"{value:,.2f}" if isinstance(value, float) and value % 1 else f"{value:,.0f}"
+        body.append([name.replace("|a|1", "\\|a\\|_1"), text,
+                     f"{value / of[name]:.1%}" if of.get(name) else ""])
+    return body
+
+
+def draw_counts(axes, records: np.ndarray) -> None:
+    """Patients by their number of records (patients,), on linear and on logarithmic axes."""
+    size, patients = np.unique(records, return_counts=True)
+    edge = max(40, int(np.percentile(records, 99)))
+    beyond = int(patients[size > edge].sum())
+    axes["linear"].bar(size[size <= edge], patients[size <= edge], width=0.9)
+    axes["linear"].xaxis.get_major_locator().set_params(integer=True)
+    axes["linear"].set(title="records per patient", xlabel="records" + (
+        f" (beyond {edge}: {beyond:,} patients, see log axes)" if beyond else ""),
+        ylabel="patients")
+    axes["loglog"].loglog(size, patients, "o", markersize=4)
+    ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= records.max()]
+    axes["loglog"].minorticks_off()
+    axes["loglog"].set_xticks(ticks, [str(n) for n in ticks])
+    axes["loglog"].set(title=f"records per patient, log axes\nmean {records.mean():.2f}, median "
+                       f"{np.median(records):g}, max {records.max()}", xlabel="records",
+                       ylabel="patients")
+
+
+def draw_pairs(axes, cohort: Cohort) -> None:
+    """Jaccard similarity of consecutive label sets and |a|_1 of the changed pairs."""
+    source, target = cohort.pair.T
+    similarity = jaccard(cohort.label[source], cohort.label[target])
+    if not len(similarity):
+        for name in ("jaccard", "change"):
+            axes[name].text(0.5, 0.5, "not defined: no pair", ha="center")
+        return
+    axes["jaccard"].hist(similarity, bins=np.linspace(0, 1, 21), log=True)
+    axes["jaccard"].set(title=f"Jaccard of consecutive label sets: {(similarity == 1).mean():.1%} "
+                        "at exactly 1", xlabel="Jaccard (two empty sets: 1)",
+                        ylabel="pairs (log axis)")
+    change = np.abs(cohort.action).sum(axis=1, dtype=np.int64)
+    size, pairs = np.unique(np.minimum(change[change > 0], 11), return_counts=True)
+    axes["change"].bar_label(axes["change"].bar(size, pairs), [f"{n:,}" for n in pairs], fontsize=8)
+    axes["change"].set_xticks(range(1, 12), [*map(str, range(1, 11)), "> 10"])
+    axes["change"].margins(y=0.1)
+    axes["change"].set(title=f"labels that change, $|a|_1$, of the {(change > 0).sum():,} changed "
+                       f"pairs ({(change > 0).mean():.1%})", xlabel="$|a|_1$", ylabel="pairs")
+
+
+def draw_gaps(axis, gap: np.ndarray) -> None:
+    """Days between consecutive records (P,), on a logarithmic axis."""
+    positive = gap[gap > 0]
+    left_out = f"{(gap == 0).sum():,} of gap 0, {np.isnan(gap).sum():,} unknown: not drawn"
+    if len(positive):
+        axis.hist(positive, bins=np.geomspace(positive.min(), positive.max() * 1.001, 31))
+        axis.set_xscale("log")
+    axis.set(title="time between consecutive records", xlabel=f"days (log axis; {left_out})",
+             ylabel="pairs")
+
+
+def cohort_figure(cohort: Cohort, classes: list[list]):
+    """The panels of cohort.png; `classes` are the lines of `class_table`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    gaps = cohort.source != "ptbxl"  # part of PTB-XL's dates are interpolated
+    first = ["linear"] * 2 + ["loglog"] * 2 + ["gap"] * 2 if gaps else (
+        ["linear"] * 3 + ["loglog"] * 3)
+    figure, axes = plt.subplot_mosaic(
+        [first, ["jaccard"] * 3 + ["change"] * 3, ["class"] * 6], figsize=(13, 11))
+    draw_counts(axes, np.unique(cohort.subject_id, return_counts=True)[1])
+    draw_pairs(axes, cohort)
+    if gaps:
+        draw_gaps(axes["gap"], known_gap_days(cohort))
+    present = [line for line in classes[1:] if line[1]]
+    absent = [line[0] for line in classes[1:] if not line[1]]
+    axis = axes["class"]
+    bars = axis.bar(range(len(present)), [line[1] / len(cohort) for line in present], log=True)
+    axis.bar_label(bars, [f"{line[1]:,}" for line in present], fontsize=7,
+                   rotation=90 if len(present) > 30 else 0, padding=2)
+    axis.set_xticks(range(len(present)), [line[0] for line in present], fontsize=8,
+                    rotation=90 if len(present) > 30 else 0)
+    axis.margins(x=0.01, y=0.25)
+    axis.set(title="prevalence of each class, number of records on the bars"
+             + (f"; without a record: {', '.join(absent)}" if absent else ""),
+             ylabel="share of records (log axis)")
+    for axis in axes.values():
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(caption(cohort, np.arange(len(cohort)), "all records")
+                    + f", {len(cohort.pair):,} pairs"
+                    + ("" if gaps else "; no panel by time, dates partly interpolated"))
+    figure.tight_layout()
+    return figure
+
+
+def run_cohort(args: argparse.Namespace) -> None:
+    """`--mode cohort`: A's Figures 5 and 6 and Appendix A: cohort.png, cohort.md, cohort.csv."""
+    cohort = Cohort(args.data or "data/cohort.h5")
+    classes = class_table(cohort)
+    shown = [[name, f"{records:,}", f"{patients:,}", f"{prevalence:.2%}", f"{onsets:,}",
+              f"{resolutions:,}"]
+             for name, records, patients, prevalence, onsets, resolutions in classes[1:]]
+    lines = [f"## {caption(cohort, np.arange(len(cohort)), 'all records')}", "",
+             *markdown(["what", "number", "share"], cohort_numbers(cohort)),
+             *markdown(classes[0], shown),
+             "- Jaccard: of the label sets of consecutive records; two empty sets give 1."]
+    if cohort.source == "ptbxl":
+        lines.append("- dates partly interpolated: nothing is shown by the time between records.")
+    if (cohort.ecg_no_within_stay < 0).all():
+        lines.append("- first in stay: not defined, the cohort has no stays.")
+    lines += [f"- {line}" for line in golden_lines(cohort, count(cohort))]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    write_files(Path(args.out), {"cohort.png": png(cohort_figure(cohort, classes)),
+                                 "cohort.md": text, "cohort.csv": classes})
+
+
+# Embeddings, real and synthetic, by t-SNE (B, Figure 2; van der Maaten & Hinton 2008)
+
+
+def row_blocks(n: int, device) -> list[slice]:
+    """Rows 0 .. n-1 in blocks whose (rows, n) float32 stays in a CPU's cache."""
+    rows = max(1, (2**18 if device.type == "cpu" else 2**26) // n)
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def affinities(x, perplexity: float):
+    """Symmetric p_ij (n, n) of t-SNE: Gaussian neighbourhoods of the asked perplexity.
+
+    p_j|i = exp(-beta_i |x_i - x_j|^2) / sum_k of the same, p_i|i = 0, beta_i by bisection so that
+    exp(entropy of row i) = perplexity; p_ij = (p_j|i + p_i|j) / 2n, which sum to 1.
+    Args: x (n, D) float tensor; perplexity in [1, n - 1).
+    """
+    import torch
+    n, wanted = len(x), np.log(perplexity)
+    result = torch.empty(n, n, dtype=x.dtype, device=x.device)
+    for rows in row_blocks(n, x.device):
+        own = torch.arange(rows.start, rows.stop, device=x.device)
+        d2 = torch.cdist(x[rows], x).square_()  # (rows, n)
+        d2[own - rows.start, own] = torch.inf
+        d2 -= d2.amin(dim=1, keepdim=True)  # leaves p as it is; exp cannot underflow in a whole row
+        d2[own - rows.start, own] = 0
+        low, high = torch.zeros_like(d2[:, :1]), torch.full_like(d2[:, :1], torch.inf)
+        beta = 1 / d2.mean(dim=1, keepdim=True).clamp_min(1e-12)
+        for _ in range(64):
+            p = torch.exp(-beta * d2)
+            p[own - rows.start, own] = 0
+            total = p.sum(dim=1, keepdim=True)
+            error = total.log() + beta * (d2 * p).sum(dim=1, keepdim=True) / total - wanted
+            if error.abs().max() < 1e-5:
+                break
+            low, high = torch.where(error > 0, beta, low), torch.where(error > 0, high, beta)
+            beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
+        result[rows] = p / total
+    return (result + result.T).div_(2 * n)
+
+
+def tsne_gradient(p, y, exaggeration: float = 1.0):
+    """Gradient (n, 2) of KL(P || Q) at y (n, 2), P multiplied by `exaggeration`.
+
+    4 sum_j (p_ij - q_ij) w_ij (y_i - y_j), w_ij = 1 / (1 + |y_i - y_j|^2), q_ij = w_ij / sum w.
+    Written as row sums times y_i minus products with y, so that no (n, n, 2) is formed.
+    """
+    import torch
+    n, square = len(y), y.square().sum(dim=1, keepdim=True)
+    one = torch.ones_like(square)
+    left = torch.cat([-2 * y, square + 1, one], dim=1)    # left_i . right_j = 1 + |y_i - y_j|^2
+    right = torch.cat([y, one, square], dim=1).T.contiguous()  # (4, n)
+    y_one = torch.cat([y, one], dim=1)
+    attract, repel, total = torch.empty_like(y_one), torch.empty_like(y_one), 0
+    for rows in row_blocks(n, y.device):
+        w = (left[rows] @ right).reciprocal_()            # (rows, n)
+        total = total + w.sum().double()
+        attract[rows] = (p[rows] * w) @ y_one             # sum_j p_ij w_ij (y_j, 1)
+        repel[rows] = w.square_() @ y_one
+    total = (total - n).to(y.dtype)                       # without the diagonal, where w = 1
+    force = exaggeration * attract - repel / total
+    return 4 * (y * force[:, 2:] - force[:, :2])
+
+
+def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = 0, progress=None):
+    """Exact t-SNE of x (n, D) -> (n, 2) float32, on the device of x; memory 8 n^2 bytes.
+
+    Gradient descent with gains from the first two principal components (standard deviation 1e-4,
+    and a seeded 1e-6 that parts equal rows): exaggeration 12 and momentum 0.5 for 100 iterations,
+    then 1 and 0.8; learning rate n / 12, at least 50. progress: one `update()` each iteration.
+    Raises: ValueError for fewer than 3 rows, or a perplexity outside [1, n - 1).
+    Assumed: all of this; B names t-SNE alone.
+    """
+    import torch
+    x, n = x.detach().float(), len(x)
+    if n < 3 or not 1 <= perplexity < n - 1:
+        raise ValueError(f"tsne: found {n} rows and perplexity {perplexity}, wanted at least 3 "
+                         f"rows and 1 <= perplexity < rows - 1")
+    p = affinities(x, perplexity)
+    centred = x - x.mean(dim=0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # (D, 2)
+    axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else an arbitrary sign
+    y = centred @ axes
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)).to(y)
+    y = 1e-4 * y / y[:, 0].std().clamp_min(1e-12) + 1e-6 * noise
+    rate, step, gain = max(n / 12, 50), torch.zeros_like(y), torch.ones_like(y)
+    for i in range(iterations):
+        early = i < 100
+        gradient = tsne_gradient(p, y, 12.0 if early else 1.0)
+        same = gradient.sign() == step.sign()  # step points downhill: same sign is an overshoot
+        gain = torch.where(same, gain * 0.8, gain + 0.2).clamp_min_(0.01)
+        step = (0.5 if early else 0.8) * step - rate * gain * gradient
+        y = y + step
+        y -= y.mean(dim=0)
+        if progress is not None:
+            progress.update()
+    return y
+
+
+def nearest(z, n: int, group, k: int = 10):
+    """For every row of z (N, D) its k nearest of the first n rows: (N, k).
+
+    group (N,) integer tensor: rows of its own group, itself among them, are left out, so that
+    another record of the same patient is no neighbour.
+    """
+    import torch
+    found = []
+    for start in range(0, len(z), 1024):
+        distance = torch.cdist(z[start:start + 1024], z[:n])
+        distance[group[start:start + 1024, None] == group[None, :n]] = torch.inf
+        found.append(distance.topk(k, largest=False).indices)
+    return torch.cat(found)
+
+
+def mixing(kind: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """(kinds, 2) of kind (N,) = 0, 1, ... and neighbours (N, k), rows: per kind the mean share of
+    neighbours of the same kind, and its share of all points: what mixed kinds would give."""
+    same = (kind[neighbours] == kind[:, None]).mean(axis=1)
+    return np.array([(same[kind == i].mean(), (kind == i).mean()) for i in range(kind.max() + 1)])
+
+
+def embedding_points(model, cohort: Cohort, normalize: str, seed: int = FIGURE_SEED) -> dict:
+    """What B's Figure 2 shows: embeddings of normal, abnormal and synthetic records.
+
+    Of each kind at most POINTS // 3, drawn from the training records; the synthetic ones start from
+    the normal records shown, their combinations are those of all training records.
+    Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, y (N, K) label sets, rows of the real
+        records, combinations (M, K), counts (M,), min_count.
+    Raises: InputError when the training records hold no normal or no abnormal one.
+    """
+    import torch
+
+    import cardiowm
+    rng, train = np.random.default_rng(seed), cohort.split == 0
+    means_normal = np.isin(cohort.class_name, cohort.normal_codes)  # (K,)
+    is_normal = ~cohort.label[:, ~means_normal].any(axis=1)
+    rows = []
+    for name, mask in (("normal", train & is_normal), ("abnormal", train & ~is_normal)):
+        if not mask.any():
+            raise InputError(f"--data {cohort.path}: no {name} training record (normal: no label "
+                             f"but {', '.join(cohort.normal_codes) or 'none'}); a cohort with both "
+                             "is wanted")
+        found = np.flatnonzero(mask)
+        rows.append(np.sort(rng.permutation(found)[:POINTS // 3]))
+    labels, min_count = torch.from_numpy(cohort.label[train]), 50  # B: seen at least 50 times
+    while not len((found := cardiowm.label_combinations(
+            labels, min_count=min_count, normal=torch.from_numpy(means_normal)))[0]):
+        if min_count == 1:
+            raise InputError(f"--data {cohort.path}: no training record has 1 to 4 classes, so "
+                             "there is no combination to synthesise")
+        min_count //= 2
+    real = np.concatenate(rows)
+    progress = Progress(len(real), "records", "embed")
+    z = embed(model, cohort.signal, real, normalize, progress)[1]
+    progress.close()
+    n = len(rows[0])
+    synthetic = cardiowm.Augmentor(model, *found, total=POINTS // 3).batches(
+        z[:n], 4096, torch.Generator().manual_seed(seed), torch.from_numpy(cohort.label[rows[0]]))
+    z_new, y_new = (torch.cat(parts) for parts in zip(*synthetic, strict=True))
+    return {"z": torch.cat([z, z_new]), "rows": real, "min_count": min_count,
+            "kind": np.repeat([0, 1, 2], [n, len(real) - n, len(z_new)]),
+            "y": np.concatenate([cohort.label[real], y_new.cpu().numpy().astype(np.uint8)]),
+            "combinations": found[0].numpy(), "counts": found[1].numpy()}
+
+
+def embedding_table(points: dict, cohort: Cohort) -> tuple[list[str], list[str]]:
+    """Two tables of embedding.md, who the ten nearest neighbours in z are: by kind, by label set.
+
+    A patient's own records are no neighbours; a synthetic row is of no patient.
+    """
+    import torch
+    z, kind, y, n = points["z"], points["kind"], points["y"], len(points["rows"])
+    patient = torch.from_numpy(cohort.subject_id[points["rows"]])
+    group = torch.cat([patient, -1 - torch.arange(len(z) - n)]).to(z.device)
+    shares = mixing(kind, nearest(z, len(z), group).cpu().numpy())
+    length = z.norm(dim=1).cpu().numpy()
+    kinds = [[name, f"{(kind == i).sum():,}", f"{share:.1%}", f"{chance:.1%}",
+              f"{length[kind == i].mean():.2f}"]
+             for i, (name, (share, chance)) in enumerate(zip(POINT_COLOUR, shares, strict=True))]
+    neighbours = nearest(z, n, group).cpu().numpy()  # real ones only
+    sets = []
+    for combination, times in list(zip(points["combinations"], points["counts"], strict=True))[:12]:
+        has = (y == combination).all(axis=1)
+        share = has[neighbours].mean(axis=1)  # (N,)
+        cells = [f"{share[mask].mean():.1%} of {mask.sum():,}" if mask.any() else "none shown"
+                 for mask in (has & (kind == 2), has & (kind == 1), kind == 0)]
+        sets.append(["+".join(np.array(cohort.class_name)[combination > 0]), f"{times:,}", *cells,
+                     f"{has[:n].mean():.1%}"])
+    return (markdown(["kind", "points", "of the same kind", "chance", "mean length of z"], kinds),
+            markdown(["label set", "training records", "from synthetic", "from real of this set",
+                      "from real normal", "chance"], sets))
+
+
+def draw_embedding(points: dict, y_plot: np.ndarray, cohort: Cohort, text: str):
+    """Two panels of the t-SNE y_plot (N, 2): by kind, and by the most frequent label sets."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 8))
+    kind, order = points["kind"], np.random.default_rng(FIGURE_SEED).permutation(len(y_plot))
+    colours = np.array(list(POINT_COLOUR.values()))
+    left.scatter(*y_plot[order].T, s=5, c=colours[kind[order]], linewidths=0, alpha=0.7)
+    for i, name in enumerate(POINT_COLOUR):
+        left.scatter([], [], s=30, c=colours[i], label=f"{name} ({(kind == i).sum():,})")
+    left.set_title("kind of embedding")
+    right.scatter(*y_plot.T, s=3, c="#dddddd", linewidths=0)
+    for i, combination in enumerate(points["combinations"][:6]):
+        has = (points["y"] == combination).all(axis=1)
+        name = "+".join(np.array(cohort.class_name)[combination > 0])
+        for mask, marker, size, word in ((has & (kind < 2), "o", 12, "real"),
+                                         (has & (kind == 2), "x", 9, "synthetic")):
+            right.scatter(*y_plot[mask].T, s=size, marker=marker, color=f"C{i}", alpha=0.8,
+                          linewidths=0.6 if marker == "x" else 0,
+                          label=f"{name}, {word} ({mask.sum():,})")
+    right.scatter([], [], s=30, c="#dddddd", label="all other points")
+    right.set_title("most frequent label sets, real (dots) and synthetic (crosses)")
+    for axis, columns in ((left, 3), (right, min(4, 1 + len(points["combinations"])))):
+        axis.set(xticks=[], yticks=[])
+        axis.set_aspect("equal", "datalim")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=columns, fontsize=7.5,
+                    frameon=False, columnspacing=0.8, handletextpad=0.2)
+    figure.suptitle(text, fontsize=10)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.12, top=0.89, wspace=0.03)
+    return figure
+
+
+def run_embedding(args: argparse.Namespace) -> None:
+    """`--mode embedding`: B's Figure 2 for one pretraining: embedding.png and embedding.md."""
+    if len(args.runs) > 1:
+        raise InputError(f"--runs: {len(args.runs)} given; --mode embedding wants one pretraining")
+    folder = find_run(args.runs[0])
+    model, checkpoint = load_world_model(folder)
+    if model.action_encoder is None:
+        raise InputError(f"run {folder}: has no action encoder (--objective invariance), so it "
+                         "can synthesise nothing; name a pretraining with --objective dynamics")
+    cohort = cohort_of(folder, args.data)
+    points = embedding_points(model, cohort, checkpoint["normalize"])
+    n, rows = len(points["kind"]), points["rows"]
+    perplexity, iterations = min(30, (n - 1) / 3), 500
+    progress = Progress(iterations, "iterations", f"t-SNE of {n:,} points")
+    y_plot = tsne(points["z"], perplexity, iterations, FIGURE_SEED, progress).cpu().numpy()
+    progress.close()
+    head = (f"{caption(cohort, rows, 'training folds', FIGURE_SEED)}, and {n - len(rows):,} "
+            f"synthetic embeddings; z of {folder.name}")
+    normal = rows[points["kind"][:len(rows)] == 0]
+    unlabelled = int((~cohort.has_label[normal]).sum())
+    kinds, sets = embedding_table(points, cohort)
+    lines = [f"## {head}", "", "![](embedding.png)", "",
+             "Share of the 10 nearest neighbours in z (Euclidean; not in the plot) that are of the "
+             "same kind; chance: the kind's share of all points. No record counts as neighbour of "
+             "its own patient's records; synthetic rows of one source do.", "", *kinds,
+             "Share of the 10 nearest real neighbours in z with exactly this label set, seen from "
+             "its synthetic embeddings, from its real ones, and from normal records; chance: its "
+             "share of the real points.", "", *sets]
+    lines += [f"- normal: no label but {', '.join(cohort.normal_codes) or 'none'}; of the "
+              f"{len(normal):,} shown {unlabelled:,} have no code at all"
+              + (", which is not the same as healthy." if unlabelled else "."),
+              "- synthetic: r([z; p(y_C - y)]) of the normal records shown, z often several times; "
+              f"{len(points['counts'])} label sets C of 1 to 4 classes seen at least "
+              f"{points['min_count']} times in training (B: 50), rows in proportion to 1/count.",
+              f"- plot: exact t-SNE, perplexity {perplexity:.3g}, {iterations} iterations, seed "
+              f"{FIGURE_SEED}; its distances between groups mean little. B shows 7,000 points."]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    title = f"{head}\nt-SNE of z, perplexity {perplexity:.3g}; label sets seen at least " \
+            f"{points['min_count']} times"
+    figure = draw_embedding(points, y_plot, cohort, title)
+    write_files(Path(args.out), {"embedding.png": png(figure), "embedding.md": text})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1140,6 +1806,7 @@ def draw_curves(runs: list[dict], title: str):
 SCORECARD_SEED = 0       # of distractors, shuffled actions, refits and subsets, in all runs
 FIT_LIMIT = 50_000       # training pairs, and training records, that the controls are fitted on
 DISTRACTORS = 999        # records of other patients among which the true next state is looked for
+READOUT_L2 = 10.0        # of 1, 10 .. 10,000 that of the lowest validation BCE on the demo
 MIN_POSITIVES = 10       # training positives that a class needs for a read-out
 IRREVERSIBLE = ("I21",)  # an infarction does not go back to what was before: no reversal asked
 GAPS = {"gap < 1 day": (0, 1), "gap 1-30 days": (1, 30), "gap 30-365 days": (30, 365),
@@ -1361,33 +2028,38 @@ def distractor_sets(subject: np.ndarray, pair: np.ndarray) -> dict[str, list[np.
 # Onset read-out
 
 
-def fit_readout(z, y, l2: float) -> tuple:
-    """Linear read-out of K classes from z: the penalised maximum likelihood, by L-BFGS in float64.
+def fit_readout(z, y, l2: float = READOUT_L2) -> tuple:
+    """L2-regularised logistic regression of each class on z, deterministic.
 
-    Minimises sum_n log(1 + exp(-s_nk logit_nk)) + l2 / 2 |w_k|^2 for each class k, s = 2 y - 1 and
-    logit = z @ weight + bias; the bias is free. Convex and full batch: nothing random.
-
-    Args: z (N, D), standardised by the caller; y (N, K) of 0/1, both in each class; l2 > 0.
-    Returns: weight (D, K), bias (K,), float64.
+    Minimises sum of BCE + l2 / 2 |coefficients|^2 per class, on z standardised over the records,
+    around the class's log odds (with half a record of each kind, so that none is infinite).
+    Args: z (N, D) tensor; y (N, K) of 0 and 1, array or tensor.
+    Returns: weight (D, K) and bias (K,), for logits z @ weight + bias of raw z; dtype and device
+        of z.
     """
     import torch
-    z, y = z.double(), y.double()
-    weight = z.new_zeros(z.shape[1], y.shape[1], requires_grad=True)
-    bias = torch.logit(y.mean(dim=0)).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=2000, max_eval=4000, history_size=20,
-                                  tolerance_grad=1e-9, tolerance_change=0,
-                                  line_search_fn="strong_wolfe")
+    from torch.nn import functional
+    y = torch.as_tensor(y).to(z.device, torch.float64)
+    mean, std = z.double().mean(dim=0), z.double().std(dim=0, correction=0)
+    std = torch.where(std > 0, std, torch.ones_like(std))
+    x = functional.pad((z.double() - mean) / std, (0, 1), value=1.0)     # (N, D + 1)
+    positives = y.sum(dim=0)
+    prior = ((positives + 0.5) / (len(y) - positives + 0.5)).log()       # (K,)
+    beta = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    solver = torch.optim.LBFGS([beta], max_iter=1000, history_size=20, tolerance_grad=1e-7,
+                               tolerance_change=0, line_search_fn="strong_wolfe")
 
-    def objective():
-        optimizer.zero_grad()
-        bce = torch.nn.functional.binary_cross_entropy_with_logits(
-            z @ weight + bias, y, reduction="sum")
-        loss = (bce + l2 / 2 * weight.square().sum()) / len(z)
-        loss.backward()
-        return loss
+    def loss():
+        solver.zero_grad()
+        value = functional.binary_cross_entropy_with_logits(prior + x @ beta, y, reduction="sum")
+        value = (value + l2 / 2 * beta.square().sum()) / len(y)
+        value.backward()
+        return value
 
-    optimizer.step(objective)
-    return weight.detach(), bias.detach()
+    solver.step(loss)
+    weight = beta.detach()[:-1] / std[:, None]
+    bias = prior + beta.detach()[-1] - mean @ weight
+    return weight.to(z.dtype), bias.to(z.dtype)
 
 
 def onset_rises(model, z, y, readout, classes: list[int]) -> tuple[np.ndarray, ...]:
@@ -1451,7 +2123,6 @@ def without_signature(cohort: Cohort) -> list[str]:
     Found by simulating: an empty entry of SIGNATURE is not enough, since some codes act elsewhere
     (on the rhythm, or by the patient's coronary territory).
     """
-    from prepare_data import SIGNATURE, simulate
     if not cohort.synthetic:
         return []
     plain = simulate(0, (), 0)
@@ -1601,16 +2272,14 @@ def onset_rows(model, fit: tuple, test: tuple, subject: np.ndarray, names: list[
     positives = y.sum(dim=0)
     enough = (positives >= MIN_POSITIVES) & (positives < len(y))
     classes = enough.nonzero()[:, 0].tolist()
-    rows = [undefined(part, "sign rate", names[c], f"{int(positives[c])} training positives, "
-                      f"{MIN_POSITIVES} are wanted") for c in (~enough).nonzero()[:, 0].tolist()]
+    rows = [undefined(part, "sign rate", names[c], f"fewer than {MIN_POSITIVES} training positives "
+                      "or no negatives") for c in (~enough).nonzero()[:, 0].tolist()]
     if not classes:
         return rows + [undefined(part, "sign rate", "all classes", "no class has a read-out")]
-    mean, std = z.mean(dim=0), z.std(dim=0).clamp_min(1e-6)
-    # l2 = D: a priori a logit has standard deviation 1, whatever the width of z
-    weight, bias = fit_readout((z - mean) / std, y[:, classes], float(z.shape[1]))
+    weight, bias = fit_readout(z, y[:, classes])
 
     def readout(v):
-        return ((v - mean) / std).double() @ weight + bias
+        return v @ weight + bias
 
     zero, own, others = onset_rises(model, z_test, y_test, readout, classes)
     lacks, both = ~np.isnan(own), ~np.isnan(own - others)
@@ -1752,6 +2421,22 @@ def fitted_controls(run: dict, cohort: Cohort, used: dict, z, z_test) -> dict:
     return result
 
 
+def training_fit_rows(run: dict, cohort: Cohort, used: dict, z, n_boot: int) -> list[dict]:
+    """The model's error on training pairs: where it is far below that on test pairs, the encoder
+    has learnt them by heart, and what is refitted on its training z inherits that."""
+    import torch
+    pairs = used["train pairs"]
+    source, target = (z[torch.from_numpy(np.searchsorted(used["rows"], rows)).to(z.device)]
+                      for rows in cohort.pair[pairs].T)
+    a = torch.from_numpy(own_action(cohort, pairs, run["action"])).to(z)
+    with torch.no_grad():
+        predicted = {"model": run["model"].predict(source, a), "persistence": source}
+    subject = cohort.subject_id[cohort.pair[pairs, 0]]
+    return [measured("training fit", name, "training pairs", ratio_interval(
+        pair_error(z_pred, target), np.ones(len(pairs)), subject, n_boot), subject)
+        for name, z_pred in predicted.items()]
+
+
 def scorecard(run: dict, cohort: Cohort, used: dict, n_boot: int, progress: Progress) -> list[dict]:
     """All rows of one run."""
     import torch
@@ -1772,6 +2457,7 @@ def scorecard(run: dict, cohort: Cohort, used: dict, n_boot: int, progress: Prog
     predicted |= fitted_controls(run, cohort, used, z, source)
     rows = error_rows({name: predicted[name] for name in PREDICTORS}, target, groups, patient,
                       n_boot)
+    rows += training_fit_rows(run, cohort, used, z, n_boot)
     rows += retrieval_rows(queries, z_test, pair, groups, subject, n_boot)
     if run["no_action"]:
         rows.append(undefined("onset read-out", "sign rate", "all classes", run["no_action"]))
@@ -1841,8 +2527,11 @@ def not_defined(rows: list[dict]) -> list[str]:
         if row["note"]:
             what = reasons.setdefault((row["run"], row["note"]), ({}, {}))
             what[0][row["quantity"]] = what[1][row["group"]] = None
-    return [f"- {run}: {', '.join(quantities)} ({', '.join(groups)}) {note}."
-            for (run, note), (quantities, groups) in reasons.items()] + [""] * bool(reasons)
+    lines = []
+    for (run, note), (quantities, groups) in reasons.items():
+        of = "every group" if {"all", "unchanged"} <= set(groups) else ", ".join(groups)
+        lines.append(f"- {run}: {', '.join(quantities)} ({of}) {note}.")
+    return lines + [""] * bool(lines)
 
 
 def error_table(rows: list[dict], label: str) -> list[str]:
@@ -1899,6 +2588,9 @@ def scorecard_text(runs: list[dict], cohort: Cohort, used: dict, rows: list[dict
     lines += [line for label in labels for line in error_table(rows, label)]
     lines += ["Gain = 1 - sum of errors / sum of the errors it is held against; 0 is none.", ""]
     lines += part_table(rows, "gain", labels, HEADLINE)
+    lines += ["Error on training pairs: where it is far below that on test pairs, the encoder has "
+              "learnt them by heart, and the refits, fitted on its training z, inherit that.", ""]
+    lines += part_table(rows, "training fit", labels)
     lines += ["### 2 Retrieval of the true next state", "",
               "By Euclidean distance to the query, ties by mean rank; at most "
               f"{DISTRACTORS} distractors.", ""]
@@ -1947,7 +2639,7 @@ def draw_errors(axes, rows: list[dict], label: str) -> None:
         axes.axvline(g - 0.5, color="0.9", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     pairs = [next(row["pairs"] for (of, _), row in mine.items() if of == g) for g in groups]
-    axes.set_xticks(range(len(groups)), [f"{g}\nn = {n:,}" for g, n in zip(
+    axes.set_xticks(range(len(groups)), [f"{g}\n{n:,} pairs" for g, n in zip(
         groups, pairs, strict=True)], rotation=40, ha="right", rotation_mode="anchor", fontsize=7.5)
     axes.set_yscale("log")  # the mean lies far above the others
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -1980,6 +2672,7 @@ def draw_lines(axes, name: str, lines: list[tuple], labels: list[str], rule: flo
         tick.set_color("C3" if line in silent else "black")  # negative controls
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     if rule is not None:
@@ -2036,8 +2729,10 @@ def draw_scorecard(rows: list[dict], labels: list[str], title: str, silent: list
     if len(labels) > 1:
         handles = [plt.Line2D([], [], marker="o", color=f"C{r}") for r in range(len(labels))]
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    control = "; red: codes without signature, the negative control" if silent else ""
-    figure.suptitle(f"World-model scorecard. {title}{control}", fontsize=11)
+    control = "red: codes without signature, the negative control" if silent else ""
+    figure.suptitle(f"World-model scorecard. {title}\n"
+                    f"bars: 95 % intervals over patients{'; ' * bool(control)}{control}",
+                    fontsize=11)
     return png(figure)
 
 
@@ -2054,13 +2749,653 @@ def run_worldmodel(args: argparse.Namespace) -> None:
     progress.close()
     text = scorecard_text(runs, cohort, used, rows, args.n_boot)
     print(text)
-    title = scorecard_caption(cohort, used) + f", seed {', '.join(str(r['seed']) for r in runs)}"
+    seeds = ", ".join(sorted({str(run["seed"]) for run in runs}))
+    title = f"{scorecard_caption(cohort, used)}, seed {seeds}"
     write_files(Path(args.out), {
         "worldmodel.md": text, "worldmodel.csv": [list(ROW)] + [
             ["" if isinstance(row[key], float) and np.isnan(row[key]) else row[key] for key in ROW]
             for row in rows],
         "worldmodel.png": draw_scorecard(rows, [run["label"] for run in runs], title,
                                          without_signature(cohort))})
+
+
+# ----------------------------------------------------------------------------------------------
+# Counterfactuals: one patient under an action; on the demo cohort, against the simulated truth
+# ----------------------------------------------------------------------------------------------
+
+CASES = 500            # (record, code) wanted of the ground truth, else more records of a patient
+CASE_PATIENTS = 200    # at most, so that a large cohort stays quick
+ONSET_PAIRS = 5        # a mean onset vector of fewer training pairs is not defined
+OTHER_RECORDING = 10**9     # added to the seed: the same patient and state, recorded once more
+REPRODUCED_MV = 0.02   # between a stored record and the simulation: 5 uV steps, float16, filter
+SHOWN_CLASSES = 25     # bars on a page
+MEASURES = ("cosine", "length_ratio", "right_code", "nearest", "error")
+CLASS_VECTOR, ONSET_VECTOR = "mean class vector", "mean onset vector"
+MODEL, CEILING = "model, r(z, a) - r(z, 0)", "other recording, its true change"
+PERSISTENCE = "no change (persistence)"
+
+
+def run_counterfactual(args: argparse.Namespace) -> None:
+    """`--mode counterfactual`: one record's page with --study-id, else the demo's ground truth."""
+    if len(args.runs) > 1:
+        raise InputError(f"--runs: {len(args.runs)} given; --mode counterfactual takes one")
+    folder = find_run(args.runs[0])
+    model, checkpoint = load_world_model(folder)
+    if model.action_encoder is None:
+        raise InputError(f"run {folder}: a pretraining without an action encoder predicts one "
+                         "state whatever the action; give one of train.py --mode pretrain "
+                         "--objective dynamics")
+    cohort = cohort_of(folder, args.data)
+    onset = class_columns(cohort, args.onset, "--onset")
+    resolve = class_columns(cohort, args.resolve, "--resolve")
+    if args.study_id is not None:
+        return one_patient(args, folder, model, checkpoint, cohort, onset, resolve)
+    if cohort.state is None:
+        raise InputError(f"cohort {cohort.name}: no record of it has a known counterfactual; give "
+                         "--study-id and --onset or --resolve for the page of one patient")
+    if resolve:
+        raise InputError("--resolve: the ground truth is of onsets; leave it out, or give "
+                         "--study-id for the page of one patient")
+    ground_truth(args, folder, model, checkpoint, cohort, onset)
+
+
+def class_columns(cohort: Cohort, names: list[str] | None, flag: str) -> list[int]:
+    """Columns of the named classes, each once; InputError for an unknown one."""
+    unknown = [name for name in names or () if name not in cohort.class_name]
+    if unknown:
+        raise InputError(f"{flag} {' '.join(unknown)}: no class of the cohort {cohort.name}; its "
+                         f"classes are {' '.join(cohort.class_name)}")
+    return [cohort.class_name.index(name) for name in dict.fromkeys(names or ())]
+
+
+def codes_of(cohort: Cohort, row: np.ndarray) -> str:
+    """`I10 I48` of a row (K,) of labels or states; `none` of an empty one."""
+    return " ".join(cohort.class_name[k] for k in np.flatnonzero(row)) or "none"
+
+
+def resimulate(cohort: Cohort, row: int, codes: set[str], other: int = 0) -> np.ndarray:
+    """(12, T) float16 mV: what the demo cohort would store, had the patient of `row` had `codes`.
+
+    `other` is added to the seed: another recording. Planted defects and 5 uV steps are left out.
+    """
+    x = simulate(cohort.subject_id[row], codes, cohort.study_id[row] + other,
+                 nuisance=cohort.arguments["nuisance"])  # (12, 5000), at 500 Hz
+    return decimate(x, 500 // cohort.fs)[:, :SECONDS * cohort.fs].astype(np.float16)
+
+
+# The ground truth: every code put on test patients, by the model and by the simulator
+
+
+def choose_records(cohort: Cohort, columns: list[int], seed: int = BOOTSTRAP_SEED) -> np.ndarray:
+    """Rows of test records: the first of each patient, or so many as give CASES cases.
+
+    A case is a record and a class of `columns` that is not in its true state. At most
+    CASE_PATIENTS patients, drawn with the seed.
+    """
+    test = np.flatnonzero(cohort.split == 2)
+    patients = np.unique(cohort.subject_id[test])
+    if len(patients) > CASE_PATIENTS:
+        patients = np.random.default_rng(seed).choice(patients, CASE_PATIENTS, replace=False)
+    test = test[np.isin(cohort.subject_id[test], patients)]
+    subject = cohort.subject_id[test]  # sorted, as the rows of a cohort are
+    position = np.arange(len(test)) - np.searchsorted(subject, subject)  # 0: the patient's first
+    rows = test
+    for depth in range(1, position.max(initial=0) + 2):
+        rows = test[position < depth]
+        if (cohort.state[rows][:, columns] == 0).sum() >= CASES:
+            break
+    return rows
+
+
+def simulate_cases(model, normalize: str, cohort: Cohort, rows: np.ndarray,
+                   columns: list[int]) -> tuple[np.ndarray, ...]:
+    """Simulate each record without and with each absent class of `columns`, twice, and embed.
+
+    Returns: z (2, R, D), the state in the record and in another recording of it; z_true
+        (2, R, K, D), the state with the class, NaN where it is no case; changed (R, K) bool: the
+        class changes the signal at all; same (R,) bool: the simulation is the stored record, or
+        the record carries a planted defect.
+    """
+    names, z, z_true = cohort.class_name, [], []
+    changed, same = np.zeros((len(rows), len(names)), bool), np.ones(len(rows), bool)
+    progress = Progress(len(rows), "records", "simulating")
+    for i, row in enumerate(rows):
+        state = {names[k] for k in np.flatnonzero(cohort.state[row])}
+        absent = [k for k in columns if names[k] not in state]
+        for other in (0, OTHER_RECORDING):
+            x = np.stack([resimulate(cohort, row, codes, other) for codes in
+                          (state, *(state | {names[k]} for k in absent))])  # (1 + cases, 12, T)
+            states = embed(model, x, np.arange(len(x)), normalize)[1].double().cpu().numpy()
+            z.append(states[0])
+            z_true.append(np.full((len(names), states.shape[1]), np.nan))
+            z_true[-1][absent] = states[1:]
+            if not other:
+                changed[i, absent] = (x[1:] != x[0]).any(axis=(1, 2))
+                gap = np.abs(x[0].astype(np.float32) - cohort.signal[row]).max()
+                same[i] = cohort.quality[row] != 0 or gap <= REPRODUCED_MV
+        progress.update()
+    progress.close()
+    z, z_true = np.stack(z), np.stack(z_true)  # (2 R, D), (2 R, K, D), the recordings in turn
+    return np.stack([z[::2], z[1::2]]), np.stack([z_true[::2], z_true[1::2]]), changed, same
+
+
+def predicted_states(model, z: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """r(z, 0) (R, 1, D) and r(z, e_c) (R, K, D), the onset of each of k classes alone; z (R, D)."""
+    import torch
+    z = torch.from_numpy(z).float().to(next(model.parameters()).device)
+    actions = torch.cat([torch.zeros(1, k), torch.eye(k)]).to(z)  # (1 + K, K)
+    with torch.no_grad():
+        states = [model.predict(z, a.expand(len(z), -1)).double().cpu().numpy() for a in actions]
+    states = np.stack(states, axis=1)  # (R, 1 + K, D)
+    return states[:, :1], states[:, 1:]
+
+
+def class_vectors(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(K, D): mean z (N, D) of records with a class minus mean of those without; NaN lacking one.
+
+    y (N, K) of 0 and 1.
+    """
+    y = y.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # 0 / 0: no record of the one kind
+        return y.T @ z / y.sum(axis=0)[:, None] - (1 - y).T @ z / (1 - y).sum(axis=0)[:, None]
+
+
+def onset_vectors(step: np.ndarray, action: np.ndarray, least: int = ONSET_PAIRS) -> np.ndarray:
+    """(K, D): mean step z_next - z of pairs in which a class begins minus that of unchanged pairs.
+
+    Args: step (P, D); action (P, K). NaN for a class that begins in fewer than `least` pairs.
+    """
+    begins, unchanged = (action > 0).astype(np.float64), ~action.any(axis=1)
+    count = begins.sum(axis=0)[:, None]  # (K, 1)
+    rest = step[unchanged].mean(axis=0) if unchanged.any() else np.nan
+    return np.where(count >= least, begins.T @ step / np.maximum(count, 1) - rest, np.nan)
+
+
+def judge_change(z: np.ndarray, z_true: np.ndarray, candidate: np.ndarray,
+                 changed: np.ndarray) -> dict[str, np.ndarray]:
+    """How well candidate changes of the state fit the true ones, case by case.
+
+    Args: z (R, D) states; z_true (R, K, D) true counterfactual states; changed (R, K) bool, the
+        cases; candidate (R, K, D), or (1, K, D) the same for every record, or (R, 1, D) for every
+        class; NaN where it is not defined.
+    Returns: (R, K) each, NaN where there is no case or no candidate: cosine to the true change, 0
+        for a candidate of length 0; length_ratio; right_code, 1 where among the record's cases it
+        is this class's candidate that has the largest cosine to the true change; nearest, 1 where
+        among the record's true states it is this class's that lies nearest to z + candidate; error
+        |z + candidate - z_true|^2 / D; chance of both choices, 1 / number of the record's cases;
+        and chosen (R, K) int, the class of the largest cosine, -1 where there is none. A choice
+        takes two cases, right_code also candidates that differ by class.
+    """
+    change = np.where(changed[..., None], z_true - z[:, None], 0)           # (R, K, D)
+    case = changed & ~np.isnan(candidate).any(axis=2)                       # (R, K)
+    full = np.where(case[..., None], candidate, 0)                          # (R, K, D)
+    length, true_length = np.linalg.norm(full, axis=2), np.linalg.norm(change, axis=2)
+    inner = change @ full.transpose(0, 2, 1)                                # (R, K true, K)
+    scale = true_length[:, :, None] * length[:, None, :]
+    cosine = np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0)
+    distance = (length[:, :, None]**2 + true_length[:, None, :]**2
+                - 2 * inner.transpose(0, 2, 1))                             # (R, K, K true)
+    chosen = np.where(case[:, None], cosine, -np.inf).argmax(axis=2)        # (R, K true)
+    nearest = np.where(case[:, None], distance, np.inf).argmin(axis=2)      # (R, K)
+    options, column = case.sum(axis=1, keepdims=True), np.arange(case.shape[1])
+    choice = case & (options > 1)
+    differ = choice if candidate.shape[1] > 1 else np.zeros_like(choice)
+
+    def where(mask, values):
+        return np.where(mask, values, np.nan)
+
+    return {"cosine": where(case, np.einsum("rkk->rk", cosine)),
+            "length_ratio": where(case, length / np.where(true_length > 0, true_length, np.nan)),
+            "right_code": where(differ, chosen == column),
+            "nearest": where(choice, nearest == column),
+            "error": where(case, ((full - change)**2).mean(axis=2)),
+            "chance": where(choice, 1 / np.maximum(options, 1)),
+            "chosen": np.where(differ, chosen, -1)}
+
+
+def mean_by_code(values: np.ndarray) -> np.ndarray:
+    """(R, K) -> (K,): mean over R without the NaN."""
+    return _mean_defined(values.T)
+
+
+def median_by_code(values: np.ndarray) -> np.ndarray:
+    """(R, K) -> (K,): median over R without the NaN; NaN for a column of NaN."""
+    n, ranked = (~np.isnan(values)).sum(axis=0), np.sort(values, axis=0)  # NaN go last
+    middle = np.stack([np.maximum(n - 1, 0) // 2, n // 2])  # (2, K), the same where n is odd
+    return np.take_along_axis(ranked, middle, axis=0).mean(axis=0)
+
+
+def bootstrap_codes(values: np.ndarray, unit: np.ndarray, n_boot: int, seed: int,
+                    statistic=mean_by_code) -> dict:
+    """A statistic of each code over its cases, its mean over codes, and 95 % intervals.
+
+    Args: values (R, K), NaN where there is no case; unit (R,) patient; statistic (R, K) -> (K,).
+        Replicate r takes the r-th draw of default_rng(seed).integers(0, n, n), n patients in the
+        order of np.unique(unit), each with all of its records.
+    Returns: dict(point, low, high: float, the mean over codes; per_code (K, 3) point, low, high).
+        One patient has no interval.
+    """
+    _, number = np.unique(unit, return_inverse=True)
+    records = [np.flatnonzero(number == i) for i in range(number.max() + 1)]
+    n, rng = len(records), np.random.default_rng(seed)
+    replicates = np.full((n_boot, values.shape[1]), np.nan)
+    for r in range(n_boot if n > 1 else 0):
+        replicates[r] = statistic(values[np.concatenate([records[i] for i in
+                                                         rng.integers(0, n, n)])])
+    point, (low, high) = statistic(values), _interval(_mean_defined(replicates))
+    return {"point": float(_mean_defined(point[None])[0]), "low": low, "high": high,
+            "per_code": np.column_stack([point, [_interval(code) for code in replicates.T]])}
+
+
+def ground_truth(args: argparse.Namespace, folder: Path, model, checkpoint: dict, cohort: Cohort,
+                 onset: list[int]) -> None:
+    """Judge predicted onsets by simulated ones: counterfactual.md, .csv and .png."""
+    names, normalize = cohort.class_name, checkpoint["normalize"]
+    columns = onset or [k for k, name in enumerate(names) if name in SIGNATURE]
+    rows = choose_records(cohort, columns)
+    z, z_true, changed, same = simulate_cases(model, normalize, cohort, rows, columns)
+    rows, z, z_true, changed = rows[same], z[:, same], z_true[:, same], changed[same]
+    if not changed.any():
+        raise InputError(f"cohort {cohort.name}: no test record that the onset of "
+                         f"{' '.join(names[k] for k in columns)} changes; name other --onset, or "
+                         "build a larger cohort")
+    train = np.flatnonzero(cohort.split == 0)
+    progress = Progress(len(train), "training records", "embedding")
+    z_train = embed(model, cohort.signal, train, normalize, progress)[1].double().cpu().numpy()
+    progress.close()
+    pair = np.flatnonzero(cohort.split[cohort.pair[:, 0]] == 0)
+    source, target = np.searchsorted(train, cohort.pair[pair]).T
+    zero, with_code = predicted_states(model, z[0], len(names))
+    candidates = {  # changes of z: (R, K, D), or 1 where all records or all classes share one
+        PERSISTENCE: np.zeros_like(zero),
+        CLASS_VECTOR: class_vectors(z_train, cohort.label[train])[None],
+        ONSET_VECTOR: onset_vectors(z_train[target] - z_train[source], cohort.action[pair])[None],
+        MODEL: with_code - zero,
+        "model, r(z, a) - z": with_code - z[0, :, None],
+        "zero action, r(z, 0) - z": zero - z[0, :, None],
+        CEILING: z_true[1] - z[1, :, None],
+        "other recording itself": z_true[1] - z[0, :, None]}
+    judged = {name: judge_change(z[0], z_true[0], candidate, changed)
+              for name, candidate in candidates.items()}
+    cases = ~np.isnan(z_true[0]).any(axis=2)
+    length = {name: mean_by_code(np.where(cases, np.linalg.norm(candidate, axis=2), np.nan))
+              for name, candidate in candidates.items()}
+    unit = cohort.subject_id[rows]
+    result = {name: {measure: bootstrap_codes(
+        values[measure], unit, args.n_boot, BOOTSTRAP_SEED,
+        median_by_code if measure == "length_ratio" else mean_by_code) for measure in MEASURES}
+        for name, values in judged.items()}
+    head = truth_head(folder, cohort, rows, cases, changed, int((~same).sum()), args.n_boot)
+    chance = mean_by_code(judged[MODEL]["chance"])
+    text = "\n".join([*head, *overall_table(result, chance, names),
+                      *code_tables(result, chance, length, names, cases, changed)])
+    print(text)
+    figure = truth_figure(result, judged[MODEL]["chosen"], chance, names,
+                          f"{folder.name}\n" + head[2].replace("; ", ";\n"))
+    write_files(Path(args.out), {
+        "counterfactual.md": text + "\n", "counterfactual.png": png(figure),
+        "counterfactual.csv": truth_csv(result, length, names, cases, changed, unit)})
+
+
+def truth_head(folder: Path, cohort: Cohort, rows: np.ndarray, cases: np.ndarray,
+               changed: np.ndarray, left_out: int, n_boot: int) -> list[str]:
+    """Title, an empty line, the caption, and what was done, as lines of Markdown."""
+    fold, patients = TEST_FOLD.get(cohort.source), len(np.unique(cohort.subject_id[rows]))
+    what = f"test {'split' if fold is None else f'fold {fold}'}"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines = [f"## Counterfactual onsets against their simulation: {folder.name}", "",
+             f"{caption(cohort, rows, what, BOOTSTRAP_SEED)}; {cases.sum():,} cases "
+             f"(record, code not in its true state), {changed.sum():,} of them with a signal that "
+             "the code changes", "",
+             f"Run {folder.name}: {method(config)}, trained on {config['args']['frac']:g} of the "
+             f"training patients, seed {config['args']['seed']}. Truth: the simulator's ECG of the "
+             "same patient and recording with the code added. Means over the cases of a code, "
+             f"then over codes; 95 % intervals of {n_boot:,} bootstraps of {patients:,} patients, "
+             f"seed {BOOTSTRAP_SEED}. Mean vectors are of all training records of the cohort."]
+    if len(rows) > patients:
+        lines.append(f"One record of each patient gives fewer than {CASES} cases: further records "
+                     f"were taken, {len(rows):,} in all"
+                     + (f"; the cases remain fewer than {CASES}" if cases.sum() < CASES else "")
+                     + ".")
+    if left_out:
+        lines.append(f"Left out: {left_out:,} records that the simulator does not reproduce from "
+                     "their state (a code that is no class of the cohort, or another version).")
+    return [*lines, ""]
+
+
+def with_interval(values, digits: int = 2) -> str:
+    """`0.42 [0.39-0.45]` of point, low, high; no interval where it is not defined."""
+    point, low, high = values
+    if np.isnan(point):
+        return "not defined"
+    text = f"{point:.{digits}f}"
+    return text if np.isnan(low) else f"{text} [{low:.{digits}f} to {high:.{digits}f}]"
+
+
+def overall_table(result: dict, chance: np.ndarray, names: list[str]) -> list[str]:
+    """Markdown of all candidates, means over codes, and what is to be said of undefined ones."""
+    head = ["change of z", "cosine to the true change", "length ratio (median)",
+            "right code by cosine", "right code by nearest state", "squared error / D"]
+    body = [[name, *(with_interval([row[m][key] for key in ("point", "low", "high")])
+                     for m in MEASURES)] for name, row in result.items()]
+    luck = with_interval([float(_mean_defined(chance[None])[0]), np.nan, np.nan])
+    lines = markdown(head, [*body, ["chance", "", "", luck, luck, ""]])
+    signed = ~np.isnan(result[PERSISTENCE]["cosine"]["per_code"][:, 0])
+    for name, row in result.items():
+        lacking = signed & np.isnan(row["cosine"]["per_code"][:, 0])
+        if lacking.any():
+            lines.append(f"- {name}: not defined for {codes_text(names, lacking)} (too few training"
+                         f" records, or fewer than {ONSET_PAIRS} training pairs with an onset); "
+                         "its means are over the other codes.")
+    return [
+        *lines, "- right code by cosine: whether, of all codes absent in the record that change "
+        "its signal, it is the added one whose candidate lies nearest in direction to the true "
+        "change; not defined for a change that is the same for all codes. By nearest state: "
+        "whether the simulated state nearest to z + change is the one with the added code.",
+        "- r(z, a) - z and r(z, 0) - z hold whatever the predictor does without an action, e.g. "
+        "regression to the mean; the difference of the two isolates the action.",
+        "- other recording: the same patient and states simulated with another seed (rate, "
+        "electrodes, noise): how far the true change is the patient's and not the recording's. A "
+        "reference, not a bound: the one recording has noise of its own.", ""]
+
+
+def codes_text(names: list[str], mask: np.ndarray) -> str:
+    """Names of the marked classes, in order."""
+    return " ".join(name for name, marked in zip(names, mask, strict=True) if marked)
+
+
+def code_tables(result: dict, chance: np.ndarray, length: dict, names: list[str],
+                cases: np.ndarray, changed: np.ndarray) -> list[str]:
+    """Markdown by code: those with a signature, then those without as negative control."""
+    signed, control = changed.any(axis=0), cases.any(axis=0) & ~changed.any(axis=0)
+    shown = {"model": MODEL, "class vector": CLASS_VECTOR, "onset vector": ONSET_VECTOR,
+             "other recording": CEILING}
+    head = ["code", "cases", "changed", *(f"cosine: {text}" for text in shown),
+            "length ratio: model", "right code: model", "chance"]
+    order = sorted(np.flatnonzero(signed), key=lambda k: -result[MODEL]["cosine"]["per_code"][k, 0])
+    lines = markdown(head, [
+        [names[k], str(cases[:, k].sum()), str(changed[:, k].sum()),
+         *(with_interval(result[name]["cosine"]["per_code"][k]) for name in shown.values()),
+         *(with_interval(result[MODEL][m]["per_code"][k]) for m in ("length_ratio", "right_code")),
+         with_interval([chance[k], np.nan, np.nan])] for k in order])
+    if not control.any():
+        return [*lines, "Negative control: not defined, no code without signature is among them."]
+    text = "Negative control, codes without signature: their true change is exactly 0 and no cosine"
+    base = {name: length[name][signed].mean() for name in (MODEL, CLASS_VECTOR)}
+    return [*lines, f"{text} is defined. Length of the change that is predicted all the same, "
+            f"relative to its mean over the codes with signature (model {base[MODEL]:.2f}, "
+            f"class vector {base[CLASS_VECTOR]:.2f}):", "", *markdown(
+                ["code", "cases", "model", "class vector"],
+                [[names[k], str(cases[:, k].sum()),
+                  *(with_interval([length[name][k] / base[name], np.nan, np.nan])
+                    for name in base)] for k in np.flatnonzero(control)])]
+
+
+def truth_csv(result: dict, length: dict, names: list[str], cases: np.ndarray,
+              changed: np.ndarray, unit: np.ndarray) -> list[list]:
+    """Rows by code and candidate: every measure with its interval; empty where not defined."""
+    lines = [["code", "candidate", "signature", "cases", "changed", "patients", "length",
+              *(text for m in MEASURES for text in (m, f"{m}_low", f"{m}_high"))]]
+    for k in np.flatnonzero(cases.any(axis=0)):
+        for name, row in result.items():
+            values = [length[name][k], *(v for m in MEASURES for v in row[m]["per_code"][k])]
+            lines.append([names[k], name, bool(changed[:, k].any()), cases[:, k].sum(),
+                          changed[:, k].sum(), len(np.unique(unit[cases[:, k]])),
+                          *("" if np.isnan(value) else float(value) for value in values)])
+    return lines
+
+
+def truth_figure(result: dict, chosen: np.ndarray, chance: np.ndarray, names: list[str],
+                 text: str):
+    """Cosine by code, sorted by the other recording's, and which code the model's vector names."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    cosine = {name: result[name]["cosine"]["per_code"] for name in (MODEL, CLASS_VECTOR, CEILING)}
+    signed = np.flatnonzero(~np.isnan(cosine[CEILING][:, 0]))
+    order = signed[np.argsort(cosine[CEILING][signed, 0])]  # the highest on top
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.9 + 0.3 * max(len(order), 12)),
+                                         layout="constrained", width_ratios=(1, 1.15))
+    for name, colour, marker, shift in ((CEILING, "0.45", "d", 0.22), (CLASS_VECTOR, "C0", "s", 0),
+                                        (MODEL, "C3", "o", -0.22)):
+        point, low, high = cosine[name][order].T
+        y = np.arange(len(order)) + shift
+        left.hlines(y, low, high, color=colour, linewidth=1.2)
+        left.plot(point, y, marker, color=colour, markersize=5, label=name, linestyle="none")
+    left.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    left.set_yticks(np.arange(len(order)), [names[k] for k in order])
+    left.set_ylim(-0.7, len(order) - 0.3)
+    left.set_xlabel("cosine to the true change of z (mean over cases, 95 % interval by patients)")
+    left.grid(axis="y", color="0.93")
+    left.set_axisbelow(True)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
+    order = order[::-1]  # rows from the top, as in the left panel
+    counts = np.array([[(chosen[:, a] == b).sum() for b in order] for a in order], float)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = right.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for a, b in np.argwhere(share >= 0.095):
+        right.text(b, a, f"{100 * share[a, b]:.0f}", ha="center", va="center", fontsize=7,
+                   color="white" if share[a, b] > 0.5 else "black")
+    ticks = np.arange(len(order)), [names[k] for k in order]
+    right.set_xticks(*ticks, rotation=90)
+    right.set_yticks(*ticks)
+    right.set_xlabel("code whose predicted change has the largest cosine to the true change")
+    right.set_ylabel("code added by the simulator")
+    accuracy = result[MODEL]["right_code"]
+    right.set_title("right code: " + with_interval([accuracy[key] for key in (
+        "point", "low", "high")]) + f", chance {_mean_defined(chance[None])[0]:.2f}", fontsize=10)
+    figure.colorbar(image, ax=right, label="share of the row (numbers: %, from 10 %)", shrink=0.8)
+    figure.suptitle(text, fontsize=9)
+    return figure
+
+
+# One patient: the predicted next state, its neighbours among real ECGs, and what a read-out says
+
+
+def patient_row(cohort: Cohort, study_id: int, onset: list[int], resolve: list[int]) -> int:
+    """The row of a study that can undergo the action; InputError for one that cannot."""
+    rows = np.flatnonzero(cohort.study_id == study_id)
+    if not len(rows):
+        known = ", ".join(map(str, cohort.study_id[np.flatnonzero(cohort.split == 2)[:5]]))
+        raise InputError(f"--study-id {study_id}: no record of the cohort {cohort.name}; known "
+                         f"are, of the test split, {known}, ...")
+    if not onset and not resolve:
+        raise InputError("--study-id: an action is wanted; give --onset or --resolve with classes "
+                         f"of the cohort: {' '.join(cohort.class_name)}")
+    name, label = cohort.class_name, cohort.label[rows[0]]
+    if both := [name[k] for k in onset if k in resolve]:
+        raise InputError(f"--onset and --resolve: {' '.join(both)} in both; name it in one")
+    carried = f"the record carries {codes_of(cohort, label)}"
+    if wrong := [name[k] for k in onset if label[k]]:
+        raise InputError(f"--onset {' '.join(wrong)}: already there, {carried}; name others")
+    if wrong := [name[k] for k in resolve if not label[k]]:
+        raise InputError(f"--resolve {' '.join(wrong)}: not there, {carried}; name one of these")
+    return int(rows[0])
+
+
+def one_patient(args: argparse.Namespace, folder: Path, model, checkpoint: dict, cohort: Cohort,
+                onset: list[int], resolve: list[int]) -> None:
+    """The page of one record under an action: counterfactual-STUDY-ACTION.png and .md."""
+    import torch
+    row, n, names = patient_row(cohort, args.study_id, onset, resolve), len(cohort), {}
+    names["onset"], names["resolve"] = ([cohort.class_name[k] for k in columns]
+                                        for columns in (onset, resolve))
+    progress = Progress(n, "records", "embedding")
+    z = embed(model, cohort.signal, np.arange(n), checkpoint["normalize"], progress)[1]
+    progress.close()
+    action = torch.zeros(2, len(cohort.class_name), device=z.device)  # none, and the asked one
+    action[1, onset], action[1, resolve] = 1, -1
+    with torch.no_grad():
+        z_zero, z_cf = model.predict(z[[row, row]], action)
+    train = np.flatnonzero(cohort.split == 0)
+    weight, bias = fit_readout(z[torch.from_numpy(train).to(z.device)], cohort.label[train])
+    scores = torch.sigmoid(torch.stack([z[row], z_zero, z_cf]) @ weight + bias).cpu().numpy()
+    change = ", ".join(f"{what} of {' '.join(of)}" for what, of in (
+        ("onset", names["onset"]), ("resolution", names["resolve"])) if of)
+    title = f"Study {args.study_id}, patient {cohort.subject_id[row]}: the state after {change}, " \
+        "as predicted by the model"
+    panels = [(f"The record: study {args.study_id}, label {codes_of(cohort, cohort.label[row])}",
+               cohort.signal[row]), *neighbours(cohort, row, z, z_cf, onset, resolve)]
+    lines = patient_lines(cohort, row, z, z_zero, z_cf, change, folder)
+    if cohort.state is not None:
+        panel, line = true_counterfactual(model, checkpoint["normalize"], cohort, row, names,
+                                          z[row], z_zero, z_cf)
+        panels.append(panel)
+        lines.append(line)
+    text = [f"## {title}", "", *(f"- {line}" for line in lines), "", "ECGs of the page:", "",
+            *(f"- {heading}" for heading, _ in panels), "", *score_table(cohort, scores),
+            f"Scores: L2 logistic regression on frozen z of the {len(train):,} training records, "
+            f"l2 {READOUT_L2:g}. A read-out also moves for codes that change nothing in an ECG, "
+            "and a nearest ECG is an illustration: --mode counterfactual without --study-id "
+            "measures predicted changes on the demo cohort's simulated truth.", ""]
+    print("\n".join(text))
+    figure = patient_figure(cohort, panels, scores, onset, resolve, title, lines)
+    stem = "-".join(["counterfactual", str(args.study_id), *(part for what, of in names.items()
+                                                             if of for part in (what, *of))])
+    write_files(Path(args.out), {f"{stem}.png": png(figure), f"{stem}.md": "\n".join(text)})
+
+
+def neighbours(cohort: Cohort, row: int, z, z_cf, onset: list[int],
+               resolve: list[int]) -> list[tuple]:
+    """(heading, signal (12, T) or None) of the records of other patients nearest to z_cf (D,).
+
+    First of those with the resulting label, every onset class and no resolved one, then of all.
+    """
+    distance = (z - z_cf).norm(dim=1).cpu().numpy()
+    others = cohort.subject_id != cohort.subject_id[row]
+    like = others & cohort.label[:, onset].all(axis=1) & ~cohort.label[:, resolve].any(axis=1)
+    kind, panels = "SYNTHETIC" if cohort.synthetic else "real", []
+    for words, mask in ((" with the resulting label", like), ("", others)):
+        heading = f"Nearest to r(z, a) among {mask.sum():,} {kind} ECGs of other patients{words}"
+        if not mask.any():
+            panels.append((f"{heading}: not defined", None))
+            continue
+        found = int(np.where(mask, distance, np.inf).argmin())
+        panels.append((f"{heading}: distance {distance[found]:.1f}, study "
+                       f"{cohort.study_id[found]}, label {codes_of(cohort, cohort.label[found])}",
+                       cohort.signal[found]))
+    return panels
+
+
+def patient_lines(cohort: Cohort, row: int, z, z_zero, z_cf, change: str,
+                  folder: Path) -> list[str]:
+    """What the page says: cohort, record, change, distances beside those of real pairs."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines = [caption(cohort, np.arange(len(cohort)), "all splits", config["args"]["seed"]),
+             f"run {folder.name}: {method(config)}",
+             f"record: {('training', 'validation', 'test')[cohort.split[row]]} split, label "
+             f"{codes_of(cohort, cohort.label[row])}"
+             + ("" if cohort.has_label[row] else ", a record without any diagnosis")
+             + ("" if cohort.state is None else
+                f", true state {codes_of(cohort, cohort.state[row])}"),
+             f"change: {change}; predicted by the model, not observed"]
+    pair = cohort.pair[cohort.split[cohort.pair[:, 0]] == 2]
+    step = (z[pair[:, 1].tolist()] - z[pair[:, 0].tolist()]).norm(dim=1).cpu().numpy()  # (P,)
+    for words, distance in (("|r(z, a) - z|", z_cf - z[row]), ("|r(z, 0) - z|", z_zero - z[row]),
+                            ("|r(z, a) - r(z, 0)|", z_cf - z_zero)):
+        distance = float(distance.norm())
+        lines.append(f"{words} {distance:.1f}" + (
+            f": above {100 * (step < distance).mean():.0f} % of the distances of {len(step):,} "
+            "consecutive test records" if len(step) else "; no consecutive test records beside it"))
+    return lines
+
+
+def true_counterfactual(model, normalize: str, cohort: Cohort, row: int, names: dict[str, list],
+                        z, z_zero, z_cf) -> tuple[tuple, str]:
+    """Of the demo cohort: ((heading, the simulated ECG), its distance and direction in words)."""
+    state = {cohort.class_name[k] for k in np.flatnonzero(cohort.state[row])}
+    after = (state | set(names["onset"])) - set(names["resolve"])
+    x = np.stack([resimulate(cohort, row, state), resimulate(cohort, row, after)])
+    before, truth = embed(model, x, np.arange(2), normalize)[1]
+    heading = f"The true counterfactual, simulated: state {' '.join(sorted(after)) or 'none'}"
+    distances = (f"true counterfactual, simulated: |r(z, a) - z_true| {(z_cf - truth).norm():.1f}, "
+                 f"|z - z_true| {(z - truth).norm():.1f}; cosine of r(z, a) - r(z, 0) to the true "
+                 "change of z ")
+    if (x[0] == x[1]).all():
+        return (heading, x[1]), distances + "not defined, the action changes nothing in this ECG"
+    a, b = z_cf - z_zero, truth - before
+    return (heading, x[1]), distances + f"{float(a @ b / (a.norm() * b.norm())):.2f}"
+
+
+def score_table(cohort: Cohort, scores: np.ndarray) -> list[str]:
+    """Markdown of the read-out's scores (3, K) at z, r(z, 0) and r(z, a), largest change first."""
+    order = np.argsort(-np.abs(scores[2] - scores[1]), kind="stable")
+    return markdown(["class", "score at z", "at r(z, 0)", "at r(z, a)", "change by the action"],
+                    [[cohort.class_name[k], *(f"{score:.3f}" for score in scores[:, k]),
+                      f"{scores[2, k] - scores[1, k]:+.3f}"] for k in order])
+
+
+def patient_figure(cohort: Cohort, panels: list[tuple], scores: np.ndarray, onset: list[int],
+                   resolve: list[int], title: str, lines: list[str]):
+    """The page: ECGs on the left, change of the scores (3, K) and the text on the right."""
+    import textwrap
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    drawn = np.stack([signal for _, signal in panels if signal is not None]).astype(np.float32)
+    # (panels, 12, T) -> 3 rows; each as high as its largest and smallest sample ask for
+    top = drawn.reshape(len(drawn), 4, 3, -1).max(axis=(0, 1, 3))
+    bottom = drawn.reshape(len(drawn), 4, 3, -1).min(axis=(0, 1, 3))
+    base = -np.cumsum(top - np.append(0, bottom[:2]) + 0.2)
+    limits = np.floor(2 * (base[2] + bottom[2] - 0.2)) / 2, 0.5
+    inches = min((limits[1] - limits[0]) * 0.8 / 2.54, 3.6)  # 8 mm/mV; flatter where huge
+    figure = plt.figure(figsize=(14.5, 1 + len(panels) * (inches + 0.55)))
+    height = figure.get_figheight()
+    for i, (heading, signal) in enumerate(panels):
+        axes = figure.add_axes((0.02, 1 - (0.95 + i * (inches + 0.55) + inches) / height, 0.55,
+                                inches / height))
+        axes.set_title(textwrap.fill(heading, 112), fontsize=9, loc="left")
+        draw_leads(axes, signal, cohort.fs, base, base + top, limits)
+    change = scores[2] - scores[1]
+    asked = np.isin(np.arange(len(change)), [*onset, *resolve])  # on top, then the largest changes
+    order = np.lexsort((-np.abs(change), ~asked))[:max(SHOWN_CLASSES, asked.sum())]
+    bars = 0.3 * len(order) / height
+    axes = figure.add_axes((0.64, 1 - 0.95 / height - bars, 0.34, bars))
+    colours = ["C3" if k in onset else "C0" if k in resolve else "0.6" for k in order]
+    axes.barh(np.arange(len(order)), change[order], color=colours)
+    axes.set_yticks(np.arange(len(order)), [cohort.class_name[k] for k in order])
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    for i, k in enumerate(order):
+        axes.annotate(f"{scores[1, k]:.2f} to {scores[2, k]:.2f}", (max(change[k], 0), i), (4, 0),
+                      textcoords="offset points", va="center", fontsize=7)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    low, high = min(change.min(), 0), max(change.max(), 0)
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.25 * (high - low))  # room for the numbers
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    shown = "" if len(order) == len(change) else f"; {len(order)} of {len(change)} shown"
+    axes.set_title("Change of each class's score from r(z, 0) to r(z, a)\n(linear read-out of z; "
+                   f"red: onset, blue: resolution{shown})", fontsize=9, loc="left")
+    text = "\n".join(textwrap.fill(line, 78, subsequent_indent="    ") for line in lines)
+    figure.text(0.6, 1 - 1.55 / height - bars, text, fontsize=9, va="top", linespacing=1.4)
+    figure.suptitle(title, fontsize=12, x=0.02, y=1 - 0.2 / height, ha="left")
+    return figure
+
+
+def draw_leads(axes, signal: np.ndarray | None, fs: int, base: np.ndarray, top: np.ndarray,
+             limits: tuple) -> None:
+    """A record (12, T) mV, 2.5 s of each lead, in 3 rows of 4: baselines and upper ends in mV."""
+    axes.set(xlim=(0, SECONDS), ylim=limits, xticks=np.arange(0, SECONDS + 0.1, 0.2),
+             yticks=np.arange(*limits, 0.5))
+    axes.grid(color="#f2c4c4", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelbottom=False, labelleft=False)
+    for spine in axes.spines.values():
+        spine.set_color("#e0a0a0")
+    if signal is None:
+        axes.text(SECONDS / 2, sum(limits) / 2, "no record of another patient carries this label",
+                  ha="center", bbox={"color": "white"})
+        return
+    quarter = SECONDS * fs // 4
+    for j, lead in enumerate(LEADS):
+        first = j // 3 * quarter
+        x = signal[j, first:first + quarter].astype(np.float32) + base[j % 3]
+        axes.plot(np.arange(first, first + len(x)) / fs, x, color="black", linewidth=0.7)
+        y = min(top[j % 3] + 0.1, base[j % 3] + 1)
+        axes.text(first / fs + 0.05, y, lead, fontsize=7, weight="bold", va="top", zorder=1.5,
+                  bbox={"color": "white", "pad": 0.6})  # over the grid, under the curve
+    axes.text(SECONDS - 0.05, limits[0] + 0.08, "square: 0.2 s, 0.5 mV", fontsize=6.5, ha="right")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2234,7 +3569,8 @@ def per_class_csv(runs: list[dict], cells: list[dict[str, dict]], names: list[st
     return lines
 
 
-MODES = {"score": run_score, "worldmodel": run_worldmodel}
+MODES = {"score": run_score, "worldmodel": run_worldmodel, "counterfactual": run_counterfactual,
+         "embedding": run_embedding, "transitions": run_transitions, "cohort": run_cohort}
 
 # flags with a meaning in some modes only; given elsewhere they are refused, not ignored
 MODE_FLAGS = {
@@ -2306,8 +3642,6 @@ def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     try:
-        if args.mode not in MODES:
-            raise InputError(f"--mode {args.mode}: not in this version")
         check_arguments(args, p)
         MODES[args.mode](args)
     except InputError as error:

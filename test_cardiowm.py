@@ -9,6 +9,7 @@ import ast
 import collections
 import copy
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -2047,7 +2048,7 @@ def test_score_refuses_bad_input_in_one_line_and_writes_nothing(evaluate_root, c
             (["--runs", "misfit"], "do not fit"), (["--runs", "diverged"], "NaN"),
             (["--runs", "torn"], "config.json"), (["--runs", "good", "runs/good"], "twice"),
             (["--runs", "runs/good/last.pt"], "PyTorch"), (["--runs", "runs/c.h5"], "HDF5"),
-            ([], "--runs"), (["--runs", "good", "--mode", "cohort"], "not in this version"),
+            ([], "--runs"), (["--runs", "good", "--mode", "cohort"], "of no use to --mode cohort"),
             (["--runs", "good", "--onset", "I44"], "--onset"),
             (["--runs", "good", "--study-id", "7"], "--study-id"),
             (["--runs", "good", "--n-boot", "0"], "--n-boot"),
@@ -3505,10 +3506,10 @@ def test_refits_with_and_without_the_action_reach_the_known_errors_of_a_linear_w
         parts = [(z[part], None if action is None else action[part], z_next[part])
                  for part in (slice(2000), slice(2000, 2500))]
         model = evaluate.refit_predictor(args, *parts)
-        again = evaluate.refit_predictor(args, *parts)
+        short = [evaluate.refit_predictor(args, *parts, checks=1) for _ in range(2)]
         with torch.no_grad():
             z_pred = model.predict(z[2500:], a[2500:])
-            assert torch.equal(z_pred, again.predict(z[2500:], a[2500:]))
+            assert torch.equal(*(again.predict(z, a) for again in short))
         error[name] = evaluate.pair_error(z_pred, z_next[2500:]).mean()
     # the rest of the sample's noise and what 2,000 pairs leave unlearnt: a fifth
     assert error["with"] == pytest.approx(world.s ** 2, rel=0.2)
@@ -3592,19 +3593,6 @@ def test_retrieval_in_a_linear_world_is_perfect_with_the_action_and_not_without(
     assert got["retrieval among other patients", "distractors per pair", "all"]["value"] == 597
 
 
-def test_readout_is_where_the_gradient_of_the_penalised_likelihood_vanishes():
-    g = generator()
-    z = torch.randn(300, 6, generator=g)
-    y = (z @ torch.randn(6, 3, generator=g) + torch.randn(300, 3, generator=g) > 1).float()
-    y[:, 2] = z[:, 0] > 0.5  # separable: without the penalty there is no maximum
-    weight, bias = evaluate.fit_readout(z, y, 3.0)
-    residual = (z.double() @ weight + bias).sigmoid() - y  # (N, K)
-    assert (z.double().T @ residual + 3.0 * weight).abs().max() < 1e-5
-    assert residual.sum(dim=0).abs().max() < 1e-5
-    again, _ = evaluate.fit_readout(z, y, 3.0)
-    assert torch.equal(weight, again)
-
-
 def test_onset_rises_equal_a_loop_over_records_and_classes():
     world, g = LinearWorld(d=5, k=4, pairs=12), generator(1)
     y = torch.randint(0, 2, (12, 4), generator=g)
@@ -3652,7 +3640,7 @@ def test_onset_of_a_linear_world_raises_its_own_class_and_a_silent_code_raises_n
     few[:9, 1] = 1  # nine positives: no read-out, and said
     rows = evaluate.onset_rows(world, (z[:1000], few[:1000]), (z[1000:], few[1000:]),
                                np.arange(500), ["A", "B", "C", "S"], [], 5)
-    assert [row["group"] for row in rows if "9 training positives" in row["note"]] == ["B"]
+    assert [row["group"] for row in rows if "10 training positives" in row["note"]] == ["B"]
 
 
 def test_onset_auroc_replicates_equal_auroc_on_repeated_rows():
@@ -3729,7 +3717,10 @@ def test_reidentification_equals_a_loop_and_shares_a_hit_among_ties():
     np.testing.assert_allclose(hit, chance)  # a collapsed encoder is at chance
 
 
-def test_scorecard_puts_runs_side_by_side_and_says_what_is_not_defined(pretrained, capsys):
+def test_scorecard_puts_runs_side_by_side_and_says_what_is_not_defined(
+        pretrained, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "refit_predictor",  # seconds, not minutes
+                        functools.partial(evaluate.refit_predictor, checks=2))
     run_train("--mode", "pretrain", "--run", "blind", "--objective", "invariance", *QUICK)
     run_train("--mode", "pretrain", "--run", "told", "--action", "state", *QUICK)
     code, out, _ = evaluate_cli(capsys, "--mode", "worldmodel", "--runs", "base", "blind", "told",
@@ -3764,7 +3755,7 @@ def test_scorecard_puts_runs_side_by_side_and_says_what_is_not_defined(pretraine
 
 def test_scorecard_refuses_runs_that_cannot_stand_in_one_table(pretrained, workplace, capsys):
     probe, other = workplace / "runs/aprobe", workplace / "runs/other"
-    run_train("--mode", "probe", "--init", "base", "--run", "aprobe", *QUICK)
+    assert run_train("--mode", "probe", "--init", "base", "--run", "aprobe", "--epochs", 1) == 0
     if not other.exists():
         shutil.copytree(pretrained, other)
         config = json.loads((other / "config.json").read_text())
@@ -3775,6 +3766,609 @@ def test_scorecard_refuses_runs_that_cannot_stand_in_one_table(pretrained, workp
         code, _, error = evaluate_cli(capsys, "--mode", "worldmodel", "--runs", *runs, "--out",
                                       "refused")
         assert code == 2 and words in error and not Path("refused").exists()
+
+
+# Figures: transitions, cohort, embedding
+
+
+def evaluate_transitions():
+    """Seven pairs with an onset of A, each worse in one respect than another; B rises with pair 2.
+
+    Pair i is rows 2i, 2i + 1. Best first: 5, 6 (equal), 3 (gap), 4 (gap unknown), 2, 1, 0.
+    """
+    label = np.tile(np.array([[0, 0, 1], [1, 0, 1]], np.uint8), (7, 1))  # A begins, C stays
+    label[5] = [1, 1, 1]  # pair 2 changes two labels
+    pair = np.arange(14, dtype=np.int32).reshape(7, 2)
+    quality, has_label = np.zeros(14, np.uint16), np.ones(14, bool)
+    quality[0], has_label[3] = 8, False  # pair 0 flagged; target of pair 1 unlabelled
+    return types.SimpleNamespace(
+        name="toy", source="demo", synthetic=True, class_name=["A", "B", "C"], label=label,
+        pair=pair, action=label[pair[:, 1]].astype(np.int8) - label[pair[:, 0]], quality=quality,
+        has_label=has_label, gap_days=np.array([1, 1, 1, 5, np.nan, 2, 2], np.float32),
+        study_id=np.arange(14) + 100, subject_id=np.repeat(np.arange(7), 2), fs=100,
+        leads=list(prepare_data.LEADS))
+
+
+@pytest.mark.parametrize("source, wanted", [
+    ("demo", [5, 6, 3, 4, 2, 1, 0]), ("ptbxl", [3, 4, 5, 6, 2, 1, 0])])  # PTB-XL: no use of gaps
+def test_find_transition_prefers_in_the_stated_order(source, wanted):
+    cohort, left, found = evaluate_transitions(), list(range(7)), []
+    cohort.source = source
+    while left:
+        index = evaluate.find_transition(cohort, onset=["A"])
+        found.append(left.pop(index))
+        for name in ("pair", "action", "gap_days"):
+            setattr(cohort, name, np.delete(getattr(cohort, name), index, axis=0))
+    assert found == wanted
+
+
+def test_find_transition_meets_every_condition_and_counts_each_when_none_does():
+    cohort = evaluate_transitions()
+    assert evaluate.find_transition(cohort, ["A", "B"]) == 2
+    assert evaluate.find_transition(cohort, stable=["C"], study_id=108) == 4
+    assert evaluate.find_transition(cohort, study_id=100) == 0  # flagged, but the only one
+    cohort.action[3], cohort.label[6], cohort.label[7] = [-1, 0, 0], [1, 0, 1], [0, 0, 1]
+    assert evaluate.find_transition(cohort, resolve=["A"]) == 3
+    for asked, words in (
+            (dict(onset=["A"], resolve=["B"], study_id=101), (
+                "A begins: 6", "B ends: 0", "study_id 101 is the source: 0", "of the 7 pairs")),
+            (dict(onset=["A"], stable=["X"]), ("X", "known are A, B, C")),
+            (dict(), ("--onset", "--study-id"))):
+        with pytest.raises(InputError) as error:
+            evaluate.find_transition(cohort, **asked)
+        assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_transition_is_put_into_words_without_more_than_is_known():
+    cohort = evaluate_transitions()
+    text = " ".join(evaluate.transition_words(cohort, 2))
+    for word in ("began: A, B · ended: none · stayed: C", "SYNTHETIC cohort toy, subject_id 2, "
+                 "study_id 104 → 105, 1.00 days apart", "assigned after it"):
+        assert word in text
+    assert "not normal: target." in evaluate.transition_words(cohort, 1)[2]
+    assert "gap unknown" in evaluate.transition_words(cohort, 4)[1]
+    cohort.source, cohort.synthetic = "ptbxl", False
+    words = evaluate.transition_words(cohort, 2)
+    assert "real cohort" in words[1] and "dates partly interpolated" in words[1]
+    assert " days" not in " ".join(words) and "stay " not in " ".join(words)
+    assert evaluate.record_words(cohort, 0) == "study_id 100: C (quality: beyond 10 mV, kept)"
+
+
+def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
+    cohort, t = evaluate_transitions(), np.arange(1000) / 100
+    cohort.signal = np.zeros((14, 12, 1000), np.float16)
+    cohort.signal[0] = np.arange(12)[:, None] / 8  # offsets vanish: each lead about its median
+    cohort.signal[0, 4, (t >= 3) & (t < 3.5)] += 1  # aVL, second column of the second row: 1 mV
+    cohort.signal[1, 11, 900] = -13  # V6 of the other ECG, far beyond 10 mV
+    rows = evaluate.printed_rows(cohort.signal[0], cohort.leads, cohort.fs)
+    assert [[trace[0] for trace in row] for row in rows] == [
+        ["I", "aVR", "V1", "V4"], ["II", "aVL", "V2", "V5"], ["III", "aVF", "V3", "V6"], ["II"]]
+    _, x, y, _ = rows[1][1]
+    assert x[0] == 62.5 and len(x) == 250 and set(y) == {0.0, 10.0}
+    assert x[y > 0].min() == 75 and x[y > 0].max() == pytest.approx(87.25)
+    assert all((trace[2] == 0).all() for row in rows for trace in row if trace[0] != "aVL")
+    figure = evaluate.transition_figure(cohort, 0)
+    axes, (wide, tall) = figure.axes[0], figure.get_size_inches() * 25.4
+    scale = axes.transData.transform([(1, 1)]) - axes.transData.transform([(0, 0)])
+    np.testing.assert_allclose(scale, figure.dpi / 25.4)  # 1 unit of the axes is 1 mm
+    grids = [np.concatenate(c.get_segments()) for c in axes.collections]
+    assert [len(np.unique(grid[grid[:, 1] == grid[:, 1].min(), 0])) for grid in grids] == [
+        271, 55] * 2  # lines every mm and every 5 mm
+    boxes = [(grid.min(axis=0), grid.max(axis=0)) for grid in grids[::2]]
+    drawn = [line.get_xydata() for line in axes.lines]
+    assert len(drawn) == 2 * (4 + 13 + 9)  # pulses, traces, changes of lead
+    for xy in drawn:
+        assert any((xy >= low).all() and (xy <= high).all() for low, high in boxes)
+    assert all(0 < x < wide and 0 < y < tall for x, y in (t.get_position() for t in axes.texts))
+    pulse = drawn[0]
+    assert np.ptp(pulse[:, 1]) == 10 and pulse[3, 0] - pulse[2, 0] == 5  # 1 mV for 0.2 s
+    assert "25 mm/s  10 mm/mV" in axes.texts[-1].get_text()
+    assert evaluate.png(figure, evaluate.MM_DPI)[16:20] == (2800).to_bytes(4, "big")  # 10 per mm
+
+
+def test_transitions_writes_the_pair_it_found(workplace, tiny, tmp_path, capsys):
+    k = int((tiny.action == 1).sum(axis=0).argmax())
+    name, out = tiny.class_name[k], tmp_path / "out"
+    argv = ("--mode", "transitions", "--data", "data/tiny.h5", "--out", out)
+    code, text, _ = evaluate_cli(capsys, *argv, "--onset", name)
+    source, target = tiny.pair[evaluate.find_transition(tiny, [name])]
+    assert code == 0 and tiny.label[target, k] > tiny.label[source, k]
+    stem = f"transitions-onset-{name}"
+    assert {path.name for path in out.iterdir()} == {f"{stem}.png", f"{stem}.md"}
+    for word in ("SYNTHETIC", f"began: {name}", f"{tiny.study_id[source]} → "
+                 f"{tiny.study_id[target]}", f"{(tiny.action[:, k] == 1).sum()} of "):
+        assert word in text and word in (out / f"{stem}.md").read_text()
+    code, text, error = evaluate_cli(capsys, *argv, "--onset", name, "--resolve", name)
+    assert code == 2 and text == "" and f"{name} ends: " in error
+    code, _, error = evaluate_cli(capsys, *argv, "--runs", "base", "--onset", name)
+    assert code == 2 and "--runs: of no use" in error
+
+
+def test_jaccard_has_its_hand_computed_values():
+    y = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1]], np.uint8)
+    y_next = np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]], np.uint8)
+    np.testing.assert_allclose(evaluate.jaccard(y, y_next), [1 / 3, 1, 0, 1, 1 / 3], rtol=1e-15)
+    assert evaluate.jaccard(y[:0], y[:0]).shape == (0,)
+
+
+def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path, capsys):
+    code, text, _ = evaluate_cli(capsys, "--mode", "cohort", "--data", "data/tiny.h5", "--out",
+                                 tmp_path / "out")
+    assert code == 0 and "SYNTHETIC" in text and (tmp_path / "out/cohort.png").is_file()
+    got = evaluate_csv(tmp_path / "out/cohort.csv")
+    assert [int(line["records"]) for line in got] == sorted(
+        (int(n) for n in tiny.label.sum(axis=0)), reverse=True)
+    for line in got:
+        k = tiny.class_name.index(line["class"])
+        patients, onsets, ends = set(), 0, 0
+        for i in range(len(tiny)):
+            if tiny.label[i, k]:
+                patients.add(tiny.subject_id[i])
+        for source, target in tiny.pair:
+            onsets += tiny.label[target, k] > tiny.label[source, k]
+            ends += tiny.label[target, k] < tiny.label[source, k]
+        assert [int(line[key]) for key in ("patients", "onsets", "resolutions")] == [
+            len(patients), onsets, ends]
+        assert float(line["prevalence"]) == pytest.approx(tiny.label[:, k].mean())
+    rows = {name: (number, share) for name, number, share in evaluate.cohort_numbers(tiny)}
+    sets = [[frozenset(np.flatnonzero(tiny.label[i])) for i in pair] for pair in tiny.pair]
+    same, n = sum(a == b for a, b in sets), len(sets)
+    assert rows["stable pairs"] == rows["pairs of Jaccard 1"] == (str(same), f"{same / n:.1%}")
+    empty, apart = sum(not a | b for a, b in sets), sum(bool(a | b) and not a & b for a, b in sets)
+    assert rows["pairs of Jaccard 1, both sets empty"][0] == str(empty)
+    assert rows["pairs of Jaccard 0"][0] == str(apart)
+    assert sum(int(rows[f"\\|a\\|_1 {s}"][0]) for s in (
+        *(f"= {i}" for i in range(1, 11)), "> 10")) == n - same
+    assert sum(int(rows[name][0]) for name in rows if name.startswith("pairs ")
+               and name.split()[1] in ("within", "between", "touching")) == n
+
+
+def test_the_cohort_figure_shows_no_time_for_ptbxl_and_says_so(tiny):
+    from matplotlib import pyplot as plt
+    for source, shown in (("demo", True), ("ptbxl", False)):
+        tiny.source = source
+        figure = evaluate.cohort_figure(tiny, evaluate.class_table(tiny))
+        titles = " ".join(axis.get_title() for axis in figure.axes)
+        assert ("time between" in titles) == shown and len(figure.axes) == 5 + shown
+        assert ("dates partly interpolated" in figure.get_suptitle()) != shown
+        assert f"{(~tiny.action.any(axis=1)).mean():.1%} at exactly 1" in titles
+        plt.close(figure)
+        assert any(name.startswith("gap") for name, *_ in evaluate.cohort_numbers(tiny)) == shown
+
+
+def test_a_cohort_without_pairs_still_has_a_figure_and_numbers(tiny):
+    from matplotlib import pyplot as plt
+    tiny.pair, tiny.action = tiny.pair[:0], tiny.action[:0]
+    tiny.gap_days, tiny.pair_kind = tiny.gap_days[:0], tiny.pair_kind[:0]
+    plt.close(evaluate.cohort_figure(tiny, evaluate.class_table(tiny)))
+    rows = {name: number for name, number, _ in evaluate.cohort_numbers(tiny)}
+    assert rows["pairs"] == "0" and "Jaccard, mean" not in rows
+
+
+def tsne_affinities_by_loop(x, perplexity):
+    """p_ij by plain loops in float64, each row's beta by bisection of its own."""
+    n = len(x)
+    conditional = np.zeros((n, n))
+    for i in range(n):
+        low, high = 0.0, 1e6
+        for _ in range(200):
+            beta = (low + high) / 2
+            weight = [0 if j == i else math.exp(-beta * ((x[i] - x[j]) ** 2).sum())
+                      for j in range(n)]
+            row = np.array(weight) / max(sum(weight), 1e-300)
+            entropy = -sum(p * math.log(p) for p in row if p > 0)
+            low, high = (beta, high) if entropy > math.log(perplexity) else (low, beta)
+        conditional[i] = row
+    return (conditional + conditional.T) / (2 * n), conditional
+
+
+@pytest.mark.parametrize("rows", [30, 7])
+def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows, monkeypatch):
+    monkeypatch.setattr(evaluate, "row_blocks", lambda n, device: [
+        slice(start, min(start + rows, n)) for start in range(0, n, rows)])
+    x = np.random.default_rng(0).normal(size=(30, 5)) * np.linspace(0.2, 3, 30)[:, None]
+    wanted, conditional = tsne_affinities_by_loop(x, 8)
+    entropy = -(conditional * np.log(np.where(conditional > 0, conditional, 1))).sum(axis=1)
+    np.testing.assert_allclose(np.exp(entropy), 8, rtol=1e-6)  # the oracle does what it says
+    for dtype in (torch.float64, torch.float32):
+        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8).numpy()
+        # the search stops within 1e-5 of the entropy, so p is good to about 1e-5 of itself
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-7)
+        assert (got == got.T).all() and got.sum() == pytest.approx(1, abs=1e-5)
+        assert (np.diag(got) == 0).all()
+
+
+@pytest.mark.parametrize("exaggeration", [1.0, 12.0])
+def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration, monkeypatch):
+    monkeypatch.setattr(evaluate, "row_blocks", lambda n, device: [slice(0, 13), slice(13, n)])
+    p = evaluate.affinities(torch.randn(30, 5, generator=generator(), dtype=torch.float64), 8)
+    y = torch.randn(30, 2, generator=generator(1), dtype=torch.float64).mul_(3).requires_grad_()
+    off = ~torch.eye(30, dtype=torch.bool)
+    w = 1 / (1 + (y[:, None] - y[None]).square().sum(dim=2))  # (n, n)
+    q = w[off] / w[off].sum()
+    divergence = (p[off] * (p[off] / q).log()).sum()
+    if exaggeration > 1:  # the same with P times 12 in the attraction, its sum kept in log sum w
+        divergence = -exaggeration * (p[off] * w[off].log()).sum() + w[off].sum().log()
+    divergence.backward()
+    got = evaluate.tsne_gradient(p, y.detach(), exaggeration)
+    torch.testing.assert_close(got, y.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
+    kind = np.repeat(np.arange(4), 30)
+    x = torch.randn(120, 20, generator=generator()) + 8 * torch.eye(20)[torch.from_numpy(kind)]
+    ticks = []
+    y = evaluate.tsne(x, 10, progress=types.SimpleNamespace(update=lambda: ticks.append(1)))
+    assert y.shape == (120, 2) and y.isfinite().all() and len(ticks) == 500
+    neighbours = evaluate.nearest(y, 120, torch.arange(120), 5).numpy()
+    assert (kind[neighbours] == kind[:, None]).mean() > 0.99
+    p = evaluate.affinities(x, 10)
+
+    def divergence(y):
+        w = (1 / (1 + torch.cdist(y, y).square())).fill_diagonal_(0)
+        return float(torch.xlogy(p, p).sum() - torch.xlogy(p, w / w.sum() + 1e-30).sum())
+    assert divergence(y) < 0.5 * divergence(torch.randn(120, 2, generator=generator()))
+    assert torch.equal(y, evaluate.tsne(x, 10)) and not torch.equal(y, evaluate.tsne(x, 10, seed=1))
+    assert evaluate.tsne(torch.ones(20, 3), 5, 120).isfinite().all()  # all rows equal
+    with pytest.raises(ValueError, match="perplexity"):
+        evaluate.tsne(x[:10], 10)
+
+
+def test_neighbours_and_their_mixing_equal_plain_loops():
+    z = torch.randn(40, 6, generator=generator())
+    group = np.arange(40) // 3
+    got = evaluate.nearest(z, 25, torch.from_numpy(group), 4).numpy()
+    kind = np.array([0, 1] * 12 + [2] * 16)
+    same = [[], [], []]
+    for i in range(40):
+        order = sorted((float((z[i] - z[j]).norm()), j) for j in range(25) if group[j] != group[i])
+        assert got[i].tolist() == [j for _, j in order[:4]]
+        same[kind[i]].append(np.mean([kind[j] == kind[i] for _, j in order[:4]]))
+    np.testing.assert_allclose(evaluate.mixing(kind, got),
+                               [[np.mean(same[i]), (12, 12, 16)[i] / 40] for i in range(3)])
+
+
+def test_embedding_points_are_training_records_and_predictions_from_the_normal_ones(
+        pretrained, tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, "POINTS", 120)
+    model, checkpoint = evaluate.load_world_model(pretrained)
+    points = evaluate.embedding_points(model, tiny, checkpoint["normalize"])
+    rows, kind, y = points["rows"], points["kind"], points["y"]
+    train_rows, empty = tiny.split == 0, ~tiny.label.any(axis=1)
+    sizes = [min(40, int((train_rows & m).sum())) for m in (empty, ~empty)] + [40]
+    assert np.bincount(kind).tolist() == sizes and len(np.unique(rows)) == len(rows)
+    assert (tiny.split[rows] == 0).all() and (y[:len(rows)] == tiny.label[rows]).all()
+    assert not y[kind == 0].any() and y[kind == 1].any(axis=1).all()
+    z = points["z"]
+    torch.testing.assert_close(z[:len(rows)], evaluate.embed(model, tiny.signal, rows)[1])
+    sets = {tuple(c) for c in points["combinations"].tolist()}
+    assert {tuple(row) for row in y[kind == 2].tolist()} <= sets
+    found, counts = cardiowm.label_combinations(
+        torch.from_numpy(tiny.label[train_rows]), min_count=points["min_count"])
+    assert found.tolist() == points["combinations"].tolist()
+    assert counts.tolist() == points["counts"].tolist()
+    if points["min_count"] < 50:  # halved only as often as it takes to find one
+        assert not len(cardiowm.label_combinations(
+            torch.from_numpy(tiny.label[train_rows]), min_count=2 * points["min_count"])[0])
+    with torch.no_grad():
+        for i in np.flatnonzero(kind == 2)[:10]:
+            action = torch.from_numpy(y[i]).float().expand(sizes[0], -1)
+            wanted = model.predict(z[:sizes[0]], action)  # from each of the normal ones
+            assert (wanted - z[i]).abs().amax(dim=1).min() < 1e-4
+
+
+def test_embedding_writes_its_figure_and_refuses_what_cannot_synthesise(
+        pretrained, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "POINTS", 90)
+    out = tmp_path / "out"
+    code, text, _ = evaluate_cli(capsys, "--mode", "embedding", "--runs", "base", "--out", out)
+    assert code == 0 and {path.name for path in out.iterdir()} == {"embedding.png", "embedding.md"}
+    for word in ("SYNTHETIC", "seed 0", "30 synthetic embeddings", "z of base", "| real normal ",
+                 "perplexity 2", "have no code at all", "times in training (B: 50)"):
+        assert word in text and word in (out / "embedding.md").read_text(), word
+    code, _, error = evaluate_cli(capsys, "--mode", "embedding", "--runs", "base", "base")
+    assert code == 2 and "wants one pretraining" in error
+    still = tmp_path / "still"
+    still.mkdir()
+    shutil.copy(pretrained / "config.json", still)
+    args = dict(num_classes=len(tiny.class_name), action=False)
+    torch.save(torch.load(pretrained / "last.pt", weights_only=True) | {
+        "model_args": args, "model": cardiowm.WorldModel(**args).state_dict()}, still / "last.pt")
+    code, _, error = evaluate_cli(capsys, "--mode", "embedding", "--runs", still, "--out", out)
+    assert code == 2 and "--objective dynamics" in error
+    tiny.label[tiny.split == 0] = 0
+    with pytest.raises(InputError, match="no abnormal training record"):
+        evaluate.embedding_points(None, tiny, "zscore")
+
+
+# Counterfactuals (evaluate.py): a linear world of known answers, then both uses on the tiny cohort
+
+class LinearTruth(nn.Module):
+    """predict(z, a) = z + A a + drift: D = 24, K = 6, the columns of A of length 1 .. 6."""
+
+    def __init__(self, drift=0.0):
+        super().__init__()
+        a = np.linalg.qr(np.random.default_rng(5).standard_normal((24, 6)))[0] * np.arange(1, 7)
+        self.a, self.drift = nn.Parameter(torch.from_numpy(a).float()), drift
+
+    def predict(self, z, a):
+        return z + a @ self.a.T + self.drift
+
+    def vectors(self):
+        return self.a.detach().double().numpy().T  # (K, D)
+
+
+def counterfactual_world(noise=0.0, n=200, seed=0):
+    """States (n, D), true counterfactuals (n, K, D), cases (n, K): each code absent in 2 of 3."""
+    rng = np.random.default_rng(seed)
+    z, vectors = rng.standard_normal((n, 24)), LinearTruth().vectors()
+    changed = rng.random((n, 6)) < 2 / 3
+    changed[:, :2] = True  # at least two options in each record
+    z_true = z[:, None] + vectors + noise * rng.standard_normal((n, 6, 24))
+    return z, np.where(changed[..., None], z_true, np.nan), changed
+
+
+def test_a_true_model_of_a_linear_world_is_judged_perfect_and_permuted_actions_wrong():
+    z, z_true, changed = counterfactual_world()
+    zero, with_code = evaluate.predicted_states(LinearTruth(drift=3.0), z, 6)
+    assert zero.shape == (200, 1, 24) and with_code.shape == (200, 6, 24)
+    change = with_code - zero  # the drift of the predictor is no part of the action's effect
+    got = evaluate.judge_change(z, z_true, change, changed)
+    for measure, wanted in (("cosine", 1), ("length_ratio", 1), ("right_code", 1), ("nearest", 1),
+                            ("error", 0)):
+        assert np.isnan(got[measure][~changed]).all()
+        np.testing.assert_allclose(got[measure][changed], wanted, atol=1e-5)  # float32 predictor
+    assert (got["chosen"][changed] == np.nonzero(changed)[1]).all()
+    options = np.broadcast_to(changed.sum(axis=1)[:, None], changed.shape)
+    np.testing.assert_array_equal(got["chance"][changed], 1 / options[changed])
+    wrong = evaluate.judge_change(z, z_true, np.roll(change, 1, axis=1), changed)
+    np.testing.assert_allclose(wrong["cosine"][changed], 0, atol=1e-5)  # columns are orthogonal
+    everywhere = np.ones_like(changed)
+    z_true = z[:, None] + LinearTruth().vectors()
+    wrong = evaluate.judge_change(z, z_true, np.roll(change, 1, axis=1), everywhere)
+    assert (wrong["right_code"] == 0).all() and (wrong["nearest"] == 0).all()
+    length = np.arange(1, 7)
+    np.testing.assert_allclose(wrong["length_ratio"][0], np.roll(length, 1) / length, rtol=1e-5)
+    np.testing.assert_allclose(wrong["error"][0], (length**2 + np.roll(length, 1)**2) / 24,
+                               rtol=1e-4)
+
+
+def test_noise_of_the_true_state_is_the_error_of_a_true_model_and_bounds_its_cosine():
+    z, z_true, changed = counterfactual_world(noise=0.5, n=3000)
+    got = evaluate.judge_change(z, z_true, LinearTruth().vectors()[None], changed)
+    # 0.5^2 per dimension; 3,000 x 24 squares of a normal pin their mean to 0.25 sqrt(2 / 48,000)
+    np.testing.assert_allclose(evaluate.mean_by_code(got["error"]), 0.25, atol=5 * 0.25 * 0.0065)
+    # |A_c| / sqrt(|A_c|^2 + 24 * 0.25), but for the spread of the noise's own length
+    length = np.arange(1, 7)
+    np.testing.assert_allclose(evaluate.mean_by_code(got["cosine"]),
+                               length / np.sqrt(length**2 + 6), atol=0.03)
+
+
+def test_no_change_has_cosine_0_and_its_error_is_the_length_of_the_true_change():
+    z, z_true, changed = counterfactual_world()
+    got = evaluate.judge_change(z, z_true, np.zeros((200, 1, 24)), changed)
+    assert (got["cosine"][changed] == 0).all() and (got["length_ratio"][changed] == 0).all()
+    assert np.isnan(got["right_code"]).all() and (got["chosen"] == -1).all()  # nothing to choose by
+    length = np.broadcast_to(np.arange(1, 7), changed.shape)
+    np.testing.assert_allclose(got["error"][changed], length[changed]**2 / 24)
+    # nearest to z is the shortest change there is: one case of each record is right
+    np.testing.assert_array_equal(np.nansum(got["nearest"], axis=1), 1)
+
+
+def judge_by_loop(z, z_true, candidate, changed):
+    """The definitions, a case at a time; candidate (R, K, D)."""
+    r, k, d = candidate.shape
+    got = {name: np.full((r, k), np.nan) for name in (*evaluate.MEASURES, "chance")}
+    for i in range(r):
+        options = [c for c in range(k) if changed[i, c] and not np.isnan(candidate[i, c]).any()]
+        for c in options:
+            change = z_true[i, c] - z[i]
+            cosines = [candidate[i, o] @ change / np.linalg.norm(candidate[i, o])
+                       / np.linalg.norm(change) for o in options]
+            gaps = [np.sum((z[i] + candidate[i, c] - z_true[i, o])**2) for o in options]
+            got["cosine"][i, c] = cosines[options.index(c)]
+            got["length_ratio"][i, c] = np.linalg.norm(candidate[i, c]) / np.linalg.norm(change)
+            got["error"][i, c] = gaps[options.index(c)] / d
+            if len(options) > 1:
+                got["right_code"][i, c] = options[int(np.argmax(cosines))] == c
+                got["nearest"][i, c] = options[int(np.argmin(gaps))] == c
+                got["chance"][i, c] = 1 / len(options)
+    return got
+
+
+def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
+    rng = np.random.default_rng(1)
+    z, changed = rng.standard_normal((40, 5)), rng.random((40, 7)) < 0.4
+    z_true = z[:, None] + rng.standard_normal((40, 7, 5))
+    shared = rng.standard_normal((1, 7, 5))
+    shared[0, 3] = np.nan  # a class without a mean vector
+    assert (changed.sum(axis=1) == 1).any()  # a record with nothing to choose from
+    for candidate in (rng.standard_normal((40, 7, 5)) + 0.5 * (z_true - z[:, None]), shared):
+        got = evaluate.judge_change(z, z_true, candidate, changed)
+        wanted = judge_by_loop(z, z_true, np.broadcast_to(candidate, z_true.shape), changed)
+        for name, values in wanted.items():
+            np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
+
+
+def test_mean_vectors_are_their_definitions():
+    rng = np.random.default_rng(2)
+    z, y = rng.standard_normal((50, 4)), (rng.random((50, 3)) < 0.4).astype(np.uint8)
+    y[:, 2] = 0
+    got = evaluate.class_vectors(z, y)
+    for k in (0, 1):
+        np.testing.assert_allclose(got[k], z[y[:, k] == 1].mean(0) - z[y[:, k] == 0].mean(0))
+    assert np.isnan(got[2]).all()
+    action = np.zeros((30, 3), np.int8)
+    action[:5, 0], action[3:7, 1], action[8:20, 2] = 1, 1, -1
+    step = rng.standard_normal((30, 4))
+    got = evaluate.onset_vectors(step, action)
+    rest = step[[7, *range(20, 30)]].mean(axis=0)
+    np.testing.assert_allclose(got[0], step[:5].mean(axis=0) - rest)
+    assert np.isnan(got[1:]).all()  # four onsets; only resolutions
+    assert np.isnan(evaluate.onset_vectors(step[:5], action[:5])).all()  # no unchanged pair
+
+
+@pytest.mark.parametrize("statistic, plain", [(evaluate.mean_by_code, np.nanmean),
+                                              (evaluate.median_by_code, np.nanmedian)])
+def test_bootstrap_over_codes_equals_a_plain_loop_over_patients(statistic, plain):
+    rng = np.random.default_rng(3)
+    unit = np.array([7, 7, 3, 3, 3, 9, 1, 1, 5])
+    values = rng.standard_normal((9, 4))
+    values[rng.random((9, 4)) < 0.3] = np.nan
+    values[:, 2] = np.nan            # a code without a case
+    values[:, 3] = np.nan
+    values[5, 3] = 1.5               # of one patient, absent in some draws
+    got = evaluate.bootstrap_codes(values, unit, 30, 11, statistic)
+    draws, patients = np.random.default_rng(11), np.unique(unit)
+    means, codes = [], []
+    for _ in range(30):
+        rows = [row for i in draws.integers(0, 5, 5) for row in np.flatnonzero(unit == patients[i])]
+        columns = [values[rows, k][~np.isnan(values[rows, k])] for k in range(4)]
+        codes.append([plain(c) if len(c) else np.nan for c in columns])
+        means.append(np.nanmean(codes[-1]))
+    assert np.isnan(np.array(codes)[:, 3]).any()
+    np.testing.assert_allclose([got["low"], got["high"]], np.percentile(means, (2.5, 97.5)))
+    point = [plain(values[:, k]) for k in (0, 1, 3)]
+    np.testing.assert_allclose(got["per_code"][[0, 1, 3], 0], point)
+    assert got["point"] == pytest.approx(np.mean(point)) and np.isnan(got["per_code"][2]).all()
+    np.testing.assert_allclose(got["per_code"][:2, 1:].T,
+                               np.nanpercentile(np.array(codes)[:, :2], (2.5, 97.5), axis=0))
+    alone = evaluate.bootstrap_codes(values, np.zeros(9), 30, 11, statistic)
+    assert alone["point"] == got["point"] and np.isnan([alone["low"], alone["high"]]).all()
+
+
+def test_cases_are_first_records_unless_they_are_too_few(monkeypatch):
+    subject = np.repeat([1, 2, 3, 4], [3, 1, 2, 2])
+    cohort = types.SimpleNamespace(
+        subject_id=subject, split=np.array([2, 2, 2, 2, 2, 2, 0, 0]),
+        state=np.array([[1, 0], [0, 0], [0, 0], [0, 0], [1, 1], [0, 1], [0, 0], [0, 0]]))
+    for wanted, rows in ((3, [0, 3, 4]), (4, [0, 1, 3, 4, 5]), (99, [0, 1, 2, 3, 4, 5])):
+        monkeypatch.setattr(evaluate, "CASES", wanted)
+        assert evaluate.choose_records(cohort, [0, 1]).tolist() == rows
+    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 2)
+    drawn = {tuple(np.unique(subject[evaluate.choose_records(cohort, [0, 1], seed)]))
+             for seed in range(20)}
+    assert drawn == {(1, 2), (1, 3), (2, 3)}
+
+
+def test_read_out_is_the_penalised_maximum_and_stays_finite_without_positives():
+    rng = np.random.default_rng(4)
+    z = torch.from_numpy(rng.standard_normal((300, 5)) * (1, 2, 3, 4, 0) + 7)  # one constant
+    y = torch.from_numpy((rng.random((300, 3)) < [0.5, 0.1, 0]).astype(np.uint8))
+    weight, bias = evaluate.fit_readout(z, y.numpy(), 2.0)
+    std = z.std(dim=0, correction=0)
+    std[4] = 1
+    prior = torch.log((y.sum(0) + 0.5) / (300 - y.sum(0) + 0.5))
+    w = (weight * std[:, None]).requires_grad_()  # coefficients of standardised z
+    b = (bias + z.mean(dim=0) @ weight - prior).requires_grad_()
+    logits = (z - z.mean(dim=0)) / std @ w + prior + b
+    loss = F.binary_cross_entropy_with_logits(logits, y.double(), reduction="sum")
+    (loss + w.square().sum() + b.square().sum()).backward()
+    assert max(w.grad.abs().max(), b.grad.abs().max()) < 1e-4  # 300 x 1e-7, where the solver stops
+    assert (torch.sigmoid(z @ weight + bias)[:, 2] < 0.01).all()
+    same = evaluate.fit_readout(3 * z - 1, y, 2.0)  # standardised inside: the scale is no matter
+    logits = (3 * z - 1) @ same[0] + same[1]
+    torch.testing.assert_close(logits, z @ weight + bias, atol=1e-6, rtol=0)
+
+
+def test_simulation_without_a_code_is_the_stored_record(tiny):
+    sound = np.flatnonzero(tiny.quality == 0)[:40]
+    for row in sound:
+        state = {tiny.class_name[k] for k in np.flatnonzero(tiny.state[row])}
+        stored = tiny.signal[row].astype(np.float32)
+        got = evaluate.resimulate(tiny, row, state).astype(np.float32)
+        # half a step of 5 uV through a filter of unit gain, and two roundings to float16
+        assert got.shape == stored.shape
+        assert (np.abs(got - stored) < 0.005 + 2**-10 * np.abs(stored)).all()
+    other = evaluate.resimulate(tiny, row, state, 1).astype(np.float32)
+    assert np.abs(other - stored).max() > 0.02  # another recording
+
+
+def test_ground_truth_command_fills_table_csv_and_figure(pretrained, tiny, capsys):
+    code, out, _ = evaluate_cli(capsys, "--mode", "counterfactual", "--runs", "base", "--n-boot", 5,
+                                "--out", "truth")
+    assert code == 0 and "SYNTHETIC" in out and "fewer than 500" in out
+    rows = evaluate_csv("truth/counterfactual.csv")
+    model = {r["code"]: r for r in rows if r["candidate"] == evaluate.MODEL}
+    patients = np.unique(tiny.subject_id[tiny.split == 2])
+    for name, row in model.items():
+        k = tiny.class_name.index(name)
+        assert int(row["cases"]) == (tiny.state[tiny.split == 2, k] == 0).sum()
+        assert int(row["patients"]) <= len(patients)
+    for name in {"I63", "I73", "I82"} & set(model):  # bit-identical signals: no cosine, no error
+        assert model[name]["signature"] == "False" and model[name]["cosine"] == ""
+        assert float(model[name]["length"]) > 0 and f"| {name} " in out
+    assert model["I45"]["signature"] == "True" and -1 <= float(model["I45"]["cosine"]) <= 1
+    still = [r for r in rows if r["candidate"] == evaluate.PERSISTENCE and r["cosine"]]
+    assert still and all(float(r["cosine"]) == 0 and r["right_code"] == "" for r in still)
+    assert Path("truth/counterfactual.png").read_bytes()[:4] == b"\x89PNG"
+    assert Path("truth/counterfactual.md").read_text().strip() == out.split("written:")[0].strip()
+    flags = ("--mode", "counterfactual", "--runs", "base", "--n-boot", 2, "--out", "one")
+    assert evaluate_cli(capsys, *flags, "--onset", "I45")[0] == 0  # one code: nothing to choose by
+    only = evaluate_csv("one/counterfactual.csv")
+    assert {r["code"] for r in only} == {"I45"} and {r["right_code"] for r in only} == {""}
+
+
+def test_page_of_one_patient_shows_what_the_model_predicts(pretrained, tiny, capsys):
+    free = (tiny.split == 2) & (tiny.label[:, tiny.class_name.index("I48")] == 0)
+    row = int(np.flatnonzero(free)[0])
+    study = int(tiny.study_id[row])
+    code, out, _ = evaluate_cli(capsys, "--mode", "counterfactual", "--runs", "base", "--study-id",
+                                study, "--onset", "I48", "--out", "page")
+    stem = f"page/counterfactual-{study}-onset-I48"
+    assert code == 0 and Path(f"{stem}.png").read_bytes()[:4] == b"\x89PNG"
+    assert Path(f"{stem}.md").read_text().strip() == out.split("written:")[0].strip()
+    assert "SYNTHETIC" in out and "predicted by the model" in out and "true counterfactual" in out
+    model, checkpoint = evaluate.load_world_model(pretrained)
+    z = evaluate.embed(model, tiny.signal, np.arange(len(tiny)), checkpoint["normalize"])[1]
+    action = torch.zeros(1, len(tiny.class_name), device=z.device)
+    action[0, tiny.class_name.index("I48")] = 1
+    with torch.no_grad():
+        z_cf = model.predict(z[row:row + 1], action)[0]
+    distance = (z - z_cf).norm(dim=1).cpu().numpy()
+    assert f"|r(z, a) - z| {distance[row]:.1f}" in out
+    others = np.flatnonzero(tiny.subject_id != tiny.subject_id[row])
+    carriers = others[tiny.label[others, tiny.class_name.index("I48")] == 1]
+    for rows, words in ((others, ""), (carriers, " with the resulting label")):
+        nearest = rows[distance[rows].argmin()]
+        assert (f"among {len(rows):,} SYNTHETIC ECGs of other patients{words}: distance "
+                f"{distance[nearest]:.1f}, study {tiny.study_id[nearest]}, label") in out
+
+
+def test_counterfactual_refuses_bad_input_in_one_line(pretrained, workplace, tiny, capsys):
+    row = int(np.flatnonzero((tiny.label.sum(axis=1) > 0) & (tiny.split == 2))[0])
+    study, held = int(tiny.study_id[row]), tiny.class_name[int(tiny.label[row].argmax())]
+    absent = next(name for k, name in enumerate(tiny.class_name) if not tiny.label[row, k])
+    if not Path("runs/blind").exists():
+        assert run_train("--mode", "pretrain", "--run", "blind", "--objective", "invariance",
+                         *QUICK) == 0
+    with h5py.File("data/tiny.h5") as old, h5py.File("stateless.h5", "w") as new:
+        for name in old:
+            if name != "state":
+                old.copy(name, new)
+        new.attrs.update(old.attrs)
+    config = json.loads((pretrained / "config.json").read_text())
+    Path("runs/real").mkdir(exist_ok=True)
+    shutil.copy(pretrained / "last.pt", "runs/real/last.pt")
+    sha256 = prepare_data.Cohort("stateless.h5").sha256
+    config["cohort"] |= {"path": "stateless.h5", "sha256": sha256}
+    Path("runs/real/config.json").write_text(json.dumps(config))
+    of = ["--study-id", study]
+    capsys.readouterr()
+    for argv, words in (
+            (["--runs", "base", "blind"], "2 given"), (["--runs", "blind"], "action encoder"),
+            (["--runs", "base", "--onset", "I99"], "its classes are I"),
+            (["--runs", "base", "--resolve", "I48"], "--study-id"),
+            (["--runs", "real"], "known counterfactual"), (["--runs", "base", *of], "--onset or"),
+            (["--runs", "base", "--study-id", 7, "--onset", held], "known are"),
+            (["--runs", "base", *of, "--onset", held], "already there"),
+            (["--runs", "base", *of, "--resolve", absent], "not there"),
+            (["--runs", "base", *of, "--onset", absent, "--resolve", absent], "in both")):
+        code = evaluate.main(["--mode", "counterfactual", "--out", "bad", *map(str, argv)])
+        got = capsys.readouterr()
+        assert code == 2 and got.out == "" and words in got.err, (argv, got.err)
+        assert len(got.err.splitlines()) == 1
+    assert not Path("bad").exists()
 
 
 # ----------------------------------------------------------------------------------------------
