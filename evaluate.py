@@ -492,9 +492,13 @@ def embed(model, signal: np.ndarray, rows: np.ndarray, normalize: str = "zscore"
 
 
 def caption(cohort: Cohort, rows: np.ndarray, what: str, seed: int | None = None) -> str:
-    """`SYNTHETIC cohort demo, test fold 19: 227 records of 66 patients, 21 classes, seed 0`."""
+    """`SYNTHETIC cohort demo, test fold 19: 227 records of 66 patients, 21 classes, seed 0`.
+
+    A file that is itself called cohort.h5 is not named twice.
+    """
     kind = "SYNTHETIC" if cohort.synthetic else "real"
-    return (f"{kind} cohort {cohort.name}, {what}: {len(rows):,} records of "
+    name = cohort.name if "cohort" in cohort.name else f"cohort {cohort.name}"
+    return (f"{kind} {name}, {what}: {len(rows):,} records of "
             f"{len(np.unique(cohort.subject_id[rows])):,} patients, {len(cohort.class_name)} "
             "classes" + ("" if seed is None else f", seed {seed}"))
 

@@ -2256,31 +2256,39 @@ def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None
     """Every table and figure of evaluate.py for a study, and report.md, which holds them all."""
     report, first = folder / "report", f"-seed{args.seed[0]}" if args.seed[0] else ""
     finished = {path.parent.name for path in folder.glob("*/predictions_test.npz")}
-    dynamics = folder / f"pretrain-dynamics{first}"
-    models = [str(folder / name) for name in (f"pretrain-{kind}{first}" for kind in (
-        "dynamics", "invariance", "vicreg", "state")) if name in finished]
-    begins = (cohort.action == 1)[cohort.split[cohort.pair[:, 0]] == 2].sum(axis=0)
-    onset = cohort.class_name[int(begins.argmax())]
-    commands = {"score": ["--runs", str(folder)], "cohort": [],
-                "transitions": ["--onset", onset]}
+    models = {kind: str(folder / f"pretrain-{kind}{first}")
+              for kind in ("dynamics", "invariance", "vicreg", "state")
+              if f"pretrain-{kind}{first}" in finished}
+    test = cohort.split == 2
+    begins = (cohort.action == 1)[test[cohort.pair[:, 0]]].sum(axis=0)
+    onset = int(begins.argmax())  # the class that begins most often among the test pairs
+    asked = ["--onset", cohort.class_name[onset]]
+    pages = [("score", ["--runs", str(folder)])]
     if models:
-        commands["worldmodel"] = ["--runs", *models]
-    if dynamics.name in finished:
-        commands["embedding"] = ["--runs", str(dynamics)]
-        if cohort.state is not None:
-            commands["counterfactual"] = ["--runs", str(dynamics)]
+        pages.append(("worldmodel", ["--runs", *models.values()]))
+    if cohort.state is not None:
+        pages += [("counterfactual", ["--runs", models[kind]]) for kind in ("dynamics", "state")
+                  if kind in models]
+    if "dynamics" in models:
+        one = np.flatnonzero(test & (cohort.label[:, onset] == 0) & (cohort.quality == 0))[:1]
+        pages += [("counterfactual", ["--runs", models["dynamics"], "--study-id",
+                                      str(cohort.study_id[row]), *asked]) for row in one]
+        pages.append(("embedding", ["--runs", models["dynamics"]]))
+    pages += [("transitions", asked), ("cohort", [])]
     text = [f"# Study of {'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}", ""]
-    for mode, flags in commands.items():
-        argv = ["--mode", mode, *flags, "--data", str(cohort.path), "--out", str(report / mode)]
+    for i, (mode, flags) in enumerate(pages, 1):
+        out = report / f"{i}-{mode}"
+        argv = ["--mode", mode, *flags, "--data", str(cohort.path), "--out", str(out)]
         print(f"\npython evaluate.py {' '.join(argv)}", flush=True)
         if evaluate.main(argv) != 0:
-            text += [f"`--mode {mode}` was not done: see its message.", ""]
+            text += [f"`python evaluate.py {' '.join(argv)}` was not done: see its message.", ""]
             continue
-        for page in sorted((report / mode).glob("*.md")):
-            text += [page.read_text(encoding="utf-8").rstrip().replace("![](", f"![]({mode}/"), ""]
+        for page in sorted(out.glob("*.md")):
+            text += [page.read_text(encoding="utf-8").rstrip().replace("![](", f"![]({out.name}/"),
+                     ""]
         shown = "\n".join(text)
-        text += [f"![]({mode}/{picture.name})\n" for picture in sorted(
-            (report / mode).glob("*.png")) if f"({mode}/{picture.name})" not in shown]
+        text += [f"![]({out.name}/{picture.name})\n" for picture in sorted(out.glob("*.png"))
+                 if f"({out.name}/{picture.name})" not in shown]
     report.mkdir(exist_ok=True)
     replace_file(report / "report.md", "\n".join(text).encode())
 
