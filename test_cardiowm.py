@@ -4630,9 +4630,12 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
     monkeypatch.setattr(train, "study_report", lambda *a: None)  # once is enough
     assert run_train(*argv) == 0
     assert Path("runs/study/mlp-dynamics/predictions_test.npz").stat().st_mtime_ns == before
-    other = Path("runs/study/study.json")
-    other.write_text(json.dumps(study | {"cohort": "0" * 64}))
-    assert run_train(*argv) == 2 and "study of another cohort" in last_line(capsys)
+    assert run_train(*argv[:-1], 3) == 2  # --min-count
+    assert "holds a study with min_count = 2, asked for 3" in last_line(capsys)
+    Path("runs/study/study.json").write_text(json.dumps(study | {"cohort": "0" * 64}))
+    assert run_train(*argv) == 2 and "holds a study with cohort = 0000" in last_line(capsys)
+    assert run_train("--mode", "reproduce", "--run", "runs/study/mlp-dynamics") == 2
+    assert "found a training run" in last_line(capsys)
 
 
 # ----------------------------------------------------------------------------------------------

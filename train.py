@@ -2172,6 +2172,31 @@ def expect(argv: list[str], parser: argparse.ArgumentParser, cohort: Cohort, dev
     return seconds, f"{n + total:,} rows, at most {args.epochs} epochs"
 
 
+def open_study(args: argparse.Namespace, cohort: Cohort) -> tuple[Path, dict]:
+    """The folder of a study and what study.json says of it; InputError if it is of another kind."""
+    changed = "".join(f"-{name.replace('_', '-')}" for name in ("paper", "quick", "labelled_only")
+                      if getattr(args, name))
+    folder = Path(args.run or f"{cohort.name}-reproduce{changed}")
+    folder = folder if len(folder.parts) > 1 else Path("runs") / folder
+    if (folder / "config.json").exists():
+        raise InputError(f"--run {folder}: found a training run there; choose another --run")
+    kept = ("paper", "quick", "labelled_only", "min_count", "total", "deterministic")
+    study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in kept}
+    old = study | {"runs": {}}
+    if (folder / "study.json").exists():
+        old = json.loads((folder / "study.json").read_text())
+        for name, value in study.items():
+            if old.get(name) != value:
+                raise InputError(f"--run {folder}: holds a study with {name} = {old.get(name)}, "
+                                 f"asked for {value}; choose another --run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run {folder}: {error.strerror}; name a folder that can be made") \
+            from None
+    return folder, old
+
+
 def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """--mode reproduce: plan, every run that is not yet complete, then the report."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -2180,26 +2205,9 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     device = pick_device(args.device)
     cohort = open_cohort(args.data)
     args.paper |= device.type == "cuda" and not args.quick
-    flags = "".join(f"-{name.replace('_', '-')}" for name in ("paper", "quick", "labelled_only")
-                    if getattr(args, name))
-    folder = Path(args.run or f"{cohort.name}-reproduce{flags}")
-    folder = folder if len(folder.parts) > 1 else Path("runs") / folder
-    if (folder / "config.json").exists():
-        raise InputError(f"--run {folder}: found a training run there; choose another --run")
-    study = {"cohort": cohort.sha256, "runs": {}}
-    if (folder / "study.json").exists():
-        study = json.loads((folder / "study.json").read_text())
-        if study["cohort"] != cohort.sha256:
-            raise InputError(f"--run {folder}: holds a study of another cohort (sha256 "
-                             f"{study['cohort'][:8]}, found {cohort.sha256[:8]}); choose another "
-                             "--run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run {folder}: {error.strerror}; name a folder that can be made") \
-            from None
-    kind = "SYNTHETIC" if cohort.synthetic else "real"
+    folder, study = open_study(args, cohort)
     runs = study_runs(args, cohort, folder)
+    kind = "SYNTHETIC" if cohort.synthetic else "real"
     print(f"study {folder}: {len(runs)} runs of the {kind} cohort {cohort.name}, {len(cohort):,} "
           f"records, seeds {' '.join(map(str, args.seed))}, on {device}")
     speed = pace(cohort, device)
@@ -2227,16 +2235,16 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             reason = study_run(argv, parser)
         if reason:
             print(f"not done: {reason}")
-        old = study["runs"].get(name, {})
-        seconds = old.get("seconds") if name in done else round(time.monotonic() - took, 1)
+        seconds = study["runs"].get(name, {}).get("seconds") if name in done else \
+            round(time.monotonic() - took, 1)
         study["runs"][name] = {"command": ["python", "train.py", *argv], "reason": reason,
                                "what": plan[name][1], "seconds": seconds}
         replace_file(folder / "study.json", json.dumps(study, indent=1).encode())
         expected += 0.0 if name in done else plan[name][0]
     study_report(args, cohort, folder)
     failed = {name: run["reason"] for name, run in study["runs"].items() if run["reason"]}
-    print(f"\n{folder}: {len(runs) - len(failed)} of {len(runs)} runs complete, in "
-          f"{duration(time.monotonic() - began)}; report: {folder / 'report' / 'report.md'}")
+    print(f"\n{folder}: {len(study['runs']) - len(failed)} of {len(study['runs'])} runs complete, "
+          f"in {duration(time.monotonic() - began)}; report: {folder / 'report' / 'report.md'}")
     for name, reason in failed.items():
         print(f"  {name}: {reason}")
 
