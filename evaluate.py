@@ -114,6 +114,9 @@ CLAIMS = (
      "mlp probe on z + dynamics augmentation, dynamics", "mlp probe on z, dynamics", 1.0),
     ("finetuned > supervised", "B, Table 1", "monitoring", "finetuned, dynamics", "supervised",
      1.0))
+# Arguments in which two runs of one method may differ: those that say where, not what
+FREE_SETTINGS = {"seed", "run", "init", "data", "cache", "device", "resume", "overwrite",
+                 "checkpoint_minutes", "compile", "allow_tiny"}
 # Rows of the per-class table, the sub-groups and the forest plot, where they are among the runs
 MAIN_METHODS = ("supervised", "finetuned, dynamics", "linear probe, dynamics",
                 "linear probe, untrained encoder")
@@ -423,6 +426,14 @@ def method(config: dict) -> str:
         usual |= {"action": "coded"} if objective == "dynamics" else {}
         usual |= {"lam": 0.1, "slices": 256} if reg == "sigreg" else {}
         changed += [(key, source.get(key), value) for key, value in usual.items()]
+        if config["init"]:
+            frac = float(source.get("frac", 1.0))
+            other = config["init"].get("cohort", {})
+            words += f", pretrained on {frac:.0%}" * (frac != float(args.get("frac", 1.0)))
+            words += f", pretrained on cohort {other.get('name')}" * (
+                bool(other) and other["sha256"] != config["cohort"]["sha256"])
+            words += ", pretrained on labelled records" * (
+                bool(source.get("labelled_only")) > bool(args.get("labelled_only")))
     return words + "".join(
         f", --{key.replace('_', '-')}" + ("" if found is True else f" {found}")
         for key, found, value in changed if found is not None and str(found) != str(value))
@@ -452,6 +463,21 @@ def load_world_model(folder: Path) -> tuple:
     model = cardiowm.WorldModel(**checkpoint["model_args"])
     model.load_state_dict(checkpoint["model"])
     return model.eval().to(pick_device()), checkpoint
+
+
+def why_no_action(model, checkpoint: dict) -> str:
+    """Why a model's answer to an action means nothing; "" where it means something."""
+    if model.action_encoder is None:
+        return "the model has no action (--objective invariance)"
+    none = checkpoint.get("args", {}).get("action") == "none"
+    return "trained on zero actions alone (--action none)" if none else ""
+
+
+def refuse_actionless(folder: Path, model, checkpoint: dict) -> None:
+    """Raises InputError for a pretraining that has not learnt what an action does."""
+    if why := why_no_action(model, checkpoint):
+        raise InputError(f"run {folder}: {why}, so no state follows from one; give a pretraining "
+                         "with --objective dynamics and --action coded or state")
 
 
 def cohort_of(folder: Path, data: str | None) -> Cohort:
@@ -520,12 +546,24 @@ def write_files(out: Path, files: dict[str, str | list | bytes]) -> None:
     print(f"written: {out}/{', '.join(files)}{note}")
 
 
+def file_stem(*parts: str) -> str:
+    """The parts of a file's name joined by `-`, without what has no place in one (LAO/LAE)."""
+    return "-".join(re.sub(r"\W", "", part) for part in parts)
+
+
+def plotter():
+    """pyplot, drawing into files only."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 def png(figure, dpi: int = 150) -> bytes:
     """A matplotlib figure as the bytes of a PNG file; the figure is closed."""
-    from matplotlib import pyplot as plt
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    plt.close(figure)
+    plotter().close(figure)
     return buffer.getvalue()
 
 
@@ -603,13 +641,19 @@ def difference(a: dict, b: dict, unit: str) -> dict:
 def by_method(runs: list[dict], cells: list[dict[str, dict]]) -> dict[tuple, dict]:
     """Runs that differ in their seed alone become one row: {(method, frac): row}.
 
-    A row holds method, frac, seeds, runs (names) and cells {task: mean_cell}. Two runs of one
-    method, fraction and seed (other epochs, say) are kept apart by their names.
+    A row holds method, frac, seeds, runs (names) and cells {task: mean_cell}. Runs of one method
+    and fraction that differ in more than the seed (other epochs, say) are kept apart by name.
     """
+    def settings(run: dict) -> list:
+        # below 100 % the laptop preset's epochs and rows follow the number of records drawn
+        free = FREE_SETTINGS | (set() if run["frac"] == 1 else {"epochs", "total"})
+        parts = [run["config"]["args"], (run["config"]["init"] or {}).get("args", {})]
+        return [{k: v for k, v in part.items() if k not in free} for part in parts]
+
     rows: dict[tuple, list[int]] = {}
     for i, run in enumerate(runs):
         key = run["method"], run["frac"]
-        if any(runs[j]["seed"] == run["seed"] or runs[j]["preset"] != run["preset"]
+        if any(runs[j]["seed"] == run["seed"] or settings(runs[j]) != settings(run)
                for j in rows.get(key, [])):
             key = f"{run['method']} ({run['name']})", run["frac"]
         rows.setdefault(key, []).append(i)
@@ -660,7 +704,11 @@ def head_lines(runs: list[dict], cells: list[dict], labelled_only: bool, n_boot:
              "", f"{len(first['y_true']):,} records of {len(np.unique(first['subject_id'])):,} "
              f"patients, {first['y_true'].shape[1]} classes; macro-AUROC [95 % interval of "
              f"{n_boot:,} bootstraps, seed {BOOTSTRAP_SEED}]"
-             + ("; labelled records only" if labelled_only else ""), ""]
+             + ("; labelled records only" if labelled_only else ""), "",
+             "trained with: " + ", ".join(sorted({f"preset {run['preset']}" for run in runs
+                                                  if run["preset"]})) + "; epochs and patients of "
+             "each run are in the table of all runs." if any(run["preset"] for run in runs) else "",
+             ""]
     # Truth and masks are the same for all runs of the group, so the counts are given once.
     lines += markdown(["task", "records", "labelled", "scored", "patients", "positives", "classes"],
                       [[task, *(f"{cell[key]:,}" for key in (
@@ -691,14 +739,18 @@ def paper_tables(rows: dict[tuple, dict], unit: str, reasons: dict[tuple, str]) 
         if not any(key in rows for key in present):
             continue
         extra = [(m, frac) for m in CONTROL_METHODS + EXTRA_METHODS * title.startswith("Paper B")
-                 if (m, frac) in rows] + [key for key in rows if key[1] is None]
+                 if (m, frac) in rows or (m, frac) in reasons] \
+            + [key for key in rows if key[1] is None]
         tasks = [task for task in tasks if task in next(iter(rows.values()))["cells"]]
         if not tasks:
             continue
-        head = ["method"] + [text for task in tasks for text in (f"{task}: paper", "here")]
+        head = ["method", "seeds"]
+        head += [text for task in tasks for text in (f"{task}: paper", "here")]
         body = []
         for key in present + extra:
-            body.append([key[0]])
+            seeds = rows[key]["seeds"] if key in rows else []
+            failed = f" ({reasons[key]})" if seeds and key in reasons else ""
+            body.append([key[0], " ".join(str(n) for n in seeds if n is not None) + failed])
             for task in tasks:
                 printed = PAPER.get(key, {}).get(task, "").split(", ")
                 body[-1] += [", ".join(text[2:] for text in printed if text[:1] == title[6]) or "-",
@@ -731,7 +783,7 @@ def gap_shares(rows: dict[tuple, dict], keys: list[tuple], unit: str) -> tuple[l
     what = f"- share of the gap: from {GAP_FROM!r} to {GAP_TO!r}, {difference_text(gap)}; paper " \
         "B 55 %."
     if not gap["low"] > 0:
-        return ["-"] * len(keys), [what + " The gap is not above 0 here: no shares.", ""]
+        return ["-"] * len(keys), [what + " It is not above 0 here, so there are no shares.", ""]
     shares = []
     for key in keys:
         if key not in rows or not key[0].startswith("mlp") or key[0] == GAP_FROM:
@@ -766,23 +818,31 @@ def claim_lines(rows: dict[tuple, dict], reasons: dict[tuple, str]) -> tuple[lis
         missing = [key for key in keys if key not in rows]
         if missing:
             why = reasons.get(missing[0], "not among the runs")
-            body.append([text, paper, task, f"{frac:g}", *["-"] * 4, f"not run: {missing[0][0]} "
-                                                                   f"({why})"])
+            answer = f"not run: {missing[0][0]} ({why})"
+            body.append([text, paper, task, f"{frac:g}", *["-"] * 4, answer])
+            table.append([text, paper, task, frac, *[""] * 8, answer])
             continue
         a, b = (rows[key] for key in keys)
-        found = {unit: difference(a["cells"][task], b["cells"][task], unit)
-                 for unit in ("record", "patient")}
         shared = [seed for seed in a["seeds"] if seed in b["seeds"]]
-        per_seed = [a["each"][a["seeds"].index(seed)][task]["auroc"]
-                    - b["each"][b["seeds"].index(seed)][task]["auroc"] for seed in shared]
-        low = min(d["low"] for d in found.values()), min(per_seed, default=np.nan)
-        high = max(d["high"] for d in found.values()), max(per_seed, default=np.nan)
-        answer = "holds" if min(low) > 0 else "does not hold" if max(high) < 0 else "undecided"
-        if np.isnan(found["record"]["low"]):
+        if not shared:
+            answer = "undecided: no seed in common"
+            body.append([text, paper, task, f"{frac:g}", *["-"] * 4, answer])
+            table.append([text, paper, task, frac, *[""] * 8, answer])
+            continue
+        pairs = [[row["each"][row["seeds"].index(seed)][task] for seed in shared] for row in (a, b)]
+        per_seed = [one["auroc"] - other["auroc"] for one, other in zip(*pairs, strict=True)]
+        found = {unit: difference(*map(mean_cell, pairs), unit) for unit in ("record", "patient")}
+        answer = "undecided"
+        if any(np.isnan(d["low"]) for d in found.values()):
             answer = "not defined"
+        elif min(*(d["low"] for d in found.values()), *per_seed) > 0:
+            answer = "holds"
+        elif max(*(d["high"] for d in found.values()), *per_seed) < 0:
+            answer = "does not hold"
         seeds = " ".join(f"{seed}: {d:+.3f}" for seed, d in zip(shared, per_seed, strict=True))
+        p = found["patient"]["p"]
         body.append([text, paper, task, f"{frac:g}", difference_text(found["record"]),
-                     difference_text(found["patient"]), f"{found['patient']['p']:.3f}", seeds,
+                     difference_text(found["patient"]), "-" if np.isnan(p) else f"{p:.3f}", seeds,
                      answer])
         table.append([text, paper, task, frac, found["record"]["point"],
                       *(found[unit][key] for unit in found for key in ("low", "high", "p")),
@@ -967,9 +1027,7 @@ def draw_ecg(axes, rows: list[list], limits: list[tuple], top: float) -> None:
 
 def transition_figure(cohort: Cohort, index: int):
     """Source and target ECG of a pair on one page, 1 mm of paper = 1 mm of figure."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plotter()
     ecgs = [printed_rows(cohort.signal[row], cohort.leads, cohort.fs) for row in cohort.pair[index]]
     limits = row_limits(ecgs)  # of both, so that the two are laid out alike
     title, *small = [textwrap.wrap(line, width) for line, width in zip(
@@ -1006,7 +1064,7 @@ def run_transitions(args: argparse.Namespace) -> None:
     matching = int(np.logical_and.reduce(list(masks.values())).sum())
     parts = [text for word, names in asked.items() if names for text in (word, *names)]
     parts += [] if args.study_id is None else ["study", str(args.study_id)]
-    name = "-".join(["transitions", *(re.sub(r"\W", "", part) for part in parts)])
+    name = file_stem("transitions", *parts)
     title, *lines = transition_words(cohort, index)
     lines += [f"{word}: {record_words(cohort, row)}" for word, row in zip(
         ("source", "target"), cohort.pair[index], strict=True)]
@@ -1135,9 +1193,7 @@ def draw_gaps(axis, gap: np.ndarray) -> None:
 
 def cohort_figure(cohort: Cohort, classes: list[list]):
     """The panels of cohort.png; `classes` are the lines of `class_table`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plotter()
     gaps = cohort.source != "ptbxl"  # part of PTB-XL's dates are interpolated
     first = ["linear"] * 2 + ["loglog"] * 2 + ["gap"] * 2 if gaps else (
         ["linear"] * 3 + ["loglog"] * 3)
@@ -1300,7 +1356,7 @@ def nearest(z, n: int, group, k: int = 10):
     for start in range(0, len(z), 1024):
         distance = torch.cdist(z[start:start + 1024], z[:n])
         distance[group[start:start + 1024, None] == group[None, :n]] = torch.inf
-        found.append(distance.topk(k, largest=False).indices)
+        found.append(distance.topk(min(k, n), largest=False).indices)
     return torch.cat(found)
 
 
@@ -1385,9 +1441,7 @@ def embedding_table(points: dict, cohort: Cohort) -> tuple[list[str], list[str]]
 
 def draw_embedding(points: dict, y_plot: np.ndarray, cohort: Cohort, text: str):
     """Two panels of the t-SNE y_plot (N, 2): by kind, and by the most frequent label sets."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plotter()
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 8))
     kind, order = points["kind"], np.random.default_rng(FIGURE_SEED).permutation(len(y_plot))
     colours = np.array(list(POINT_COLOUR.values()))
@@ -1422,9 +1476,7 @@ def run_embedding(args: argparse.Namespace) -> None:
         raise InputError(f"--runs: {len(args.runs)} given; --mode embedding wants one pretraining")
     folder = find_run(args.runs[0])
     model, checkpoint = load_world_model(folder)
-    if model.action_encoder is None:
-        raise InputError(f"run {folder}: has no action encoder (--objective invariance), so it "
-                         "can synthesise nothing; name a pretraining with --objective dynamics")
+    refuse_actionless(folder, model, checkpoint)
     cohort = cohort_of(folder, args.data)
     points = embedding_points(model, cohort, checkpoint["normalize"])
     n, rows = len(points["kind"]), points["rows"]
@@ -1526,7 +1578,8 @@ def controls(run: dict, cohort: Cohort) -> list[dict]:
     """Two rows for the table, shaped as runs, of the test records of `run` in its cohort."""
     rows = cohort_rows(run, cohort)
     both = (("carry-forward", "control: label of the previous record", carry_forward),
-            ("age and sex", "control: logistic regression, no ECG", age_and_sex))
+            ("age and sex", "control: logistic regression on all training patients, no ECG",
+             age_and_sex))
     return [run | {"name": name, "mode": "control", "method": text, "frac": None, "seed": None,
                    "preset": None, "path": None, "y_score": function(cohort, rows)}
             for name, text, function in both]
@@ -1567,7 +1620,7 @@ def main_rows(rows: dict[tuple, dict]) -> list[dict]:
 
 def row_name(row: dict) -> str:
     """Method and, below all patients, the fraction."""
-    return row["method"] + (f", {row['frac']:.0%}" if row["frac"] not in (None, 1.0) else "")
+    return row["method"] + (f", {100 * row['frac']:g} %" if row["frac"] not in (None, 1.0) else "")
 
 
 def all_differences(rows: dict[tuple, dict]) -> list[list]:
@@ -1632,13 +1685,15 @@ def subgroups(cohort: Cohort, rows: np.ndarray) -> dict[str, np.ndarray]:
     kind = np.full(len(cohort.study_id), -1)
     kind[cohort.pair[:, 1]] = cohort.pair_kind
     kind = kind[rows]
+    other = "after a record of another stay" if (cohort.stay >= 0).any() else \
+        "after a labelled record"  # no stays are known
     return {"all": np.ones(len(rows), bool), "female": sex == 0, "male": sex == 1,
             "sex unknown": sex < 0, "age < 50": age < 50, "age 50-64": (age >= 50) & (age < 65),
             "age 65-79": (age >= 65) & (age < 80), "age >= 80": age >= 80,
             "age unknown": np.isnan(age), "labelled": cohort.has_label[rows],
             "unlabelled": ~cohort.has_label[rows], "first record of the patient": kind < 0,
             "after a record of the same stay": kind == 0,
-            "after a record of another stay": kind == 1, "pair touches unlabelled": kind == 2}
+            other: kind == 1, "pair touches unlabelled": kind == 2}
 
 
 def subgroup_table(runs: list[dict], rows: dict[tuple, dict], cohort: Cohort, where: np.ndarray,
@@ -1676,14 +1731,6 @@ def subgroup_table(runs: list[dict], rows: dict[tuple, dict], cohort: Cohort, wh
 # ----------------------------------------------------------------------------------------------
 # Figures of the score: fewer patients (A, Figure 4), classes, training curves
 # ----------------------------------------------------------------------------------------------
-
-
-def plotter():
-    """pyplot, drawing into files only."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
 
 
 def draw_fractions(rows: dict[tuple, dict], unit: str, title: str):
@@ -1735,6 +1782,8 @@ def draw_forest(rows: dict[tuple, dict], task: str, names: list[str], unit: str,
         return None
     order = [k for k in np.argsort(cells[0]["positives"], kind="stable")
              if not np.isnan(cells[0]["classes"][k])]
+    if not order:
+        return None
     y = np.arange(len(order))
     panels = 1 + (len(cells) > 1)
     figure, axes = plt.subplots(1, panels, figsize=(5.4 * panels, 1.6 + 0.3 * len(order)),
@@ -1812,7 +1861,8 @@ FIT_LIMIT = 50_000       # training pairs, and training records, that the contro
 DISTRACTORS = 999        # records of other patients among which the true next state is looked for
 READOUT_L2 = 10.0        # of 1, 10 .. 10,000 that of the lowest validation BCE on the demo
 MIN_POSITIVES = 10       # training positives that a class needs for a read-out
-IRREVERSIBLE = ("I21",)  # an infarction does not go back to what was before: no reversal asked
+# An infarction does not go back to what was before, so no reversal is asked: ICD-10, PTB-XL
+IRREVERSIBLE = ("I21", "IMI", "ASMI", "AMI", "ALMI", "ILMI", "LMI", "IPMI", "IPLMI", "PMI")
 GAPS = {"gap < 1 day": (0, 1), "gap 1-30 days": (1, 30), "gap 30-365 days": (30, 365),
         "gap > 1 year": (365, np.inf)}  # days, the lower bound included
 KINDS = {"within stay": 0, "between stays": 1, "touches unlabelled": 2}  # codes of pair_kind
@@ -1882,15 +1932,20 @@ def own_action(cohort: Cohort, pairs: np.ndarray, which: str) -> np.ndarray:
     return cohort.action[pairs] * np.int8(which == "coded")
 
 
-def shuffled_actions(a: np.ndarray, seed: int = SCORECARD_SEED) -> np.ndarray:
+def shuffled_actions(a: np.ndarray, y: np.ndarray, seed: int = SCORECARD_SEED) -> np.ndarray:
     """Actions (P, K) dealt anew among the pairs that have one; pairs without keep their zeros.
 
-    One random cycle through the changed pairs: each gets the action of another pair, which may
-    happen to be equal. As sparse as the true ones, so only the information is gone.
+    Each changed pair gets the action of another, drawn among those that its source label set
+    y (P, K) allows (no code begins that is there, none ends that is not) and that differ from its
+    own. Where there is none it gets no action.
     """
-    changed = np.random.default_rng(seed).permutation(np.flatnonzero(a.any(axis=1)))
-    result = a.copy()
-    result[changed] = a[np.roll(changed, 1)]
+    rng, result = np.random.default_rng(seed), np.zeros_like(a)
+    changed = np.flatnonzero(a.any(axis=1))
+    for p in changed:
+        after = y[p].astype(np.int8) + a[changed]  # (changed, K)
+        fits = ((after == 0) | (after == 1)).all(axis=1) & (a[changed] != a[p]).any(axis=1)
+        if fits.any():
+            result[p] = a[rng.choice(changed[fits])]
     return result
 
 
@@ -1917,10 +1972,11 @@ def pair_error(z_pred, z_next) -> np.ndarray:
     return (z_pred - z_next).double().square().mean(dim=1).cpu().numpy()
 
 
-def one_step(model, z, a, no_action: str = "") -> dict:
+def one_step(model, z, a, y: np.ndarray, no_action: str = "") -> dict:
     """What a frozen model predicts, (P, D) by name, or the reason why there is no prediction.
 
-    Args: z (P, D); a (P, K) the model's own action input; no_action: why it has none, if so.
+    Args: z (P, D); a (P, K) the model's own action input; y (P, K) the source's codes that `a`
+        starts from; no_action: why the model has none, if so.
     """
     import torch
     with torch.no_grad():
@@ -1929,7 +1985,8 @@ def one_step(model, z, a, no_action: str = "") -> dict:
         if not no_action:
             result["zero action"] = model.predict(z, torch.zeros_like(a))
             if (a != 0).any(dim=1).sum() > 1:
-                shuffled = torch.from_numpy(shuffled_actions(a.cpu().numpy())).to(a)
+                shuffled = torch.from_numpy(shuffled_actions(
+                    a.cpu().numpy().astype(np.int8), y)).to(a)
                 result["shuffled action"] = model.predict(z, shuffled)
     return result
 
@@ -2322,8 +2379,8 @@ def onset_rows(model, fit: tuple, test: tuple, subject: np.ndarray, names: list[
 def reversal_rows(model, z, a, z_next, names: list[str], subject: np.ndarray, no_action: str,
                   n_boot: int) -> list:
     """Part 4, on the pairs with an action that changes no irreversible class."""
-    part, group = "reversal", f"action without {' '.join(IRREVERSIBLE)}"
     fixed = [c for c, name in enumerate(names) if name in IRREVERSIBLE]
+    part, group = "reversal", " ".join(["action without", *(names[c] for c in fixed)])
     keep = (a != 0).any(dim=1) & ~(a[:, fixed] != 0).any(dim=1)
     if no_action or not keep.any():
         return [undefined(part, "there and back: r(r(z, a), -a)", group,
@@ -2367,8 +2424,7 @@ def scorecard_runs(names: list[str]) -> list[dict]:
         model, checkpoint = load_world_model(folder)
         run = load_run(folder)
         action = run["config"]["args"].get("action") or "coded"
-        why = ("the model has no action (--objective invariance)" if model.action_encoder is None
-               else "trained on zero actions alone (--action none)" if action == "none" else "")
+        why = why_no_action(model, checkpoint)
         label = run["name"] if run["name"] not in [r["label"] for r in runs] else str(folder)
         runs.append(run | {"model": model, "checkpoint": checkpoint, "label": label,
                            "action": action, "no_action": why,
@@ -2407,7 +2463,8 @@ def fitted_controls(run: dict, cohort: Cohort, used: dict, z, z_test) -> dict:
         used[f"{name} pairs"]])).to(z.device) for name in ("train", "val")}  # (P, 2)
     short = "" if len(place["train"]) > 1 and len(place["val"]) else (
         f"{len(place['train'])} training and {len(place['val'])} validation pairs")
-    result = {"mean": short or z[place["train"][:, 1]].mean(dim=0).expand_as(z_test)}
+    result = {"mean": z[place["train"][:, 1]].mean(dim=0).expand_as(z_test)
+              if len(place["train"]) else "no training pairs"}
     for name, which in (("refit with action", "coded"), ("refit without action", None),
                         ("refit with state change", "state")):
         if which == "state" and cohort.state is None:
@@ -2429,6 +2486,10 @@ def training_fit_rows(run: dict, cohort: Cohort, used: dict, z, n_boot: int) -> 
     """The model's error on training pairs: where it is far below that on test pairs, the encoder
     has learnt them by heart, and what is refitted on its training z inherits that."""
     import torch
+    told = run["checkpoint"]["args"]
+    if run["frac"] != 1 or told.get("pairs", "all") != "all" or told.get("labelled_only"):
+        return [undefined("training fit", "model", "training pairs",
+                          "the run was trained on a part of these pairs")]
     pairs = used["train pairs"]
     source, target = (z[torch.from_numpy(np.searchsorted(used["rows"], rows)).to(z.device)]
                       for rows in cohort.pair[pairs].T)
@@ -2456,7 +2517,8 @@ def scorecard(run: dict, cohort: Cohort, used: dict, n_boot: int, progress: Prog
     source, target = z_test[pair[:, 0]], z_test[pair[:, 1]]
     a = torch.from_numpy(own_action(cohort, pairs, run["action"])).to(z)  # (P, K)
     groups = pair_groups(cohort, pairs)
-    predicted = one_step(model, source, a, run["no_action"])
+    known = cohort.state if run["action"] == "state" else cohort.label
+    predicted = one_step(model, source, a, known[cohort.pair[pairs, 0]], run["no_action"])
     queries = {name: predicted[name] for name in ("model", "zero action", "persistence")}
     predicted |= fitted_controls(run, cohort, used, z, source)
     rows = error_rows({name: predicted[name] for name in PREDICTORS}, target, groups, patient,
@@ -2466,8 +2528,7 @@ def scorecard(run: dict, cohort: Cohort, used: dict, n_boot: int, progress: Prog
     if run["no_action"]:
         rows.append(undefined("onset read-out", "sign rate", "all classes", run["no_action"]))
     else:
-        y = torch.from_numpy(cohort.state if run["action"] == "state" else cohort.label)
-        y = y.to(z.device)
+        y = torch.from_numpy(known).to(z.device)
         rows += onset_rows(model, (z[at(used["train"])], y[used["train"]]),
                            (z_test, y[used["test"]]), subject, cohort.class_name, silent, n_boot)
     rows += reversal_rows(model, source, a, target, cohort.class_name, patient, run["no_action"],
@@ -2582,7 +2643,11 @@ def scorecard_text(runs: list[dict], cohort: Cohort, used: dict, rows: list[dict
     lines = [f"## World-model scorecard: {scorecard_caption(cohort, used)}", "",
              f"95 % intervals: {n_boot:,} bootstraps of patients, seed {BOOTSTRAP_SEED}. Controls "
              f"are fitted on {cut[0]} and {cut[1]}, whatever fraction a run was trained on. Seed "
-             f"of shuffles, refits and distractors: {SCORECARD_SEED}. A pair is changed when its "
+             f"of shuffles, refits and distractors: {SCORECARD_SEED}. Errors of two runs have no "
+             "common unit, since each has a z of its own: compare them within a run, and gains, "
+             "retrieval and read-outs between runs. A run with --action state is told, and its "
+             "read-out learns, the true state instead of the codes. A shuffled action is that of "
+             "another changed pair that the source's codes allow. A pair is changed when its "
              "label set changes; a record without any code counts as having none, as in the "
              "papers.", ""]
     lines += markdown(["run", "method", "action", "frac", "seed"], [
@@ -2685,9 +2750,7 @@ def draw_lines(axes, name: str, lines: list[tuple], labels: list[str], rule: flo
 
 def draw_scorecard(rows: list[dict], labels: list[str], title: str, silent: list[str]) -> bytes:
     """worldmodel.png: errors by group, gains, retrieval, onset read-out by class."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plotter()
     cells = {}
     for row in rows:
         cells.setdefault((row["part"], row["quantity"], row["group"]), {})[row["run"]] = row
@@ -2785,10 +2848,7 @@ def run_counterfactual(args: argparse.Namespace) -> None:
         raise InputError(f"--runs: {len(args.runs)} given; --mode counterfactual takes one")
     folder = find_run(args.runs[0])
     model, checkpoint = load_world_model(folder)
-    if model.action_encoder is None:
-        raise InputError(f"run {folder}: a pretraining without an action encoder predicts one "
-                         "state whatever the action; give one of train.py --mode pretrain "
-                         "--objective dynamics")
+    refuse_actionless(folder, model, checkpoint)
     cohort = cohort_of(folder, args.data)
     onset = class_columns(cohort, args.onset, "--onset")
     resolve = class_columns(cohort, args.resolve, "--resolve")
@@ -3009,11 +3069,15 @@ def ground_truth(args: argparse.Namespace, folder: Path, model, checkpoint: dict
     progress.close()
     pair = np.flatnonzero(cohort.split[cohort.pair[:, 0]] == 0)
     source, target = np.searchsorted(train, cohort.pair[pair]).T
+    # the vectors are told what the model was told: its codes, or the true states
+    told = checkpoint["args"].get("action", "coded")
+    known = cohort.state if told == "state" else cohort.label
     zero, with_code = predicted_states(model, z[0], len(names))
     candidates = {  # changes of z: (R, K, D), or 1 where all records or all classes share one
         PERSISTENCE: np.zeros_like(zero),
-        CLASS_VECTOR: class_vectors(z_train, cohort.label[train])[None],
-        ONSET_VECTOR: onset_vectors(z_train[target] - z_train[source], cohort.action[pair])[None],
+        CLASS_VECTOR: class_vectors(z_train, known[train])[None],
+        ONSET_VECTOR: onset_vectors(z_train[target] - z_train[source],
+                                    own_action(cohort, pair, told))[None],
         MODEL: with_code - zero,
         "model, r(z, a) - z": with_code - z[0, :, None],
         "zero action, r(z, 0) - z": zero - z[0, :, None],
@@ -3031,7 +3095,9 @@ def ground_truth(args: argparse.Namespace, folder: Path, model, checkpoint: dict
         for name, values in judged.items()}
     head = truth_head(folder, cohort, rows, cases, changed, int((~same).sum()), args.n_boot)
     chance = mean_by_code(judged[MODEL]["chance"])
-    text = "\n".join([*head, *overall_table(result, chance, names),
+    luck = {name: _mean_defined(mean_by_code(values["chance"])[None])[0]
+            for name, values in judged.items()}
+    text = "\n".join([*head, *overall_table(result, luck, names),
                       *code_tables(result, chance, length, names, cases, changed)])
     print(text)
     figure = truth_figure(result, judged[MODEL]["chosen"], chance, names,
@@ -3076,14 +3142,14 @@ def with_interval(values, digits: int = 2) -> str:
     return text if np.isnan(low) else f"{text} [{low:.{digits}f} to {high:.{digits}f}]"
 
 
-def overall_table(result: dict, chance: np.ndarray, names: list[str]) -> list[str]:
+def overall_table(result: dict, luck: dict[str, float], names: list[str]) -> list[str]:
     """Markdown of all candidates, means over codes, and what is to be said of undefined ones."""
     head = ["change of z", "cosine to the true change", "length ratio (median)",
-            "right code by cosine", "right code by nearest state", "squared error / D"]
+            "right code by cosine", "right code by nearest state", "squared error / D", "chance"]
     body = [[name, *(with_interval([row[m][key] for key in ("point", "low", "high")])
-                     for m in MEASURES)] for name, row in result.items()]
-    luck = with_interval([float(_mean_defined(chance[None])[0]), np.nan, np.nan])
-    lines = markdown(head, [*body, ["chance", "", "", luck, luck, ""]])
+                     for m in MEASURES), with_interval([luck[name], np.nan, np.nan])]
+            for name, row in result.items()]
+    lines = markdown(head, body)
     signed = ~np.isnan(result[PERSISTENCE]["cosine"]["per_code"][:, 0])
     for name, row in result.items():
         lacking = signed & np.isnan(row["cosine"]["per_code"][:, 0])
@@ -3125,7 +3191,7 @@ def code_tables(result: dict, chance: np.ndarray, length: dict, names: list[str]
     if not control.any():
         return [*lines, "Negative control: not defined, no code without signature is among them."]
     text = "Negative control, codes without signature: their true change is exactly 0 and no cosine"
-    base = {name: length[name][signed].mean() for name in (MODEL, CLASS_VECTOR)}
+    base = {name: np.nanmean(length[name][signed]) for name in (MODEL, CLASS_VECTOR)}
     return [*lines, f"{text} is defined. Length of the change that is predicted all the same, "
             f"relative to its mean over the codes with signature (model {base[MODEL]:.2f}, "
             f"class vector {base[CLASS_VECTOR]:.2f}):", "", *markdown(
@@ -3152,9 +3218,7 @@ def truth_csv(result: dict, length: dict, names: list[str], cases: np.ndarray,
 def truth_figure(result: dict, chosen: np.ndarray, chance: np.ndarray, names: list[str],
                  text: str):
     """Cosine by code, sorted by the other recording's, and which code the model's vector names."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plotter()
     cosine = {name: result[name]["cosine"]["per_code"] for name in (MODEL, CLASS_VECTOR, CEILING)}
     signed = np.flatnonzero(~np.isnan(cosine[CEILING][:, 0]))
     order = signed[np.argsort(cosine[CEILING][signed, 0])]  # the highest on top
@@ -3232,6 +3296,8 @@ def one_patient(args: argparse.Namespace, folder: Path, model, checkpoint: dict,
     with torch.no_grad():
         z_zero, z_cf = model.predict(z[[row, row]], action)
     train = np.flatnonzero(cohort.split == 0)
+    if len(train) > FIT_LIMIT:
+        train = np.sort(np.random.default_rng(SCORECARD_SEED).permutation(train)[:FIT_LIMIT])
     weight, bias = fit_readout(z[torch.from_numpy(train).to(z.device)], cohort.label[train])
     scores = torch.sigmoid(torch.stack([z[row], z_zero, z_cf]) @ weight + bias).cpu().numpy()
     change = ", ".join(f"{what} of {' '.join(of)}" for what, of in (
@@ -3254,8 +3320,8 @@ def one_patient(args: argparse.Namespace, folder: Path, model, checkpoint: dict,
             "measures predicted changes on the demo cohort's simulated truth.", ""]
     print("\n".join(text))
     figure = patient_figure(cohort, panels, scores, onset, resolve, title, lines)
-    stem = "-".join(["counterfactual", str(args.study_id), *(part for what, of in names.items()
-                                                             if of for part in (what, *of))])
+    stem = file_stem("counterfactual", str(args.study_id), *(
+        part for what, of in names.items() if of for part in (what, *of)))
     write_files(Path(args.out), {f"{stem}.png": png(figure), f"{stem}.md": "\n".join(text)})
 
 
@@ -3334,9 +3400,7 @@ def patient_figure(cohort: Cohort, panels: list[tuple], scores: np.ndarray, onse
     """The page: ECGs on the left, change of the scores (3, K) and the text on the right."""
     import textwrap
 
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plotter()
     drawn = np.stack([signal for _, signal in panels if signal is not None]).astype(np.float32)
     # (panels, 12, T) -> 3 rows; each as high as its largest and smallest sample ask for
     top = drawn.reshape(len(drawn), 4, 3, -1).max(axis=(0, 1, 3))
@@ -3407,23 +3471,25 @@ def draw_leads(axes, signal: np.ndarray | None, fs: int, base: np.ndarray, top: 
 # ----------------------------------------------------------------------------------------------
 
 
-def find_runs(names: list[str]) -> tuple[list[Path], dict[tuple, str]]:
+def find_runs(names: list[str]) -> tuple[list[Path], dict[str, dict[tuple, str]]]:
     """Folders of finished runs; a study of train.py --mode reproduce stands for all of its own.
 
-    Returns: folders, and {(method, frac): reason} of what a study could not run.
+    Returns: folders, and {sha256 of a cohort: {(method, frac): what a study could not run, why}}.
     """
     folders, reasons = [], {}
     for name in names:
-        study = next((folder for folder in (Path("runs") / name, Path(name))
-                      if (folder / "study.json").is_file()), None)
-        if study is None:
+        folder = next((folder for folder in (Path("runs") / name, Path(name))
+                       if (folder / "study.json").is_file()), None)
+        if folder is None:
             folders.append(find_run(name))
             continue
-        runs = json.loads((study / "study.json").read_text(encoding="utf-8"))["runs"]
-        finished = [n for n in runs if (study / n / "predictions_test.npz").is_file()]
-        folders += [study / n for n in finished]
-        for n in runs.keys() - set(finished):
-            reasons[planned(runs, n)] = runs[n]["reason"] or "not finished"
+        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        runs, why = study["runs"], reasons.setdefault(study["cohort"], {})
+        finished = [n for n in runs if (folder / n / "predictions_test.npz").is_file()]
+        folders += [folder / n for n in finished]
+        for n in runs:
+            if n not in finished:
+                why[planned(runs, n)] = runs[n]["reason"] or "not finished"
         if not finished:
             raise InputError(f"--runs {name}: no run of that study is finished; go on with the "
                              "command that began it")
@@ -3451,7 +3517,10 @@ def run_score(args: argparse.Namespace) -> None:
     """`--mode score`: tables and figures of each cohort and test set, on stdout and in --out."""
     folders, reasons = find_runs(args.runs)
     groups = {}  # runs share a table only when the truth they are judged by is the same
-    for run in map(load_run, folders):
+    loaded = [load_run(folder) for folder in folders]
+    for run in loaded:
+        if sum(other["path"].name == run["path"].name for other in loaded) > 1:
+            run["name"] = str(run["path"])  # two studies name their runs alike
         digest = hashlib.sha256(repr(run["class_name"].tolist()).encode())
         for key in ("study_id", "subject_id", "y_true", "first_in_stay", "pair_first", "has_label"):
             digest.update(np.ascontiguousarray(run[key]).tobytes())
@@ -3477,7 +3546,8 @@ def run_score(args: argparse.Namespace) -> None:
             for task in tasks:
                 cells[-1][task] = score(run, task, args.labelled_only, args.n_boot)
                 progress.update()
-        text, found, figures = report(group + extra, cells, cohort, args, reasons)
+        text, found, figures = report(group + extra, cells, cohort, args,
+                                      dict(reasons.get(group[0]["sha256"], {})))
         texts.append(text + ("\n" + note if note else ""))
         for name, lines in found.items():
             tables[name] += lines if not tables[name] else lines[1:]
@@ -3494,18 +3564,25 @@ def run_score(args: argparse.Namespace) -> None:
 def report(runs: list[dict], cells: list[dict[str, dict]], cohort: Cohort | None,
            args: argparse.Namespace, reasons: dict[tuple, str]) -> tuple[str, dict, dict]:
     """Text, CSV tables and figures of the runs of one test set; cells[run][task]."""
+    clean, suffix = "", ", --labelled-only"
+    if all(run["method"].endswith(suffix) for run in runs if run["mode"] != "control"):
+        clean = "Every run was trained on labelled records only."
+        runs = [run | {"method": run["method"].removesuffix(suffix)} for run in runs]
+        reasons = {(m.removesuffix(suffix), frac): why for (m, frac), why in reasons.items()}
     rows, unit = by_method(runs, cells), args.unit
     names = [str(name) for name in runs[0]["class_name"]]
     title = head_lines(runs, cells, args.labelled_only, args.n_boot)[0].lstrip("# ")
     main_task = "monitoring" if "monitoring" in cells[0] else next(iter(cells[0]))
     claims, claims_csv = claim_lines(rows, reasons)
-    lines = head_lines(runs, cells, args.labelled_only, args.n_boot)
+    lines = head_lines(runs, cells, args.labelled_only, args.n_boot) + [clean, ""] * bool(clean)
     lines += paper_tables(rows, unit, reasons) + claims + run_lines(runs, cells)
     lines += difference_lines(rows, unit) + class_lines(rows, main_task, names, unit)
     tables = {"score.csv": score_csv(runs, cells, args), "claims.csv": claims_csv,
               "per_class.csv": per_class_csv(runs, cells, names),
               "differences.csv": all_differences(rows)}
-    if cohort is not None and "monitoring" in cells[0] and not args.labelled_only:
+    if args.labelled_only:
+        lines += ["- left out with --labelled-only: the sub-groups, one of which it is.", ""]
+    elif cohort is not None and "monitoring" in cells[0]:
         where = cohort_rows(runs[0], cohort)
         text, tables["subgroups.csv"] = subgroup_table(runs, rows, cohort, where, unit, args.n_boot)
         lines += text
@@ -3517,14 +3594,22 @@ def report(runs: list[dict], cells: list[dict[str, dict]], cohort: Cohort | None
     return "\n".join(lines).rstrip(), tables, figures
 
 
+def training_of(run: dict) -> list[str]:
+    """Training patients, preset and epochs of a run, from its config.json."""
+    found = run["config"]["cohort"].get("frac_patients"), run["preset"], \
+        run["config"]["args"].get("epochs")
+    return ["" if value is None else str(value) for value in found]
+
+
 def run_lines(runs: list[dict], cells: list[dict[str, dict]]) -> list[str]:
     """Markdown: every run by itself, intervals over records and over patients side by side."""
-    head = ["run", "method", "frac", "seed"]
+    head = ["run", "method", "frac", "patients", "preset", "epochs", "seed"]
     head += [text for task in cells[0] for text in (f"{task} [records]", "[patients]")]
     body = []
     for run, row in zip(runs, cells, strict=True):
-        body.append([run["name"], run["method"], "" if run["frac"] is None else f"{run['frac']:g}",
-                     "" if run["seed"] is None else str(run["seed"])])
+        trained = ["", "", "", "", ""] if run["mode"] == "control" else [
+            f"{run['frac']:g}", *training_of(run), str(run["seed"])]
+        body.append([run["name"], run["method"], *trained])
         for cell in row.values():
             boot = cell["boot"]["patient"]
             body[-1] += [cell_text(cell, "record"), "-" if np.isnan(cell["auroc"]) else
@@ -3535,7 +3620,8 @@ def run_lines(runs: list[dict], cells: list[dict[str, dict]]) -> list[str]:
 
 def score_csv(runs: list[dict], cells: list[dict[str, dict]], args) -> list[list]:
     """One line per run and task, with everything that the tables say of it."""
-    lines = [["run", "method", "mode", "frac", "seed", "cohort", "synthetic", "sha256", "task",
+    lines = [["run", "method", "mode", "frac", "seed", "frac_patients", "preset", "epochs",
+              "cohort", "synthetic", "sha256", "task",
               "labelled_only", "n_boot", "bootstrap_seed", "auroc", "record_low", "record_high",
               "patient_low", "patient_high", "records", "labelled", "scored", "patients",
               "positives", "classes", "classes_of", "left_out", "paper"]]
@@ -3543,8 +3629,10 @@ def score_csv(runs: list[dict], cells: list[dict[str, dict]], args) -> list[list
         for task, cell in row.items():
             bounds = [value for boot in cell["boot"].values()
                       for value in ((np.nan, np.nan) if boot is None else _interval(boot[0]))]
-            lines.append([*(run[key] for key in ("name", "method", "mode", "frac", "seed", "cohort",
-                                                 "synthetic", "sha256")), task, args.labelled_only,
+            trained = [""] * 3 if run["mode"] == "control" else training_of(run)
+            lines.append([*(run[key] for key in ("name", "method", "mode", "frac", "seed")),
+                          *trained, *(run[key] for key in ("cohort", "synthetic", "sha256")),
+                          task, args.labelled_only,
                           args.n_boot, BOOTSTRAP_SEED, cell["auroc"], *bounds,
                           *(cell[key] for key in ("records", "labelled", "scored", "patients")),
                           cell["positives"].sum(), len(cell["classes"]) - len(cell["left_out"]),
@@ -3557,7 +3645,8 @@ def per_class_csv(runs: list[dict], cells: list[dict[str, dict]], names: list[st
     """One line per run, task and class; the difference is to the first run, paired."""
     lines = [["run", "method", "frac", "seed", "cohort", "task", "class", "records", "positives",
               "prevalence", "auroc", "record_low", "record_high", "patient_low", "patient_high",
-              "difference", "difference_low", "difference_high", "difference_p"]]
+              "difference", "difference_record_low", "difference_record_high",
+              "difference_record_p"]]
     for run, row in zip(runs, cells, strict=True):
         for task, cell in row.items():
             first = cells[0][task]
@@ -3627,6 +3716,8 @@ def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> Non
             modes = " or ".join(m for m, flags in MODE_FLAGS.items() if name in flags)
             raise InputError(f"--{name.replace('_', '-')}: of no use to --mode {args.mode}; it "
                              f"belongs to --mode {modes}")
+    if args.study_id is not None and args.n_boot != p.get_default("n_boot"):
+        raise InputError("--n-boot: of no use to the page of one patient; leave it out")
     if "runs" in MODE_FLAGS[args.mode] and not args.runs:
         raise InputError("--runs: none given; name at least one finished run of train.py")
     if args.n_boot < 2:

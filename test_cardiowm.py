@@ -2013,10 +2013,10 @@ def test_score_puts_the_papers_numbers_beside_their_own_method_only(evaluate_roo
     a1, b1 = tables["Paper A, Table 1: all patients"], next(
         text for title, text in tables.items() if title.startswith("Paper B"))
     line, = (x for x in a1.splitlines() if x.startswith("| supervised "))
-    assert [cell.strip() for cell in line.split("|")][2::2][:2] == [
+    assert [cell.strip() for cell in line.split("|")][3::2][:2] == [
         "0.735 [0.727-0.751]", "0.786 [0.776-0.797]"]  # A's alone
     line, = (x for x in b1.splitlines() if x.startswith("| supervised "))
-    assert line.split("|")[2].strip() == "0.772"      # B's alone
+    assert line.split("|")[3].strip() == "0.772"      # B's alone
     assert "invariance" not in a1 and "0.690" not in out  # a method that was not run has no row
 
 
@@ -2025,6 +2025,27 @@ def test_method_reads_objective_from_the_pretraining_it_started_from():
     config = {"args": {"mode": "finetune", "init": "pre", "objective": "dynamics"},
               "init": {"run": "pre", "args": pretraining}}
     assert evaluate.method(config) == "finetuned, invariance, --residual"
+
+
+def test_method_says_what_else_a_pretraining_saw():
+    def words(frac=0.01, **source):
+        cohort = {"name": "here", "sha256": "1"}
+        return evaluate.method({
+            "args": {"mode": "probe", "init": "pre", "frac": frac}, "cohort": cohort,
+            "init": {"args": {"mode": "pretrain", "frac": frac} | source, "cohort": cohort
+                     | ({"name": "there", "sha256": "2"} if "objective" in source else {})}})
+    assert words() == "linear probe, dynamics"
+    assert words(frac=0.01) != words(**{"lam": 0.2}) and "pretrained" not in words(lam=0.2)
+    assert evaluate.method({"args": {"mode": "probe", "init": "pre", "frac": 0.01}, "init": {
+        "args": {"mode": "pretrain", "frac": 1.0}}}) == (
+        "linear probe, dynamics, pretrained on 100%")
+    assert words(objective="dynamics") == "linear probe, dynamics, pretrained on cohort there"
+    assert words(labelled_only=True) == "linear probe, dynamics, pretrained on labelled records"
+
+
+def test_file_names_hold_no_slash():
+    assert evaluate.file_stem("counterfactual", "7", "onset", "LAO/LAE") == (
+        "counterfactual-7-onset-LAOLAE")
 
 
 def test_score_refuses_bad_input_in_one_line_and_writes_nothing(evaluate_root, capsys):
@@ -2051,6 +2072,8 @@ def test_score_refuses_bad_input_in_one_line_and_writes_nothing(evaluate_root, c
             ([], "--runs"), (["--runs", "good", "--mode", "cohort"], "of no use to --mode cohort"),
             (["--runs", "good", "--onset", "I44"], "--onset"),
             (["--runs", "good", "--study-id", "7"], "--study-id"),
+            (["--runs", "good", "--mode", "counterfactual", "--study-id", "7", "--onset", "I10",
+              "--n-boot", "9"], "--n-boot: of no use to the page"),
             (["--runs", "good", "--n-boot", "0"], "--n-boot"),
             (["--runs", "good", "--data", "runs/absent.h5"], "absent.h5"),
             (["--runs", "good", "--out", "runs/c.h5"], "--out"),
@@ -2142,7 +2165,7 @@ def test_score_adds_controls_from_the_cohort_and_says_when_it_cannot(
             [run["subject_id"], run["subject_id"] + 1000]), split=np.repeat([2, 0], n),
         study_id=np.arange(2 * n) + 1000, age=np.tile(np.arange(n), 2).astype(np.float32),
         sex=np.zeros(2 * n, np.int8), has_label=np.tile(run["has_label"], 2),
-        pair=np.array([[0, 1]]), pair_kind=np.array([1]))
+        pair=np.array([[0, 1]]), pair_kind=np.array([1]), stay=np.zeros(2 * n, int))
     monkeypatch.setattr(evaluate, "Cohort", lambda path: cohort)
     code, out, _ = evaluate_cli(capsys, "--runs", "one", "--data", "c.h5", "--n-boot", 5,
                                 "--task", "monitoring")
@@ -2263,35 +2286,42 @@ def test_runs_of_several_seeds_become_one_row_and_other_presets_do_not(evaluate_
 
 
 def evaluate_rows(**shift):
-    """Rows as by_method makes them: method -> (difference of every replicate, per seed)."""
+    """Rows as by_method makes them: each seed of a method so far above 0.7, in all replicates."""
     rows = {}
     for name, values in shift.items():
-        name = name.replace("_", " ").replace("FD", "finetuned, dynamics")
-        each = [{"triage": {"auroc": 0.7 + v, "boot": {
-            unit: (0.7 + v + 0.001 * np.arange(-5, 6), None) for unit in ("record", "patient")}}}
+        name = name.replace("FD", "finetuned, dynamics")
+        each = [{"triage": {"auroc": 0.7 + v, "classes": np.zeros(1), "boot": {
+            unit: (np.full(11, 0.7 + v), np.zeros((11, 1))) for unit in ("record", "patient")}}}
             for v in values]
         rows[name, 1.0] = {"method": name, "frac": 1.0, "seeds": list(range(len(values))),
-                           "each": each, "cells": {"triage": each[0]["triage"] | {
-                               "auroc": 0.7 + np.mean(values), "boot": {
-                                   unit: (0.7 + np.mean(values) + np.zeros(11), None)
-                                   for unit in ("record", "patient")}}}}
+                           "each": each, "cells": {"triage": evaluate.mean_cell(
+                               [cells["triage"] for cells in each])}}
     return rows
 
 
 def test_a_claim_holds_only_when_both_intervals_and_every_seed_agree():
-    def answers(**shift):
-        _, table = evaluate.claim_lines(evaluate_rows(**shift), {})
-        return [row[-1] for row in table[1:] if row[0] == "finetuned > supervised"]
-    assert answers(FD=[0.02, 0.03], supervised=[0.0, 0.0]) == ["holds"]
-    assert answers(FD=[-0.02, -0.03], supervised=[0.0, 0.0]) == ["does not hold"]
-    assert answers(FD=[0.05, -0.01], supervised=[0.0, 0.0]) == ["undecided"]  # seeds disagree
+    def answer(rows, reasons=None):
+        lines, table = evaluate.claim_lines(rows, reasons or {})
+        row, = (r for r in table if r[:3] == ["finetuned > supervised", "A, Table 1", "triage"])
+        assert row[-1] in "\n".join(lines)
+        return row[-1], row[4]
+    assert answer(evaluate_rows(FD=[0.02, 0.03], supervised=[0.0, 0.0]))[0] == "holds"
+    assert answer(evaluate_rows(FD=[-0.02, -0.03], supervised=[0.0, 0.0]))[0] == "does not hold"
+    assert answer(evaluate_rows(FD=[0.05, -0.01], supervised=[0.0, 0.0]))[0] == "undecided"
     rows = evaluate_rows(FD=[0.02], supervised=[0.0])
-    spread = np.linspace(-0.1, 0.2, 11)
-    rows["finetuned, dynamics", 1.0]["cells"]["triage"]["boot"]["patient"] = (0.7 + spread, None)
-    assert evaluate.claim_lines(rows, {})[1][1][-1] == "undecided"            # patients disagree
-    lines, table = evaluate.claim_lines(evaluate_rows(FD=[0.02]), {
-        ("supervised", 1.0): "12 pairs: too few"})
-    assert len(table) == 1 and "not run: supervised (12 pairs: too few)" in "\n".join(lines)
+    boot = rows["finetuned, dynamics", 1.0]["each"][0]["triage"]["boot"]
+    boot["patient"] = (0.7 + np.linspace(-0.1, 0.2, 11), np.zeros((11, 1)))
+    assert answer(rows)[0] == "undecided"  # holds over records, not over patients
+    boot["patient"] = rows["supervised", 1.0]["each"][0]["triage"]["boot"]["patient"] = None
+    assert answer(rows)[0] == "not defined"  # a single patient: nothing to resample
+    reasons = {("supervised", 1.0): "12 pairs: too few"}
+    assert answer(evaluate_rows(FD=[0.02]), reasons)[0] == (
+        "not run: supervised (12 pairs: too few)")
+    rows = evaluate_rows(FD=[0.02, 0.03], supervised=[0.0])
+    rows["finetuned, dynamics", 1.0]["seeds"] = [3, 4]
+    assert answer(rows)[0] == "undecided: no seed in common"
+    rows["finetuned, dynamics", 1.0]["seeds"] = [0, 4]  # 4 has no partner and does not count
+    assert answer(rows) == ("holds", pytest.approx(0.02))
 
 
 def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
@@ -2319,7 +2349,7 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(evaluate_roo
             "pre": {"command": [*base, "pretrain", "--frac", "0.01"], "reason": "44 pairs"},
             "probe": {"command": [*base, "probe", "--frac", "0.01", "--init", "runs/study/pre",
                                   "--resume"], "reason": "pre has 44 pairs"}}
-    (study / "study.json").write_text(json.dumps({"cohort": "x", "runs": runs}))
+    (study / "study.json").write_text(json.dumps({"cohort": "toytoytoy", "runs": runs}))
     assert evaluate.planned(runs, "probe") == ("linear probe, dynamics", 0.01)
     code, out, _ = evaluate_cli(capsys, "--runs", "study", "--n-boot", 5)
     table = out.split("### Paper A, Table 2")[1].split("###")[0]
@@ -2336,7 +2366,7 @@ def test_subgroups_are_told_by_sex_age_label_and_the_pair_that_ends_in_the_recor
         study_id=np.arange(5), sex=np.array([0, 1, -1, 0, 1]), has_label=np.array([1, 0, 1, 1, 1],
                                                                                   bool),
         age=np.array([49, 50, 79.9, 80, np.nan]), pair=np.array([[0, 1], [1, 2], [3, 4]]),
-        pair_kind=np.array([0, 2, 1]))
+        pair_kind=np.array([0, 2, 1]), stay=np.array([-1, -1, -1, 5, -1]))
     got = {k: np.flatnonzero(v).tolist() for k, v in evaluate.subgroups(
         cohort, np.array([4, 3, 2, 1, 0])).items()}
     assert got == {"all": [0, 1, 2, 3, 4], "female": [1, 4], "male": [0, 3], "sex unknown": [2],
@@ -2344,6 +2374,8 @@ def test_subgroups_are_told_by_sex_age_label_and_the_pair_that_ends_in_the_recor
                    "age unknown": [0], "labelled": [0, 1, 2, 4], "unlabelled": [3],
                    "first record of the patient": [1, 4], "after a record of the same stay": [3],
                    "after a record of another stay": [0], "pair touches unlabelled": [2]}
+    cohort.stay[:] = -1  # PTB-XL knows no stays, so nothing is said of another one
+    assert "after a labelled record" in evaluate.subgroups(cohort, np.arange(5))
 
 
 def test_evaluate_help_lists_every_flag_and_import_brings_no_torch(capsys):
@@ -3403,6 +3435,7 @@ class LinearWorld:
         self.z_next = self.predict(self.z, self.a) + noise
         self.step = (self.a @ self.effect).square().mean(dim=1).numpy()              # |A a|^2 / D
         self.patient = np.arange(pairs) // 3
+        self.y = (self.a < 0).numpy().astype(np.uint8)  # codes that may end
 
     def predict(self, z, a):
         return z + a.to(z.dtype) @ self.effect.to(z.dtype)
@@ -3442,17 +3475,27 @@ def test_ratio_replicates_of_classes_share_their_draws():
     assert value == pytest.approx(x.mean()) and low < value < high
 
 
-def test_shuffled_actions_move_every_action_to_another_pair_and_keep_the_sparsity():
-    a = np.zeros((50, 60), np.int8)
-    changed = np.random.default_rng(0).permutation(50)[:31]
-    a[changed, np.arange(31)] = 1  # all different, so that a fixed point would show
-    shuffled = evaluate.shuffled_actions(a)
-    assert not (shuffled[changed] == a[changed]).all(axis=1).any()
-    unchanged = np.setdiff1d(np.arange(50), changed)
-    assert not shuffled[unchanged].any()
-    assert sorted(map(bytes, shuffled)) == sorted(map(bytes, a))
-    assert (evaluate.shuffled_actions(a) == shuffled).all()
-    assert (evaluate.shuffled_actions(a, seed=1) != shuffled).any()
+def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
+    rng = np.random.default_rng(0)
+    y, y_next = (rng.random((2, 80, 5)) < 0.4).astype(np.uint8)
+    y_next[::2] = y[::2]  # half of the pairs are unchanged
+    a = y_next.astype(np.int8) - y
+    a[1], y[1] = 1, 0  # everything begins: no other pair's action ...
+    changed = a.any(axis=1)
+    shuffled = evaluate.shuffled_actions(a, y)
+    assert not shuffled[~changed].any()
+    dealt = shuffled.any(axis=1)
+    assert dealt.sum() > 0.9 * changed.sum()  # most find one
+    after = y + shuffled
+    assert ((after == 0) | (after == 1)).all()
+    assert (shuffled[dealt] != a[dealt]).any(axis=1).all()
+    assert {bytes(row) for row in shuffled[dealt]} <= {bytes(row) for row in a[changed]}
+    assert (evaluate.shuffled_actions(a, y) == shuffled).all()
+    assert (evaluate.shuffled_actions(a, y, seed=1) != shuffled).any()
+    alone = np.zeros((3, 2), np.int8)
+    alone[0, 0], alone[1, 1] = 1, -1  # the one needs a code that the other lacks
+    got = evaluate.shuffled_actions(alone, np.array([[0, 0], [1, 1], [0, 0]], np.uint8))
+    assert not got.any()
 
 
 def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
@@ -3460,7 +3503,7 @@ def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
     changed = world.a.any(dim=1).numpy()
     groups = {"all": np.ones(len(changed), bool), "changed": changed, "unchanged": ~changed,
               "none": ~changed & changed, "gap": "dates are not known"}
-    predicted = evaluate.one_step(world, world.z, world.a)
+    predicted = evaluate.one_step(world, world.z, world.a, world.y)
     predicted |= {"mean": world.z_next.mean(dim=0).expand_as(world.z)}
     rows = evaluate.error_rows(predicted, world.z_next, groups, world.patient, 100)
     got = {(row["quantity"], row["group"]): row for row in rows}
@@ -3479,8 +3522,10 @@ def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
         assert got["model", group]["pairs"] == mask.sum()
         assert got["model", group]["patients"] == len(np.unique(world.patient[mask]))
     assert got["gain over zero action", "unchanged"]["value"] == 0
-    # a shuffled action costs |A a - A a'|^2, more than no action at all
-    assert got["shuffled action", "changed"]["value"] > got["zero action", "changed"]["value"]
+    shuffled = torch.from_numpy(evaluate.shuffled_actions(
+        world.a.numpy().astype(np.int8), world.y)).double()
+    cost = ((world.a - shuffled) @ world.effect).square().mean(dim=1).numpy()[changed].mean()
+    assert got["shuffled action", "changed"]["value"] == pytest.approx(noise + cost, rel=0.03)
     assert got["shuffled action", "unchanged"]["value"] == got["model", "unchanged"]["value"]
     assert got["model", "none"]["note"] == "not defined: no such pair"
     assert got["model", "gap"]["note"] == "not defined: dates are not known"
@@ -3489,12 +3534,12 @@ def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
 
 def test_a_model_without_action_has_no_action_rows():
     world = LinearWorld(pairs=30)
-    predicted = evaluate.one_step(world, world.z, world.a, "no action here")
+    predicted = evaluate.one_step(world, world.z, world.a, world.y, "no action here")
     assert predicted["zero action"] == predicted["shuffled action"] == "no action here"
     assert torch.equal(predicted["persistence"], world.z)
     single = torch.zeros_like(world.a)
     single[3, 1] = 1
-    assert "fewer than two" in evaluate.one_step(world, world.z, single)["shuffled action"]
+    assert "fewer than two" in evaluate.one_step(world, world.z, single, world.y)["shuffled action"]
 
 
 def test_refits_with_and_without_the_action_reach_the_known_errors_of_a_linear_world():
@@ -3577,7 +3622,7 @@ def test_retrieval_in_a_linear_world_is_perfect_with_the_action_and_not_without(
     z = torch.cat([world.z, world.z_next, world.z_next + 0.5])  # near, but not the truth
     subject = np.tile(np.arange(200), 3)
     pair = np.stack([np.arange(200), np.arange(200) + 200], axis=1)
-    queries = evaluate.one_step(world, world.z, world.a)
+    queries = evaluate.one_step(world, world.z, world.a, world.y)
     queries = {name: queries[name] for name in ("model", "zero action", "persistence")}
     groups = {"all": np.ones(200, bool), "changed": world.a.any(dim=1).numpy()}
     got = {(row["part"], row["quantity"], row["group"]): row for row in evaluate.retrieval_rows(
@@ -4356,7 +4401,7 @@ def test_counterfactual_refuses_bad_input_in_one_line(pretrained, workplace, tin
     of = ["--study-id", study]
     capsys.readouterr()
     for argv, words in (
-            (["--runs", "base", "blind"], "2 given"), (["--runs", "blind"], "action encoder"),
+            (["--runs", "base", "blind"], "2 given"), (["--runs", "blind"], "--objective invariance"),
             (["--runs", "base", "--onset", "I99"], "its classes are I"),
             (["--runs", "base", "--resolve", "I48"], "--study-id"),
             (["--runs", "real"], "known counterfactual"), (["--runs", "base", *of], "--onset or"),

@@ -238,7 +238,8 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
                    "frac_records": len(rows), "frac_pairs": len(pairs)},
         "init": None if init is None else {
             "run": init.name, "sha256": prepare_data.sha256_of(init / "last.pt"),
-            "args": json.loads((init / "config.json").read_text())["args"]},
+            **{key: json.loads((init / "config.json").read_text())[key]
+               for key in ("args", "cohort")}},
     }
 
 
@@ -246,6 +247,10 @@ def default_pretraining(stem: str, args: argparse.Namespace) -> str:
     """Name of the pretraining that probes and finetunings of this fraction and seed start from."""
     return f"{stem}-pretrain" + (f"-frac{args.frac:g}" if args.frac != 1 else "") \
         + (f"-seed{args.seed}" if args.seed else "")
+
+
+class Diverged(RuntimeError):
+    """A loss that is no longer finite."""
 
 
 class Run:
@@ -683,7 +688,7 @@ def check_finite(unchecked: list[tuple], records_of: Callable) -> None:
     for bad in (~torch.isfinite(losses)).nonzero()[:1, 0].tolist():
         step, items, terms = unchecked[bad]
         found = {k: v.item() for k, v in terms.items()}
-        raise RuntimeError(f"step {step}: loss is {found.pop('minimised')}; terms {found}; record "
+        raise Diverged(f"step {step}: loss is {found.pop('minimised')}; terms {found}; record "
                            f"rows {sorted(set(records_of(items).ravel().tolist()))}")
     unchecked.clear()
 
@@ -2144,7 +2149,10 @@ def pace(cohort: Cohort, device: torch.device) -> dict[str, float]:
 
 def expect(argv: list[str], parser: argparse.ArgumentParser, cohort: Cohort, device: torch.device,
            speed: dict[str, float]) -> tuple[float, str]:
-    """Seconds that a run will take at most, and what it works on; prints nothing."""
+    """Seconds that a run will take, roughly, and what it works on; prints nothing.
+
+    Encoder and MLP probe are counted, an early stop and all that is small beside them are not.
+    """
     args = parser.parse_args(argv)
     with contextlib.redirect_stdout(io.StringIO()):
         check_arguments(args, parser)
@@ -2153,7 +2161,7 @@ def expect(argv: list[str], parser: argparse.ArgumentParser, cohort: Cohort, dev
         n = len(pairs) if args.mode == "pretrain" else len(rows)
         resolve(args, cohort, device, max(n, 1))
     val, test = (int((cohort.split == k).sum()) for k in (1, 2))
-    size = min(args.batch_size, n)
+    size = max(1, min(args.batch_size, n))
     if args.mode == "pretrain":
         if n < MIN_PAIRS:
             return 0.0, f"{n} pairs: too few, wanted {MIN_PAIRS}"
@@ -2219,6 +2227,9 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     left = sum(plan[name][0] for name in runs if name not in done)
     print(f"  {len(runs) - len(done)} to do: about {duration(left)} at the speed measured just "
           "now, then the report", flush=True)
+    for name, argv in runs.items():
+        study["runs"].setdefault(name, {"command": ["python", "train.py", *argv], "seconds": None,
+                                        "reason": "not reached", "what": plan[name][1]})
     began, expected = time.monotonic(), 0.0
     for i, (name, argv) in enumerate(runs.items(), 1):
         took = time.monotonic()
@@ -2235,10 +2246,9 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             reason = study_run(argv, parser)
         if reason:
             print(f"not done: {reason}")
-        seconds = study["runs"].get(name, {}).get("seconds") if name in done else \
-            round(time.monotonic() - took, 1)
-        study["runs"][name] = {"command": ["python", "train.py", *argv], "reason": reason,
-                               "what": plan[name][1], "seconds": seconds}
+        study["runs"][name]["reason"] = reason
+        if name not in done:
+            study["runs"][name]["seconds"] = round(time.monotonic() - took, 1)
         replace_file(folder / "study.json", json.dumps(study, indent=1).encode())
         expected += 0.0 if name in done else plan[name][0]
     study_report(args, cohort, folder)
@@ -2256,7 +2266,7 @@ def study_run(argv: list[str], parser: argparse.ArgumentParser) -> str:
     try:
         train(parser.parse_args(argv), parser)
         return ""
-    except (InputError, RuntimeError) as error:  # no combination found; a loss no longer finite
+    except (InputError, Diverged, torch.OutOfMemoryError) as error:
         return str(error).splitlines()[0]
 
 
@@ -2269,26 +2279,32 @@ def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None
               if f"pretrain-{kind}{first}" in finished}
     test = cohort.split == 2
     begins = (cohort.action == 1)[test[cohort.pair[:, 0]]].sum(axis=0)
+    begins[np.isin(cohort.class_name, cohort.normal_codes)] = 0
     onset = int(begins.argmax())  # the class that begins most often among the test pairs
     asked = ["--onset", cohort.class_name[onset]]
-    pages = [("score", ["--runs", str(folder)])]
+    pages = [("score", ["--runs", str(folder), *["--labelled-only"] * args.labelled_only])]
     if models:
         pages.append(("worldmodel", ["--runs", *models.values()]))
     if cohort.state is not None:
         pages += [("counterfactual", ["--runs", models[kind]]) for kind in ("dynamics", "state")
                   if kind in models]
     if "dynamics" in models:
-        one = np.flatnonzero(test & (cohort.label[:, onset] == 0) & (cohort.quality == 0))[:1]
+        one = np.flatnonzero(test & (cohort.label[:, onset] == 0) & cohort.has_label
+                             & (cohort.quality == 0) & begins.any())[:1]
         pages += [("counterfactual", ["--runs", models["dynamics"], "--study-id",
                                       str(cohort.study_id[row]), *asked]) for row in one]
         pages.append(("embedding", ["--runs", models["dynamics"]]))
-    pages += [("transitions", asked), ("cohort", [])]
+    pages += [("transitions", asked)] * bool(begins.any()) + [("cohort", [])]
     text = [f"# Study of {'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}", ""]
     for i, (mode, flags) in enumerate(pages, 1):
         out = report / f"{i}-{mode}"
         argv = ["--mode", mode, *flags, "--data", str(cohort.path), "--out", str(out)]
         print(f"\npython evaluate.py {' '.join(argv)}", flush=True)
-        if evaluate.main(argv) != 0:
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier report, made anew
+        code = evaluate.main(argv)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code != 0:
             text += [f"`python evaluate.py {' '.join(argv)}` was not done: see its message.", ""]
             continue
         for page in sorted(out.glob("*.md")):
