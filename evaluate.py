@@ -3701,7 +3701,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--study-id", metavar="ID", type=int, help="the record to start from")
     group = p.add_argument_group("intervals")
     group.add_argument("--unit", choices=("record", "patient"), default="record",
-                       help="what the bootstrap resamples (default: %(default)s, as the papers)")
+                       help="what the intervals of score's tables resample; its table of all runs "
+                       "has both (default: %(default)s, as the papers)")
     group.add_argument("--n-boot", type=int, default=1000, help="(default: %(default)s)")
     group = p.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", help="folder of tables and figures (default: "

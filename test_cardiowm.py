@@ -4401,7 +4401,8 @@ def test_counterfactual_refuses_bad_input_in_one_line(pretrained, workplace, tin
     of = ["--study-id", study]
     capsys.readouterr()
     for argv, words in (
-            (["--runs", "base", "blind"], "2 given"), (["--runs", "blind"], "--objective invariance"),
+            (["--runs", "base", "blind"], "2 given"),
+            (["--runs", "blind"], "--objective invariance"),
             (["--runs", "base", "--onset", "I99"], "its classes are I"),
             (["--runs", "base", "--resolve", "I48"], "--study-id"),
             (["--runs", "real"], "known counterfactual"), (["--runs", "base", *of], "--onset or"),

@@ -7,6 +7,7 @@
     python train.py --mode finetune --frac 0.1 --init scratch       # supervised baseline
     python train.py --mode pretrain --frac 0.1 --objective invariance   # naive patient invariance
     python train.py --mode pretrain --frac 0.1 --reg vicreg             # VICReg ablation
+    python train.py --mode reproduce --quick            # both papers' whole matrix, and a report
     python train.py --mode bench                        # how fast each stage is here
     torchrun --nproc_per_node=8 -- train.py --mode pretrain     # on eight GPUs
 
