@@ -679,11 +679,16 @@ def cell_text(cell: dict, unit: str) -> str:
     return f"{cell['auroc']:.3f} {bounds_text(low, high, unit)}"
 
 
+def with_interval(values, digits: int = 3, sign: str = "") -> str:
+    """`0.42 [-0.03..0.46]` of point, low, high; no interval where it is not defined."""
+    point, low, high = (f"{value:{sign}.{digits}f}" for value in values)
+    return "not defined" if point == "nan" else point if low == "nan" else f"{point} [{low}..{high}]"
+
+
 def difference_text(d: dict) -> str:
     """`+0.012 [-0.003..+0.027]`, or that it is not defined."""
-    if np.isnan(d["low"]):
-        return "not defined"
-    return f"{d['point']:+.3f} [{d['low']:+.3f}..{d['high']:+.3f}]"
+    return "not defined" if np.isnan(d["low"]) else with_interval(
+        (d["point"], d["low"], d["high"]), sign="+")
 
 
 def markdown(head: list[str], body: list[list[str]]) -> list[str]:
@@ -2551,14 +2556,11 @@ def untrained_rows(run: dict, cohort: Cohort, used: dict, n_boot: int, progress:
 
 
 def interval_text(row: dict | None, digits: int = 3) -> str:
-    """`0.123 [-0.010, 0.240]`, without the bracket where there is no interval; `not defined`."""
+    """`0.123 [-0.010..0.240]` of a row, without the bracket where there is no interval."""
     if row is None:
         return ""
-    if row["value"] == "":
-        return "not defined"
-    text = f"{row['value']:.{digits}f}"
-    return text if np.isnan(row["low"]) else (
-        f"{text} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]")
+    return "not defined" if row["value"] == "" else with_interval(
+        (row["value"], row["low"], row["high"]), digits)
 
 
 def counts_text(rows: list[dict | None]) -> list[str]:
@@ -3131,15 +3133,6 @@ def truth_head(folder: Path, cohort: Cohort, rows: np.ndarray, cases: np.ndarray
         lines.append(f"Left out: {left_out:,} records that the simulator does not reproduce from "
                      "their state (a code that is no class of the cohort, or another version).")
     return [*lines, ""]
-
-
-def with_interval(values, digits: int = 2) -> str:
-    """`0.42 [0.39-0.45]` of point, low, high; no interval where it is not defined."""
-    point, low, high = values
-    if np.isnan(point):
-        return "not defined"
-    text = f"{point:.{digits}f}"
-    return text if np.isnan(low) else f"{text} [{low:.{digits}f} to {high:.{digits}f}]"
 
 
 def overall_table(result: dict, luck: dict[str, float], names: list[str]) -> list[str]:
