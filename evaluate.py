@@ -517,14 +517,15 @@ def embed(model, signal: np.ndarray, rows: np.ndarray, normalize: str = "zscore"
     return torch.cat(h), torch.cat(z)
 
 
-def caption(cohort: Cohort, rows: np.ndarray, what: str, seed: int | None = None) -> str:
-    """`SYNTHETIC cohort demo, test fold 19: 227 records of 66 patients, 21 classes, seed 0`.
-
-    A file that is itself called cohort.h5 is not named twice.
-    """
-    kind = "SYNTHETIC" if cohort.synthetic else "real"
+def cohort_text(cohort: Cohort) -> str:
+    """`SYNTHETIC cohort demo`; a file that is itself called cohort.h5 is not named twice."""
     name = cohort.name if "cohort" in cohort.name else f"cohort {cohort.name}"
-    return (f"{kind} {name}, {what}: {len(rows):,} records of "
+    return f"{'SYNTHETIC' if cohort.synthetic else 'real'} {name}"
+
+
+def caption(cohort: Cohort, rows: np.ndarray, what: str, seed: int | None = None) -> str:
+    """`SYNTHETIC cohort demo, test fold 19: 227 records of 66 patients, 21 classes, seed 0`."""
+    return (f"{cohort_text(cohort)}, {what}: {len(rows):,} records of "
             f"{len(np.unique(cohort.subject_id[rows])):,} patients, {len(cohort.class_name)} "
             "classes" + ("" if seed is None else f", seed {seed}"))
 
@@ -682,7 +683,9 @@ def cell_text(cell: dict, unit: str) -> str:
 def with_interval(values, digits: int = 3, sign: str = "") -> str:
     """`0.42 [-0.03..0.46]` of point, low, high; no interval where it is not defined."""
     point, low, high = (f"{value:{sign}.{digits}f}" for value in values)
-    return "not defined" if point == "nan" else point if low == "nan" else f"{point} [{low}..{high}]"
+    if "nan" in point:
+        return "not defined"
+    return point if "nan" in low else f"{point} [{low}..{high}]"
 
 
 def difference_text(d: dict) -> str:
@@ -965,7 +968,7 @@ def transition_words(cohort: Cohort, index: int) -> list[str]:
         note += f" Without any code, which is not normal: {' and '.join(lacking)}."
     return [f"began: {names(action > 0)} · ended: {names(action < 0)} · "
             f"stayed: {names((label > 0) & (action == 0))}",
-            f"{'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}, subject_id "
+            f"{cohort_text(cohort)}, subject_id "
             f"{cohort.subject_id[source]}, study_id {cohort.study_id[source]} \u2192 "
             f"{cohort.study_id[target]}, {between}", note]
 
@@ -3119,9 +3122,10 @@ def truth_head(folder: Path, cohort: Cohort, rows: np.ndarray, cases: np.ndarray
              f"{caption(cohort, rows, what, BOOTSTRAP_SEED)}; {cases.sum():,} cases "
              f"(record, code not in its true state), {changed.sum():,} of them with a signal that "
              "the code changes", "",
-             f"Run {folder.name}: {method(config)}, trained on {config['args']['frac']:g} of the "
-             f"training patients, seed {config['args']['seed']}. Truth: the simulator's ECG of the "
-             "same patient and recording with the code added. Means over the cases of a code, "
+             f"Run {folder.name}: {method(config).removeprefix('online probe, ')}, trained on "
+             f"{100 * config['args']['frac']:g} % of the training patients, seed "
+             f"{config['args']['seed']}. Truth: the simulator's ECG of the same patient and "
+             "recording with the code added. Means over the cases of a code, "
              f"then over codes; 95 % intervals of {n_boot:,} bootstraps of {patients:,} patients, "
              f"seed {BOOTSTRAP_SEED}. Mean vectors are of all training records of the cohort."]
     if len(rows) > patients:
@@ -3345,7 +3349,7 @@ def patient_lines(cohort: Cohort, row: int, z, z_zero, z_cf, change: str,
     """What the page says: cohort, record, change, distances beside those of real pairs."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     lines = [caption(cohort, np.arange(len(cohort)), "all splits", config["args"]["seed"]),
-             f"run {folder.name}: {method(config)}",
+             f"run {folder.name}: {method(config).removeprefix('online probe, ')}",
              f"record: {('training', 'validation', 'test')[cohort.split[row]]} split, label "
              f"{codes_of(cohort, cohort.label[row])}"
              + ("" if cohort.has_label[row] else ", a record without any diagnosis")
