@@ -439,6 +439,53 @@ def method(config: dict) -> str:
         for key, found, value in changed if found is not None and str(found) != str(value))
 
 
+def planned_args(runs: dict, name: str) -> dict:
+    """The flags of a study's run as {name: text, or True}, from its command line."""
+    words = runs[name]["command"]
+    return {word[2:].replace("-", "_"): True if value.startswith("--") else value
+            for word, value in zip(words, words[1:] + ["--"]) if word.startswith("--")}
+
+
+def planned(runs: dict, name: str) -> tuple[str, float]:
+    """(method, frac) of a run that a study did not do."""
+    args = planned_args(runs, name)
+    start = Path(args.get("init", "")).name
+    init = {"args": planned_args(runs, start)} if start in runs else None
+    if args["mode"] == "probe":
+        args.setdefault("features", "z" if args.get("head") == "mlp" else "h")
+    return method({"args": args, "init": init}), float(args.get("frac", 1.0))
+
+
+def find_runs(names: list[str], only: str = "") -> tuple[list[Path], dict[str, dict]]:
+    """Folders of finished runs; a study of train.py --mode reproduce stands for all of its own.
+
+    Args: only, the mode of train.py that a study's runs are restricted to.
+    Returns: folders, and {sha256 of a cohort: {(method, frac): what a study could not run, why}}.
+    """
+    folders, reasons = [], {}
+    for name in names:
+        folder = next((folder for folder in (Path("runs") / name, Path(name))
+                       if (folder / "study.json").is_file()), None)
+        if folder is None:
+            folders.append(find_run(name))
+            continue
+        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        runs, why = study["runs"], reasons.setdefault(study["cohort"], {})
+        finished = [n for n in runs if (folder / n / "predictions_test.npz").is_file()]
+        chosen = [n for n in finished if only in ("", planned_args(runs, n)["mode"])]
+        folders += [folder / n for n in chosen]
+        for n in runs:
+            if n not in finished:
+                why[planned(runs, n)] = runs[n]["reason"] or "not finished"
+        if not chosen:
+            raise InputError(f"--runs {name}: no {only or 'run'} of that study is finished; go on "
+                             "with the command that began it")
+    for i, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:i]]:
+            raise InputError(f"--runs: {folder} is given twice; name each run once")
+    return folders, reasons
+
+
 # ----------------------------------------------------------------------------------------------
 # Frozen models, embeddings, and what every output says of itself
 # ----------------------------------------------------------------------------------------------
@@ -2423,12 +2470,8 @@ def latent_rows(h, z, subject: np.ndarray, n_boot: int) -> list:
 
 def scorecard_runs(names: list[str]) -> list[dict]:
     """Finished pretrainings of one cohort, as load_run gives them, with `label` and `action`."""
-    folders = [find_run(name) for name in names]
-    for i, folder in enumerate(folders):
-        if folder.resolve() in [other.resolve() for other in folders[:i]]:
-            raise InputError(f"--runs: {folder} is given twice; name each run once")
     runs = []
-    for folder in folders:
+    for folder in find_runs(names, "pretrain")[0]:
         model, checkpoint = load_world_model(folder)
         run = load_run(folder)
         action = run["config"]["args"].get("action") or "coded"
@@ -3466,48 +3509,6 @@ def draw_leads(axes, signal: np.ndarray | None, fs: int, base: np.ndarray, top: 
 # ----------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------
-
-
-def find_runs(names: list[str]) -> tuple[list[Path], dict[str, dict[tuple, str]]]:
-    """Folders of finished runs; a study of train.py --mode reproduce stands for all of its own.
-
-    Returns: folders, and {sha256 of a cohort: {(method, frac): what a study could not run, why}}.
-    """
-    folders, reasons = [], {}
-    for name in names:
-        folder = next((folder for folder in (Path("runs") / name, Path(name))
-                       if (folder / "study.json").is_file()), None)
-        if folder is None:
-            folders.append(find_run(name))
-            continue
-        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        runs, why = study["runs"], reasons.setdefault(study["cohort"], {})
-        finished = [n for n in runs if (folder / n / "predictions_test.npz").is_file()]
-        folders += [folder / n for n in finished]
-        for n in runs:
-            if n not in finished:
-                why[planned(runs, n)] = runs[n]["reason"] or "not finished"
-        if not finished:
-            raise InputError(f"--runs {name}: no run of that study is finished; go on with the "
-                             "command that began it")
-    for i, folder in enumerate(folders):
-        if folder.resolve() in [other.resolve() for other in folders[:i]]:
-            raise InputError(f"--runs: {folder} is given twice; name each run once")
-    return folders, reasons
-
-
-def planned(runs: dict, name: str) -> tuple[str, float]:
-    """(method, frac) of a run that a study did not do, from its command line."""
-    def parse(words: list[str]) -> dict:
-        pairs = zip(words, words[1:] + ["--"])
-        return {word[2:].replace("-", "_"): True if value.startswith("--") else value
-                for word, value in pairs if word.startswith("--")}
-    args = parse(runs[name]["command"])
-    start = Path(args.get("init", "")).name
-    init = {"args": parse(runs[start]["command"])} if start in runs else None
-    if args["mode"] == "probe":
-        args.setdefault("features", "z" if args.get("head") == "mlp" else "h")
-    return method({"args": args, "init": init}), float(args.get("frac", 1.0))
 
 
 def run_score(args: argparse.Namespace) -> None:

@@ -2351,6 +2351,10 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(evaluate_roo
                                   "--resume"], "reason": "pre has 44 pairs"}}
     (study / "study.json").write_text(json.dumps({"cohort": "toytoytoy", "runs": runs}))
     assert evaluate.planned(runs, "probe") == ("linear probe, dynamics", 0.01)
+    assert evaluate.find_runs(["study"], "finetune")[0] == [study.relative_to(
+        evaluate_root.parent) / name for name in ("supervised", "supervised-frac0.01")]
+    with pytest.raises(InputError, match="no pretrain of that study is finished"):
+        evaluate.find_runs(["study"], "pretrain")
     code, out, _ = evaluate_cli(capsys, "--runs", "study", "--n-boot", 5)
     table = out.split("### Paper A, Table 2")[1].split("###")[0]
     assert code == 0 and "not run: pre has 44 pairs" in table and "0.515 [0.500-0.526]" in table
