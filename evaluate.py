@@ -894,7 +894,8 @@ def claim_lines(rows: dict[tuple, dict], reasons: dict[tuple, str]) -> tuple[lis
             answer = "holds"
         elif max(*(d["high"] for d in found.values()), *per_seed) < 0:
             answer = "does not hold"
-        seeds = " ".join(f"{seed}: {d:+.3f}" for seed, d in zip(shared, per_seed, strict=True))
+        seeds = " ".join(f"{seed}: {d:+.3f}" for seed, d in zip(shared, per_seed, strict=True)
+                         if not np.isnan(d)) or "-"
         p = found["patient"]["p"]
         body.append([text, paper, task, f"{frac:g}", difference_text(found["record"]),
                      difference_text(found["patient"]), "-" if np.isnan(p) else f"{p:.3f}", seeds,
