@@ -1916,6 +1916,12 @@ def build_parser() -> argparse.ArgumentParser:
             plain = action.default is None or action.default is False
             return action.help if plain else super()._get_help_string(action)
 
+    class OneOrMore(argparse.Action):
+        """Stores one value as itself, several as a list."""
+
+        def __call__(self, parser, namespace, values, option_string=None) -> None:
+            setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--mode", required=True,
                         choices=["pretrain", "finetune", "probe", "reproduce", "bench"],
@@ -1974,7 +1980,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--quick", action="store_true", help="a smoke run: very few epochs")
     group = parser.add_argument_group("run")
     group.add_argument("--run", help="name under runs/, or a path (unset: made from the flags)")
-    group.add_argument("--seed", type=int, nargs="+", default=0, metavar="SEED",
+    group.add_argument("--seed", type=int, nargs="+", default=0, metavar="SEED", action=OneOrMore,
                        help="of patients, weights, batches and directions; reproduce takes several")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
