@@ -886,8 +886,8 @@ class Pretraining:
         self.network = parallel(Transition(model, online), device)
         self.sigreg = cardiowm.SIGReg(args.slices).to(device)
         if args.compile:
-            # gradient_ratio goes through a graph twice: its buffers must not be given away
-            torch._functorch.config.donated_buffer = False
+            from torch._functorch import config
+            config.donated_buffer = False  # gradient_ratio goes through a graph twice
             model.encoder.compile()
             self.sigreg.compile()
         self.signals = Signals(cohort, device, args.cache, args.normalize)
