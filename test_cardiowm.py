@@ -2220,7 +2220,7 @@ def test_patient_bootstrap_covers_where_the_records_of_a_patient_are_alike():
         hits += got["low"] <= truth <= got["high"]
         got = evaluate.bootstrap_auroc(y, score, 200, seed)
         records += got["low"] <= truth <= got["high"]
-    assert 0.90 <= hits / trials <= 0.98, hits / trials  # 60 patients: percentiles are a bit narrow
+    assert 0.92 <= hits / trials <= 0.98, hits / trials
     assert records / trials < 0.75  # five copies of each patient are not five patients
 
 
