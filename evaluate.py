@@ -520,13 +520,6 @@ def why_no_action(model, checkpoint: dict) -> str:
     return "trained on zero actions alone (--action none)" if none else ""
 
 
-def refuse_actionless(folder: Path, model, checkpoint: dict) -> None:
-    """Raises InputError for a pretraining that has not learnt what an action does."""
-    if why := why_no_action(model, checkpoint):
-        raise InputError(f"run {folder}: {why}, so no state follows from one; give a pretraining "
-                         "with --objective dynamics and --action coded or state")
-
-
 def cohort_of(folder: Path, data: str | None) -> Cohort:
     """The cohort that a run was trained on: --data, else where its config.json says it was.
 
@@ -539,6 +532,34 @@ def cohort_of(folder: Path, data: str | None) -> Cohort:
                          f"{folder} was trained on ({wanted['name']}, sha256 "
                          f"{wanted['sha256'][:8]}, found {cohort.sha256[:8]}); give that one")
     return cohort
+
+
+def one_world_model(args: argparse.Namespace) -> tuple:
+    """(folder, model, checkpoint, cohort) of the one pretraining named, that has learnt actions.
+
+    Raises: InputError for several runs, or one that has not learnt what an action does.
+    """
+    if len(args.runs) > 1:
+        raise InputError(f"--runs: {len(args.runs)} given; --mode {args.mode} wants one "
+                         "pretraining")
+    folder = find_run(args.runs[0])
+    model, checkpoint = load_world_model(folder)
+    if why := why_no_action(model, checkpoint):
+        raise InputError(f"run {folder}: {why}, so no state follows from one; give a pretraining "
+                         "with --objective dynamics and --action coded or state")
+    return folder, model, checkpoint, cohort_of(folder, args.data)
+
+
+def own_action(cohort: Cohort, pairs: np.ndarray, which: str) -> np.ndarray:
+    """(P, K) int8 of pairs (P,): what a run trained with --action `which` is told about them.
+
+    coded: the change of the label set, a = y_next - y (A, section 3.1); state: that of the true
+    states, which the demo cohort holds; none: zeros, the same architecture without information.
+    """
+    if which == "state":
+        source, target = cohort.pair[pairs].T
+        return cohort.state[target].astype(np.int8) - cohort.state[source].astype(np.int8)
+    return cohort.action[pairs] * np.int8(which == "coded")
 
 
 def embed(model, signal: np.ndarray, rows: np.ndarray, normalize: str = "zscore",
@@ -1528,12 +1549,7 @@ def draw_embedding(points: dict, y_plot: np.ndarray, cohort: Cohort, text: str):
 
 def run_embedding(args: argparse.Namespace) -> None:
     """`--mode embedding`: B's Figure 2 for one pretraining: embedding.png and embedding.md."""
-    if len(args.runs) > 1:
-        raise InputError(f"--runs: {len(args.runs)} given; --mode embedding wants one pretraining")
-    folder = find_run(args.runs[0])
-    model, checkpoint = load_world_model(folder)
-    refuse_actionless(folder, model, checkpoint)
-    cohort = cohort_of(folder, args.data)
+    folder, model, checkpoint, cohort = one_world_model(args)
     points = embedding_points(model, cohort, checkpoint["normalize"])
     n, rows = len(points["kind"]), points["rows"]
     perplexity, iterations = min(30, (n - 1) / 3), 500
@@ -1978,14 +1994,6 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, unit: np.ndar
 
 
 # One-step error
-
-
-def own_action(cohort: Cohort, pairs: np.ndarray, which: str) -> np.ndarray:
-    """(P, K) int8, what a run trained with --action `which` is told about these pairs."""
-    if which == "state":
-        source, target = cohort.pair[pairs].T
-        return cohort.state[target].astype(np.int8) - cohort.state[source].astype(np.int8)
-    return cohort.action[pairs] * np.int8(which == "coded")
 
 
 def shuffled_actions(a: np.ndarray, y: np.ndarray, seed: int = SCORECARD_SEED) -> np.ndarray:
@@ -2893,12 +2901,7 @@ PERSISTENCE = "no change (persistence)"
 
 def run_counterfactual(args: argparse.Namespace) -> None:
     """`--mode counterfactual`: one record's page with --study-id, else the demo's ground truth."""
-    if len(args.runs) > 1:
-        raise InputError(f"--runs: {len(args.runs)} given; --mode counterfactual takes one")
-    folder = find_run(args.runs[0])
-    model, checkpoint = load_world_model(folder)
-    refuse_actionless(folder, model, checkpoint)
-    cohort = cohort_of(folder, args.data)
+    folder, model, checkpoint, cohort = one_world_model(args)
     onset = class_columns(cohort, args.onset, "--onset")
     resolve = class_columns(cohort, args.resolve, "--resolve")
     if args.study_id is not None:

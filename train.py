@@ -835,16 +835,10 @@ def scores_of(head: nn.Module, inputs: Tensor) -> np.ndarray:
 
 def action_of(cohort: Cohort, pairs: np.ndarray, which: str) -> Tensor:
     """(P,) pair indices -> (P, K) int8: the label change, the true state change, or zeros."""
-    if which == "coded":
-        return torch.from_numpy(cohort.action[pairs])
-    if which == "none":  # same architecture, no information: does the model use the action?
-        return torch.zeros(len(pairs), len(cohort.class_name), dtype=torch.int8)
-    if cohort.state is None:
+    if which == "state" and cohort.state is None:
         raise InputError(f"--action state: {cohort.path} holds no true states (only the demo "
                          "cohort does); leave --action out")
-    source, target = cohort.pair[pairs].T
-    state = torch.from_numpy(cohort.state.astype(np.int8))
-    return state[target] - state[source]
+    return torch.from_numpy(evaluate.own_action(cohort, pairs, which))
 
 
 def gradient_ratio(pred: Tensor, reg: Tensor, model: nn.Module) -> float:
