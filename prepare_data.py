@@ -858,6 +858,23 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.study_id)
 
+    def action_of(self, pairs: np.ndarray, which: str) -> np.ndarray:
+        """What a model is told of pairs (P,), (P, K) int8 in {-1, 0, 1}.
+
+        coded: the change of the label set, a = y_next - y (A, section 3.1); state: that of what is
+        truly expressed, known of the demo cohort alone; none: zeros, the same architecture without
+        information. Raises: InputError for state where the cohort has none.
+        """
+        if which == "none":
+            return np.zeros_like(self.action[pairs])
+        if which == "coded":
+            return self.action[pairs]
+        if self.state is None:
+            raise InputError(f"action state: {self.path} holds no true states, as only a demo "
+                             "cohort does; take the action coded or none")
+        source, target = self.pair[pairs].T
+        return self.state[target].astype(np.int8) - self.state[source].astype(np.int8)
+
 
 WANTED = "wanted: a cohort .h5, as prepare_data.py writes it"
 
@@ -1348,10 +1365,35 @@ def simulate(patient: int, codes, seed: int, fs: float = 500, seconds: float = 1
     return TWELVE.astype(np.float32) @ eight
 
 
+def resimulate(cohort: Cohort, row: int, codes, other: int = 0) -> np.ndarray:
+    """(12, T) float16 mV: what the demo cohort would store, had the patient of `row` had `codes`.
+
+    `other` is added to the seed: another recording. Planted defects and 5 uV steps are left out.
+    """
+    x = simulate(cohort.subject_id[row], codes, cohort.study_id[row] + other,
+                 nuisance=cohort.arguments["nuisance"])                      # (12, 5000), 500 Hz
+    return decimate(x, 500 // cohort.fs)[:, :SECONDS * cohort.fs].astype(np.float16)
+
+
+def without_signature(cohort: Cohort) -> list[str]:
+    """Classes of a synthetic cohort that do not change the ECG: negative controls of any read-out.
+
+    Found by simulating: an empty entry of SIGNATURE is not enough, since some codes act elsewhere
+    (on the rhythm, or by the patient's coronary territory).
+    """
+    if not cohort.synthetic:
+        return []
+    plain = simulate(0, (), 0)
+    return [name for name in cohort.class_name
+            if name in SIGNATURE and (simulate(0, name, 0) == plain).all()]
+
+
 # ----------------------------------------------------------------------------------------------
 # Demo cohort: histories of patients, written as WFDB records in MIMIC-IV-ECG's layout
 # ----------------------------------------------------------------------------------------------
-DEMO_PATIENTS = 1200      # 10 % of the training patients then hold about 340 training pairs
+DEMO_PATIENTS = 2400      # 10 % of the training patients then hold about 400 training pairs
+FOLDS = "50/10/40"        # % of the patients that train, validate, test: a test patient costs only
+                          # simulating, and a few dozen of them could decide nothing
 LABEL_FIDELITY = 0.85     # 1: coded = expressed; below: omitted, wrong and silent codes
 MAX_RECORDS = 30          # of one patient; MIMIC: 260
 SPACING = 100_000         # subject_ids set aside for one --seed, so that another has other people
@@ -1443,7 +1485,8 @@ def demo_history(subject_id: int, label_fidelity: float = LABEL_FIDELITY) -> lis
     now += timedelta(minutes=int(rng.integers(90 * 525_960)))
     person = dict(gender="M" if rng.random() < .51 else "F", anchor_year=now.year,
                   anchor_age=int(age), dod="", subject_id=subject_id)
-    person["fold"] = person["strat_fold"] = int(_stream("fold", subject_id).integers(20))
+    u = _stream("fold", subject_id).random()                     # of its own: FOLDS move no history
+    person["fold"] = person["strat_fold"] = int(36 * u) if u < .5 else 18 if u < .6 else 19
     silent = dict(zip(COURSE, coding.random(len(COURSE)) < .5 * (1 - label_fidelity)))
     other = rng.choice(OTHER_CODES, 12, replace=False).tolist()
     carried, rows = {}, []
@@ -1548,7 +1591,8 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
             ("--nuisance", nuisance, 0, 10), ("--seed", seed, 0, 2**31)):
         if not low <= value <= high:
             raise InputError(f"{flag} {value}: a value from {low} to {high} is wanted")
-    stamp = dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed))
+    stamp = dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed),
+                 folds=FOLDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1580,6 +1624,15 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     _write_csv(root / "demo_state.csv", ("study_id", "state"), rows)
     _write_csv(root / "records_w_diag_icd10.csv", DIAGNOSES, rows)
     _write_csv(root / "record_list.csv", RECORD_LIST, rows)
+
+
+def fold_note(cohort: Cohort) -> str:
+    """One line on a demo cohort that was built before FOLDS, with few test patients; else ""."""
+    if cohort.source != "demo" or "folds" in cohort.arguments:
+        return ""
+    train, val, test = (np.unique(cohort.subject_id[cohort.split == s]).size for s in range(3))
+    return (f"{cohort.path}: a demo cohort with the older folds, of {train:,} training, {val:,} "
+            f"validation, {test:,} test patients; one built now has {FOLDS} %")
 
 
 def read_state(root: Path, table: dict) -> np.ndarray:
@@ -1625,15 +1678,15 @@ def build(
         arguments["patients"] = DEMO_PATIENTS if patients is None else patients
         arguments["label_fidelity"] = LABEL_FIDELITY if label_fidelity is None else label_fidelity
         arguments["nuisance"] = NUISANCE if nuisance is None else nuisance
-        arguments["seed"] = seed
+        arguments |= {"seed": seed, "folds": FOLDS}
     if out.exists():  # before the demo's folder is touched
         refuse_other(out, {"source": source, "arguments": arguments})
     if source == "demo":
         if 500 % fs:
             raise InputError(f"--fs {fs}: the demo is simulated at 500 Hz, of which it must be a "
                              "divisor: 500, 250, 125, 100 or 50")
-        simulated = {name: value for name, value in arguments.items() if name != "fs"}
-        write_demo(root, workers=workers, **simulated)
+        knobs = ("patients", "label_fidelity", "nuisance", "seed")
+        write_demo(root, workers=workers, **{name: arguments[name] for name in knobs})
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder; wanted: the one that holds the CSV files")
     print(f"{root}: reading the CSV files")
@@ -1657,7 +1710,8 @@ def build(
         with locked(out):
             fill(out, root, table, identity, workers)
             write_cohort(out, table, identity | {"fs": fs, "synthetic": synthetic})
-    print(summary(Cohort(out)))
+    cohort = Cohort(out)
+    print("\n".join(filter(None, (summary(cohort), fold_note(cohort)))))
     return out
 
 
@@ -1733,7 +1787,7 @@ def main(argv: list[str] | None = None) -> int:
         if check is not None:
             cohort = Cohort(check)
             check_cohort(cohort)
-            print(summary(cohort), "ok", sep="\n")
+            print("\n".join(filter(None, (summary(cohort), fold_note(cohort), "ok"))))
         else:
             build(**args)
     except InputError as error:

@@ -1585,6 +1585,24 @@ def test_histories_are_shaped_like_mimic():
             assert "I25" in row["state"] or not any("I25" in r["state"] for r in history)
 
 
+def test_half_of_the_demo_trains_a_tenth_validates_and_four_tenths_test():
+    folds = [prepare_data.demo_history(10_000_000 + i)[0]["fold"] for i in range(2400)]
+    count = np.bincount(folds, minlength=20)
+    for found, wanted in ((count[:18].sum(), .5), (count[18], .1), (count[19], .4)):
+        error = np.sqrt(wanted * (1 - wanted) / 2400)
+        assert abs(found / 2400 - wanted) < 4 * error
+    assert count.min() > 30 and len(count) == 20
+
+
+def test_the_folds_of_the_demo_move_no_history():
+    """Digest of 50 histories without folds, as they were when a tenth of them was held out."""
+    rows = [row for i in range(50) for row in prepare_data.demo_history(10_000_000 + i)]
+    for row in rows:
+        del row["fold"], row["strat_fold"]
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=bool).encode()).hexdigest()
+    assert digest[:16] == "d520e3659282e865"
+
+
 def test_full_label_fidelity_means_coded_is_expressed():
     for subject_id in range(10_000_000, 10_000_080):
         for row in prepare_data.demo_history(subject_id, label_fidelity=1):
@@ -1675,6 +1693,42 @@ def test_another_cohort_seed_is_of_other_patients(demo_root, tmp_path):
 def test_a_demo_of_other_knobs_is_refused(demo_root, knob):
     with pytest.raises(prepare_data.InputError):
         prepare_data.write_demo(demo_root, **{"patients": 6, **knob})
+
+
+def test_older_folds_are_told_from_new_ones(demo_root, tmp_path):
+    out = prepare_data.build("demo", tmp_path / "demo", tmp_path / "c.h5", patients=6, workers=1)
+    cohort = prepare_data.Cohort(out)
+    assert prepare_data.fold_note(cohort) == ""
+    older = {name: value for name, value in cohort.arguments.items() if name != "folds"}
+    with h5py.File(out, "r+") as file:
+        file.attrs["arguments"] = json.dumps(older)
+    note = prepare_data.fold_note(prepare_data.Cohort(out))
+    patients = [len(set(cohort.subject_id[cohort.split == s])) for s in range(3)]
+    assert "older folds" in note and sum(patients) == 6
+    assert [int(n) for n in re.findall(r"(\d+) (?:training|validation|test)", note)] == patients
+    with pytest.raises(InputError, match="differs in folds"):
+        prepare_data.build("demo", tmp_path / "demo", out, patients=6)
+    stamp = json.loads((tmp_path / "demo/demo.json").read_text())
+    del stamp["folds"]
+    (tmp_path / "demo/demo.json").write_text(json.dumps(stamp))
+    with pytest.raises(InputError, match="folds"):
+        prepare_data.write_demo(tmp_path / "demo", patients=6)
+
+
+def test_the_action_of_a_pair_is_the_coded_the_true_or_no_change(demo_root, tmp_path):
+    out = prepare_data.build("demo", demo_root, tmp_path / "c.h5", patients=6, workers=1)
+    cohort = prepare_data.Cohort(out)
+    pairs = np.flatnonzero(cohort.action.any(axis=1))
+    for which, of in (("coded", cohort.label), ("state", cohort.state)):
+        wanted = [of[b].astype(int) - of[a] for a, b in cohort.pair[pairs]]
+        got = cohort.action_of(pairs, which)
+        assert got.dtype == np.int8 and got.any()
+        np.testing.assert_array_equal(got, wanted)
+    got = cohort.action_of(pairs, "none")
+    assert got.shape == (len(pairs), len(cohort.class_name)) and not got.any()
+    cohort.state = None
+    with pytest.raises(InputError, match="true states"):
+        cohort.action_of(pairs, "state")
 
 
 def test_planted_defects_come_at_mimics_rates():
