@@ -29,9 +29,8 @@ import shutil
 import signal as signals  # "signal" is the ECG in this project
 import sys
 import time
-import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -51,16 +50,10 @@ QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samp
     "shorter than 10 s, zero-padded": 32,
 }
 INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
-REASONS = (  # why a record with a header is rejected; position + 2 is its code in the status file
-    "signal file missing",
-    "signal file truncated",
-    "checksum differs",  # a bit has flipped in the file: such a signal is not silently learned from
-    "unreadable",
-    "lead missing or twice",
-    "unit unknown",
-    "fs not a multiple",
-    "beyond float16",
-)
+# Why a record with a header is rejected; position + 2 is its code in the status file. A checksum
+# that differs tells of a flipped bit: such a signal is not silently learned from.
+REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
+           "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16")
 MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 FLOAT16_MAX = 65504.0
 FORMAT_VERSION = 1
@@ -68,28 +61,6 @@ CRC_ROWS = 4096  # rows of `signal` under one checksum
 CHUNK = 256  # records that a worker claims at a time: what a kill can lose
 SOURCES = ("mimic", "ptbxl", "demo")
 SPLITS = ("train", "val", "test")
-
-# Full release of MIMIC-IV-ECG with the labels of Ext-ICD 1.0.1 (A, Appendix A; B, section 3)
-GOLDEN_RECORDS = 800_035
-GOLDEN = {
-    "records": 800_035, "patients": 161_352, "patients with one record": 57_344,
-    "patients with two or more": 104_008, "records per patient, mean": 4.96,
-    "records per patient, median": 2, "records per patient, max": 260,
-    "pairs": 638_683, "stable pairs": 465_842, "changed pairs": 172_841,
-    "patients with a changed pair": 55_808, "changed pairs per such patient": 3.10,
-    "|a|1 = 1": 56_271, "|a|1 = 2": 39_413, "|a|1 = 3": 31_217, "|a|1 = 4": 21_315,
-    "|a|1 = 5": 12_732, "|a|1 = 6": 6_643, "|a|1 = 7": 3_110, "|a|1 = 8": 1_297,
-    "|a|1 = 9": 518, "|a|1 = 10": 213, "|a|1 > 10": 112, "classes": 76,
-    "classes per record, mean": 1.45,
-    "codes in the source": 15_197, "codes per record, mean": 8.15,
-    "unlabelled records": 332_030, "all-zero label rows in train": 389_309,
-    "train records": 721_002, "val records": 39_464, "test records": 39_569,
-    "val first in stay": 14_456, "test first in stay": 14_237,
-    "train pairs": 575_784, "val pairs": 31_397, "test pairs": 31_502,
-    "train changed pairs": 155_766, "val changed pairs": 8_644, "test changed pairs": 8_431,
-    "records with I10": 181_341, "records with I25": 144_756, "records with I48": 123_899,
-    "records with I50": 122_684, "records with I12": 70_871,
-}
 
 
 class InputError(ValueError):
@@ -103,83 +74,53 @@ class Rejected(Exception):
 class Progress:
     """Count, rate, time left on stderr: one line rewritten on a terminal, else a line every 10 s.
 
-    Args: total: what makes 100 %. unit: the word after the count. label: the word before it.
+    Args: total: what makes 100 %. unit: the word after the count. label: what stands before it.
     """
 
     def __init__(self, total: int, unit: str, label: str = ""):
         self.total, self.unit, self.label = total, unit, label
-        self.count, self.start, self.tty = 0, time.monotonic(), sys.stderr.isatty()
-        self.shown, self.width = self.start - (60 if self.tty else 0), 0
+        self.count, self.tty = 0, sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
 
-    def update(self, n: int = 1, note: str = "") -> None:
-        """Count n more; note is free text at the end of the line."""
+    def update(self, n: int = 1, last: bool = False) -> None:
+        """Count n more, and print if it is time to; the last line has the total time."""
         self.count += n
         now = time.monotonic()
-        if now - self.shown >= (0.2 if self.tty else 10):
-            self.shown = now
-            left = (self.total - self.count) * (now - self.start) / max(self.count, 1)
-            self._line(f"{clock(left)} left" + (f" · {note}" if note else ""), "")
+        if not last and now - self.shown < (0.2 if self.tty else 10):
+            return
+        self.shown, passed = now, max(now - self.start, 1e-9)
+        left = passed if last else (self.total - self.count) * passed / max(self.count, 1)
+        tail = f"{timedelta(seconds=round(left))} {'in all' if last else 'left'}"  # 0:02:05 left
+        line = (f"{self.label} {self.count:,}/{self.total:,} {self.unit} · "
+                f"{self.count / passed:,.1f}/s · {tail}").strip()
+        start = "\r\x1b[K" if self.tty else ""  # wipes the line before it
+        print(start + line, end="" if self.tty and not last else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Print the last line, with the total time."""
-        self._line(f"in {clock(time.monotonic() - self.start)}", "\n")
-
-    def _line(self, tail: str, end: str) -> None:
-        rate = self.count / max(time.monotonic() - self.start, 1e-9)
-        line = f"{self.label} {self.count:,}/{self.total:,} {self.unit} · {rate:,.1f}/s · {tail}"
-        line = line.strip()
-        if self.tty:
-            padding = " " * (self.width - len(line))  # wipes what a longer line left behind
-            self.width, line = len(line), f"\r{line}{padding}"
-        print(line, end=end if self.tty else "\n", file=sys.stderr, flush=True)
+        """Print the last line."""
+        self.update(0, last=True)
 
 
-def clock(seconds: float) -> str:
-    """A duration as 4 s, 2 min 05 s or 3 h 07 min."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a small file whole or not at all; `sync` also outlives a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        if sync:
+            os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------
 # One WFDB record -> (12, T) millivolts (PhysioNet header(5), signal(5); MIMIC-IV-ECG, PTB-XL)
 # ----------------------------------------------------------------------------------------------
-
-
-def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
-    """Read one record, mend it and bring it to fs.
-
-    Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
-    Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
-    Raises: Rejected with one of REASONS. Not thread-safe: it works in shared scratch arrays.
-    """
-    x, recorded_fs = read_signal(path, scratch)  # (12, n)
-    q, samples, quality = round(recorded_fs / fs), SECONDS * fs, 0
-    if q < 1 or abs(recorded_fs - q * fs) > 1e-6 * recorded_fs:
-        raise Rejected("fs not a multiple")
-    if x.shape[1] > samples * q:
-        quality |= CUT
-        # as if cut after the filter, which reaches 10 output samples ahead
-        x = x[:, : (samples + 10) * q] if q > 1 else x[:, :samples]
-    elif -(-x.shape[1] // q) < samples:
-        quality |= PADDED
-    low, high = x.min(axis=1), x.max(axis=1)  # NaN where the lead holds one
-    if np.isnan(low).any():
-        quality |= mend(x, recorded_fs)  # before the filter, which would smear a gap
-        low, high = x.min(axis=1), x.max(axis=1)
-    if (low == high).any():
-        quality |= DEAD
-        x[low == high] = 0
-    if max(high.max(), -low.min()) > LIMIT_MV:
-        quality |= BEYOND
-    x = decimate(x, q, scratch)[:, :samples]
-    if quality & BEYOND and np.abs(x).max() > FLOAT16_MAX:
-        raise Rejected("beyond float16")  # the header's gain or unit is wrong
-    out = np.zeros((12, samples), "<f2")
-    out[:, : x.shape[1]] = x
-    return out, quality
 
 
 @functools.lru_cache(maxsize=16)
@@ -188,9 +129,87 @@ def scratch(role: str, shape: tuple, dtype: str) -> np.ndarray:
     return np.empty(shape, dtype)
 
 
-def fresh(role: str, shape: tuple, dtype: str) -> np.ndarray:
-    """Uninitialised array of the caller's own."""
-    return np.empty(shape, dtype)
+fresh = scratch.__wrapped__  # the same without memory: an array of the caller's own
+
+
+@functools.lru_cache(maxsize=1024)
+def lead_order(names: tuple[str, ...]) -> list[int]:
+    """Positions of LEADS in names, whatever the case; further signals are left out."""
+    names = [name.strip().lower() for name in names]
+    if any(names.count(lead.lower()) != 1 for lead in LEADS):
+        raise Rejected("lead missing or twice")
+    return [names.index(lead.lower()) for lead in LEADS]
+
+
+def millivolts(x: np.ndarray, gains, baselines, units, order: list[int]) -> np.ndarray:
+    """ADC units (12, n) in the order of LEADS -> mV, in place; the other fields in file order."""
+    scale = [MILLIVOLTS.get(unit.lower()) for unit in units]
+    if any(scale[i] is None for i in order):
+        raise Rejected("unit unknown")
+    if any(baselines[i] for i in order):
+        x -= np.array([baselines[i] for i in order], np.float32)[:, None]
+    x *= np.array([scale[i] / gains[i] for i in order], np.float32)[:, None]
+    return x
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_gain(text: str, adc_zero: str) -> tuple[float, float, str]:
+    """`200.0(0)/mV` -> gain in ADC units per unit, baseline, unit; ValueError if not that plain."""
+    gain, _, unit = text.partition("/")
+    gain, _, baseline = gain.partition("(")
+    if not math.isfinite(float(gain)) or float(gain) <= 0 or (baseline and baseline[-1] != ")"):
+        raise ValueError(text)
+    return float(gain), float(baseline[:-1] or adc_zero), unit or "mV"
+
+
+def plain_header(path: str) -> tuple | None:
+    """Parse a header of the common kind: one segment, one format-16 file, one sample per frame.
+
+    Returns: (file, fs, samples, names, gains, baselines, checksums, units), or None for any other
+    header, which is then wfdb's to read. Source: PhysioNet header(5).
+    """
+    try:
+        with open(path, "rb", buffering=0) as handle:
+            lines = handle.read().decode().splitlines()
+        lines = [line for line in lines if line and line[0] != "#"]
+        name, leads, fs, samples = lines[0].split()[:4]
+        fields = [line.split(None, 8) for line in lines[1:]]
+        leads, fs, samples = int(leads), float(fs), int(samples)
+        file = fields[0][0]
+        if not (samples > 0 and fs > 0 and len(fields) == leads) or "/" in name:
+            return None
+        if any(field[0] != file or field[1] != "16" or field[7] != "0" for field in fields):
+            return None
+        # MIMIC's checksums are signed, others are not: both mean the low 16 bits
+        checksums = np.array([int(field[6]) & 0xFFFF for field in fields])
+        names = tuple(field[8].strip() for field in fields)
+        gains, baselines, units = zip(*(parse_gain(field[2], field[4]) for field in fields))
+        return file, fs, samples, names, gains, baselines, checksums, units
+    except (ValueError, IndexError, OSError):
+        return None
+
+
+def read_with_wfdb(path: str) -> tuple[np.ndarray, float]:
+    """read_signal for records that are not plain: other formats, several files or segments."""
+    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
+
+    try:
+        record = wfdb.rdrecord(path, physical=False)
+        missing = np.isnan(record.dac())  # (n, signals); each format has its code for "missing"
+        stored, found = record.checksum, record.calc_checksum()
+        raw, names = record.d_signal, record.sig_name
+    except FileNotFoundError:
+        raise Rejected("signal file missing") from None
+    except Exception as error:  # wfdb lets whatever a bad file causes escape
+        raise Rejected("unreadable") from error
+    order = lead_order(tuple(names))
+    if not raw.size:
+        raise Rejected("unreadable")
+    if any(a is not None and (a ^ int(b)) & 0xFFFF for a, b in zip(stored or [], found)):
+        raise Rejected("checksum differs")
+    x = np.ascontiguousarray(raw.T[order]).astype(np.float32)
+    x[np.ascontiguousarray(missing.T[order])] = np.nan
+    return millivolts(x, record.adc_gain, record.baseline, record.units, order), float(record.fs)
 
 
 def read_signal(path: str | Path, empty: Callable = fresh) -> tuple[np.ndarray, float]:
@@ -228,91 +247,11 @@ def read_signal(path: str | Path, empty: Callable = fresh) -> tuple[np.ndarray, 
     return millivolts(x, gains, baselines, units, order), fs
 
 
-def plain_header(path: str) -> tuple | None:
-    """Parse a header of the common kind: one segment, one format-16 file, one sample per frame.
-
-    Returns: (file, fs, samples, names, gains, baselines, checksums, units), or None for any other
-    header, which is then wfdb's to read. Source: PhysioNet header(5).
-    """
-    try:
-        with open(path, "rb", buffering=0) as handle:
-            lines = handle.read().decode().splitlines()
-        lines = [line for line in lines if line and line[0] != "#"]
-        name, leads, fs, samples = lines[0].split()[:4]
-        fields = [line.split(None, 8) for line in lines[1:]]
-        leads, fs, samples = int(leads), float(fs), int(samples)
-        file = fields[0][0]
-        if not (samples > 0 and fs > 0 and len(fields) == leads) or "/" in name:
-            return None
-        if any(field[0] != file or field[1] != "16" or field[7] != "0" for field in fields):
-            return None
-        # MIMIC's checksums are signed, others are not: both mean the low 16 bits
-        checksums = np.array([int(field[6]) & 0xFFFF for field in fields])
-        names = tuple(field[8].strip() for field in fields)
-        gains, baselines, units = zip(*(parse_gain(field[2], field[4]) for field in fields))
-        return file, fs, samples, names, gains, baselines, checksums, units
-    except (ValueError, IndexError, OSError):
-        return None
-
-
-@functools.lru_cache(maxsize=1024)
-def parse_gain(text: str, adc_zero: str) -> tuple[float, float, str]:
-    """`200.0(0)/mV` -> gain in ADC units per unit, baseline, unit; ValueError if not that plain."""
-    gain, _, unit = text.partition("/")
-    gain, _, baseline = gain.partition("(")
-    if not math.isfinite(float(gain)) or float(gain) <= 0 or (baseline and baseline[-1] != ")"):
-        raise ValueError(text)
-    return float(gain), float(baseline[:-1] or adc_zero), unit or "mV"
-
-
-@functools.lru_cache(maxsize=1024)
-def lead_order(names: tuple[str, ...]) -> list[int]:
-    """Positions of LEADS in names, whatever the case; further signals are left out."""
-    names = [name.strip().lower() for name in names]
-    if any(names.count(lead.lower()) != 1 for lead in LEADS):
-        raise Rejected("lead missing or twice")
-    return [names.index(lead.lower()) for lead in LEADS]
-
-
-def millivolts(x: np.ndarray, gains, baselines, units, order: list[int]) -> np.ndarray:
-    """ADC units (12, n) in the order of LEADS -> mV, in place; the other fields in file order."""
-    scale = [MILLIVOLTS.get(unit.lower()) for unit in units]
-    if any(scale[i] is None for i in order):
-        raise Rejected("unit unknown")
-    if any(baselines[i] for i in order):
-        x -= np.array([baselines[i] for i in order], np.float32)[:, None]
-    x *= np.array([scale[i] / gains[i] for i in order], np.float32)[:, None]
-    return x
-
-
-def read_with_wfdb(path: str) -> tuple[np.ndarray, float]:
-    """read_signal for records that are not plain: other formats, several files or segments."""
-    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
-
-    try:
-        record = wfdb.rdrecord(path, physical=False)
-        missing = np.isnan(record.dac())  # (n, signals); each format has its code for "missing"
-        stored, found = record.checksum, record.calc_checksum()
-        raw, names = record.d_signal, record.sig_name
-    except FileNotFoundError:
-        raise Rejected("signal file missing") from None
-    except Exception as error:  # wfdb lets whatever a bad file causes escape
-        raise Rejected("unreadable") from error
-    order = lead_order(tuple(names))
-    if not raw.size:
-        raise Rejected("unreadable")
-    if any(a is not None and (a ^ int(b)) & 0xFFFF for a, b in zip(stored or [], found)):
-        raise Rejected("checksum differs")
-    x = np.ascontiguousarray(raw.T[order]).astype(np.float32)
-    x[np.ascontiguousarray(missing.T[order])] = np.nan
-    return millivolts(x, record.adc_gain, record.baseline, record.units, order), float(record.fs)
-
-
 def mend(x: np.ndarray, fs: float) -> int:
     """Fill the NaN of x (leads, samples) in place; returns the QUALITY bits of what was done.
 
     A run up to 100 ms is interpolated linearly (at an end of the record its one neighbour is held),
-    a longer one set to 0 mV. A's runs set every NaN to 0.
+    a longer one set to 0 mV. Differs: A's runs set every NaN to 0.
     """
     quality = 0
     for lead in x:
@@ -327,6 +266,18 @@ def mend(x: np.ndarray, fs: float) -> int:
             else:
                 quality |= INTERPOLATED
     return quality
+
+
+@functools.lru_cache(maxsize=16)
+def decimation_matrix(q: int) -> np.ndarray:
+    """(20 q, 40): what a block adds to its own 20 outputs | to those of the block before it."""
+    t = np.arange(-10 * q, 10 * q + 1)
+    taps = np.sinc(t / q) * np.kaiser(t.size, 5.0)
+    taps /= taps.sum()  # unit gain at 0 Hz
+    band = np.zeros((40 * q, 20))
+    for m in range(20):
+        band[m * q:m * q + taps.size, m] = taps
+    return np.hstack([band[:20 * q], band[20 * q:]]).astype(np.float32)
 
 
 def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
@@ -350,16 +301,38 @@ def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
     return (y[:, :-1, :20] + y[:, 1:, 20:]).reshape(leads, -1)[:, :outputs]
 
 
-@functools.lru_cache(maxsize=16)
-def decimation_matrix(q: int) -> np.ndarray:
-    """(20 q, 40): what a block adds to its own 20 outputs | to those of the block before it."""
-    t = np.arange(-10 * q, 10 * q + 1)
-    taps = np.sinc(t / q) * np.kaiser(t.size, 5.0)
-    taps /= taps.sum()  # unit gain at 0 Hz
-    band = np.zeros((40 * q, 20))
-    for m in range(20):
-        band[m * q : m * q + taps.size, m] = taps
-    return np.hstack([band[: 20 * q], band[20 * q :]]).astype(np.float32)
+def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
+    """Read one record, mend it and bring it to fs.
+
+    Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
+    Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
+    Raises: Rejected with one of REASONS. Not thread-safe: it works in shared scratch arrays.
+    """
+    x, recorded_fs = read_signal(path, scratch)  # (12, n)
+    q, samples, quality = round(recorded_fs / fs), SECONDS * fs, 0
+    if q < 1 or abs(recorded_fs - q * fs) > 1e-6 * recorded_fs:
+        raise Rejected("fs not a multiple")
+    if x.shape[1] > samples * q:
+        quality |= CUT
+        # as if cut after the filter, which reaches 10 output samples ahead
+        x = x[:, :(samples + 10) * q] if q > 1 else x[:, :samples]
+    elif -(-x.shape[1] // q) < samples:
+        quality |= PADDED
+    low, high = x.min(axis=1), x.max(axis=1)  # NaN where the lead holds one
+    if np.isnan(low).any():
+        quality |= mend(x, recorded_fs)  # before the filter, which would smear a gap
+        low, high = x.min(axis=1), x.max(axis=1)
+    if (low == high).any():
+        quality |= DEAD
+        x[low == high] = 0
+    if max(high.max(), -low.min()) > LIMIT_MV:
+        quality |= BEYOND
+    x = decimate(x, q, scratch)[:, :samples]
+    if quality & BEYOND and np.abs(x).max() > FLOAT16_MAX:
+        raise Rejected("beyond float16")  # the header's gain or unit is wrong
+    out = np.zeros((12, samples), "<f2")
+    out[:, :x.shape[1]] = x
+    return out, quality
 
 
 # ----------------------------------------------------------------------------------------------
@@ -378,38 +351,6 @@ COLUMNS = {  # of a table and of the cohort file; the first three are the order 
     "sex": np.int8,  # 0 F, 1 M, -1 missing
     "has_label": bool,  # the source gives this record any code at all, of whatever chapter
 }
-
-
-def csv_rows(path: Path, required: tuple, optional: tuple = ()):
-    """Yield the named columns of each row as a tuple of text, "" where an optional one lacks.
-
-    A row that cannot be parsed, or with more or fewer fields than the header, comes as None.
-    """
-    try:
-        handle = open(path, encoding="utf-8-sig", errors="replace", newline="")
-    except OSError as error:
-        wanted = f"wanted: a CSV file with the columns {', '.join(required)}"
-        raise InputError(f"{path}: {error.strerror}; {wanted}") from None
-    with handle:
-        reader = csv.reader(handle)
-        header = [name.strip() for name in next(reader, [])]
-        if lacking := [name for name in required if name not in header]:
-            found = ", ".join(header)[:200] or "an empty file"
-            raise InputError(f"{path}: no column {', '.join(lacking)}; found: {found}")
-        if absent := [name for name in optional if name not in header]:
-            print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
-        where = [header.index(name) if name in header else None for name in required + optional]
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                yield None
-                continue
-            if row:  # a blank line is no row
-                sound = len(row) == len(header)
-                yield tuple("" if i is None else row[i] for i in where) if sound else None
 
 
 def number(text: str, missing: int | None = None) -> int:
@@ -436,79 +377,61 @@ def parse_codes(text: str) -> tuple[str, ...]:
         value = ast.literal_eval(text.strip())
     except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(text) from error
-    if not isinstance(value, (list, dict)) or not all(isinstance(code, str) for code in value):
+    # Python joins 'I10' 'I48' into one: two quotes to a code
+    if (not isinstance(value, (list, dict)) or not all(isinstance(code, str) for code in value)
+            or text.count("'") + text.count('"') != 2 * len(value)):
         raise ValueError(text)
     return tuple(value)
 
 
-def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
-    """Table of a folder in MIMIC-IV-ECG's layout, joined on study_id with the CSV of Ext-ICD.
+def read_rows(path: Path, required: tuple, optional: tuple, parse: Callable, what: str,
+              rejected: collections.Counter, key: Callable = number) -> tuple[dict, int]:
+    """{id: parse(id, *texts)} of a CSV file with these columns, the first its id; its row count.
 
-    Labels: codes of `all_diag_all` that start with I (ICD-10 chapter IX), first three characters;
-    the classes are those of the whole CSV, so that a partial download has them all. Of several rows
-    with one study_id the first counts. Source: A, section 4.1 and Appendix A.
+    An optional column that lacks gives "". Of several rows with one id the first counts; where it
+    cannot be parsed the value is None. `rejected` counts "WHAT duplicated" and "WHAT malformed".
     """
-    rejected = collections.Counter()
-    known, distinct = mimic_labels(labels, rejected)
-    classes = sorted({code[:3] for code in distinct if code.startswith("I") and len(code) >= 3})
-    rows, seen, listed = [], set(), 0
-    required = ("study_id", "subject_id", "path")
-    for row in csv_rows(root / "record_list.csv", required, ("ecg_time",)):
-        listed += 1
-        try:
-            study_id, subject_id = number(row[0]), number(row[1])
-            ecg_time, path = seconds(row[3]), row[2].strip()
-        except (ValueError, TypeError):  # TypeError: the row is None
-            rejected["record_list row malformed"] += 1
-            continue
-        if study_id in seen:
-            rejected["record_list row duplicated"] += 1
-            continue
-        seen.add(study_id)
-        if study_id not in known:
-            rejected["no label row"] += 1
-        elif known[study_id] is not None:  # None: counted as malformed already
-            values, codes = known[study_id]
-            if values[0] != subject_id:
-                rejected["subject_id differs between the CSV files"] += 1
-                continue
-            values = (subject_id, ecg_time if ecg_time >= 0 else values[1], *values[2:])
-            rows.append((values, codes, path))
-    rejected["label row without a listed record"] = len(known.keys() - seen)
-    table = make_table(root, rows, classes, lambda code: code[:3], patients, rejected)
-    return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
+    rows, listed = {}, 0
+    try:
+        handle = open(path, encoding="utf-8-sig", errors="replace", newline="")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; wanted: a CSV file with the columns "
+                         f"{', '.join(required)}") from None
+    with handle:
+        reader = csv.reader(handle)
+        header = [name.strip() for name in next(reader, [])]
+        if lacking := [name for name in required if name not in header]:
+            raise InputError(f"{path}: no column {', '.join(lacking)}; found: "
+                             f"{', '.join(header)[:200] or 'an empty file'}")
+        if absent := [name for name in optional if name not in header]:
+            print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
+        where = [header.index(name) if name in header else None for name in required + optional]
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error:
+                row = [*header, "unreadable"]  # a field too many: malformed
+            if row is None:
+                return rows, listed
+            if not row:
+                continue  # a blank line is no row
+            listed += 1
+            try:
+                if len(row) != len(header):
+                    raise ValueError(row)
+                texts = ["" if i is None else row[i] for i in where]
+                name = key(texts[0])
+                if name in rows:
+                    rejected[f"{what} duplicated"] += 1
+                    continue
+                rows[name] = None  # until the row has proved sound
+                rows[name] = parse(name, *texts[1:])
+            except ValueError:
+                rejected[f"{what} malformed"] += 1
 
 
-def mimic_labels(path: Path, rejected: collections.Counter) -> tuple[dict, set]:
-    """{study_id: (values of COLUMNS, codes), or None where malformed}; all codes of the CSV."""
-    required = ("study_id", "subject_id", "all_diag_all", "fold", "ecg_no_within_stay")
-    optional = ("hosp_hadm_id", "ed_stay_id", "age", "gender", "ecg_time")
-    known, distinct = {}, set()
-    for row in csv_rows(path, required, optional):
-        try:
-            study_id, subject_id, codes, fold, ecg_no, hospital, ed, age, gender, ecg_time = row
-            study_id = number(study_id)
-            if study_id in known:
-                rejected["label row duplicated"] += 1
-                continue
-            known[study_id] = None  # until the row has proved sound
-            codes, fold, ecg_no = parse_codes(codes), number(fold), number(ecg_no, -1)
-            stay = number(hospital, -1)
-            stay = number(ed, -1) if stay == -1 else stay
-            sex = {"F": 0, "M": 1}.get(gender.strip().upper(), -1)
-            if not (0 <= fold <= 19 and -1 <= ecg_no < 2**15):
-                raise ValueError(row)
-            values = (number(subject_id), seconds(ecg_time), study_id, fold, max(fold - 17, 0))
-            values += (ecg_no, stay, float(age or "nan"), sex, len(codes) > 0)
-        except (ValueError, TypeError):
-            rejected["label row malformed"] += 1
-            continue
-        known[study_id] = values, codes
-        distinct.update(codes)
-    return known, distinct
-
-
-def make_table(root, rows, class_name, class_of, patients, rejected) -> dict:
+def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable,
+               patients: int | None, rejected: collections.Counter) -> dict:
     """Rows (values of COLUMNS, codes, path) -> {column: array, "label", "path", ...}, sorted.
 
     Leaves out rows without a header file, then all but the first `patients` by subject_id. Raises
@@ -517,29 +440,69 @@ def make_table(root, rows, class_name, class_of, patients, rejected) -> dict:
     rows.sort(key=lambda row: row[0][:3])
     for (a, *_), (b, *_) in zip(rows, rows[1:]):
         if a[0] == b[0] and a[3] != b[3]:
-            raise InputError(
-                f"patient {a[0]} lies in folds {a[3]} and {b[3]} (study_id {a[2]}, {b[2]}); "
-                "a patient may be in one fold only: correct the fold column"
-            )
+            raise InputError(f"patient {a[0]} lies in folds {a[3]} and {b[3]} (study_id {a[2]}, "
+                             f"{b[2]}); a patient may be in one fold only: correct the fold column")
     found = [row for row in rows if os.path.exists(f"{root}/{row[2]}.hea")]
     rejected["header file missing"] = len(rows) - len(found)
     if patients is not None:
         chosen = set(sorted({row[0][0] for row in found})[:patients])
         found = [row for row in found if row[0][0] in chosen]
     if not found:
-        raise InputError(
-            f"{root}: no record of the CSV files is there ({len(rows):,} sought, as "
-            f"{root}/{rows[0][2]}.hea); --root is the folder that holds the CSV files"
-            if rows else f"{root}: the CSV files name no record with labels; {dict(+rejected)}"
-        )
-    columns = zip(COLUMNS.items(), zip(*(row[0] for row in found)))
-    table = {name: np.array(values, dtype) for (name, dtype), values in columns}
+        example = f"{root}/{rows[0][2]}.hea" if rows else "rows that can be read"
+        raise InputError(f"{root}: found none of the {len(rows):,} records of the CSV files, left "
+                         f"out {dict(+rejected)}; wanted: {example}")
+    values, codes, path = zip(*found)
+    table = {name: np.array(column, dtype)
+             for (name, dtype), column in zip(COLUMNS.items(), zip(*values))}
     position = {name: k for k, name in enumerate(class_name)}
     table["label"] = np.zeros((len(found), len(class_name)), np.uint8)
-    for label, (_, codes, _) in zip(table["label"], found):
-        label[[position[class_of(c)] for c in codes if class_of(c) in position]] = 1
-    table |= dict(class_name=class_name, path=[row[2] for row in found], rejected=rejected)
-    return table | dict(code_count=np.array([len(row[1]) for row in found]))
+    for label, own in zip(table["label"], codes):
+        label[[position[class_of(code)] for code in own if class_of(code) in position]] = 1
+    table["code_count"] = np.array([len(own) for own in codes])
+    return table | dict(class_name=class_name, path=list(path), rejected=rejected)
+
+
+def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
+    """Table of a folder in MIMIC-IV-ECG's layout, joined on study_id with the CSV of Ext-ICD.
+
+    Labels: codes of `all_diag_all` that start with I (ICD-10 chapter IX), first three characters;
+    the classes are those of the whole CSV, so that a partial download has them all. Folds 0 to 17
+    train, 18 validates, 19 tests. Source: A, section 4.1 and Appendix A.
+    """
+    def label_row(study_id, subject_id, codes, fold, ecg_no, hospital, ed, age, gender, ecg_time):
+        codes, fold, ecg_no = parse_codes(codes), number(fold), number(ecg_no, -1)
+        if not (0 <= fold <= 19 and -1 <= ecg_no < 2**15):
+            raise ValueError(fold, ecg_no)
+        stay = number(hospital, -1)
+        stay = number(ed, -1) if stay == -1 else stay
+        sex = {"F": 0, "M": 1}.get(gender.strip().upper(), -1)
+        return (number(subject_id), seconds(ecg_time), study_id, fold, max(fold - 17, 0), ecg_no,
+                stay, float(age or "nan"), sex, len(codes) > 0), codes
+
+    rejected, rows = collections.Counter(), []
+    required = ("study_id", "subject_id", "all_diag_all", "fold", "ecg_no_within_stay")
+    optional = ("hosp_hadm_id", "ed_stay_id", "age", "gender", "ecg_time")
+    known, _ = read_rows(labels, required, optional, label_row, "label row", rejected)
+    entries, listed = read_rows(
+        root / "record_list.csv", ("study_id", "subject_id", "path"), ("ecg_time",),
+        lambda study_id, subject_id, path, ecg_time: (number(subject_id), seconds(ecg_time),
+                                                      path.strip()), "record_list row", rejected)
+    entries = {study_id: entry for study_id, entry in entries.items() if entry}
+    rejected["label row without a listed record"] = len(known.keys() - entries)
+    for study_id, (subject_id, ecg_time, path) in entries.items():
+        if study_id not in known:
+            rejected["no label row"] += 1
+        elif known[study_id] is not None:  # None: counted as malformed already
+            values, codes = known[study_id]
+            if values[0] != subject_id:
+                rejected["subject_id differs between the CSV files"] += 1
+                continue
+            ecg_time = ecg_time if ecg_time >= 0 else values[1]
+            rows.append(((subject_id, ecg_time, *values[2:]), codes, path))
+    distinct = set().union(*{row[1] for row in known.values() if row})
+    classes = sorted({code[:3] for code in distinct if code.startswith("I") and len(code) >= 3})
+    table = make_table(root, rows, classes, lambda code: code[:3], patients, rejected)
+    return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -561,12 +524,9 @@ def make_pairs(table: dict) -> dict:
     gap_days[(time_s[a] < 0) | (time_s[b] < 0)] = np.nan
     kind = np.where((stay[a] == stay[b]) & (stay[a] >= 0), 0, 1)
     kind[~(table["has_label"][a] & table["has_label"][b])] = 2
-    return {
-        "pair": np.stack([a, b], axis=1).astype(np.int32),  # (P, 2)
-        "action": label[b] - label[a],  # (P, K)
-        "gap_days": gap_days.astype(np.float32),
-        "pair_kind": kind.astype(np.uint8),
-    }
+    return {"pair": np.stack([a, b], axis=1).astype(np.int32),  # (P, 2)
+            "action": label[b] - label[a],  # (P, K)
+            "gap_days": gap_days.astype(np.float32), "pair_kind": kind.astype(np.uint8)}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -576,158 +536,85 @@ def make_pairs(table: dict) -> dict:
 TODO, KEPT = 0, 1  # in the status file; from 2 on: REASONS
 
 
-def fill(out: Path, root: Path, table: dict, identity: dict, workers: int) -> None:
-    """Read the records of the table into OUT.partial/{signal,quality,status}.npy.
-
-    Goes on where a killed build stopped. A row counts as done only after its signal is on the disk;
-    rejected rows are tried again. Raises InputError when the folder belongs to another build or the
-    disk is too small.
-    """
-    folder, n, plan = partial(out), len(table["path"]), partial(out) / "plan.json"
-    fs, fresh = identity["arguments"]["fs"], not plan.exists()
-    if not fresh and (differs := difference(json.loads(plan.read_text()), identity)):
-        raise InputError(
-            f"{folder} holds an unfinished build that differs in {differs}; repeat the command "
-            "that began it, or delete that folder"
-        )
-    check_disk(out, n, fs)
-    if fresh:
-        allocate(folder, table["path"], SECONDS * fs)
-        replace_file(plan, json.dumps(identity).encode())
-    status = np.load(folder / "status.npy", mmap_mode="r+")
-    status[status != KEPT] = TODO
-    if not fresh:
-        print(f"{folder}: going on, {np.count_nonzero(status):,} of {n:,} records are there")
-    run_workers(folder, root, fs, status, workers)
-
-
-def partial(out: Path) -> Path:
-    """The folder beside `out` in which it grows."""
-    return out.with_name(out.name + ".partial")
-
-
-@contextlib.contextmanager
-def locked(out: Path):
-    """Make partial(out) and hold it for this process; however that ends, the system lets go."""
-    try:
-        partial(out).mkdir(parents=True, exist_ok=True)
-        handle = open(partial(out) / "lock", "w")
-    except OSError as error:
-        raise InputError(f"--out {out}: {error}; name a file in a folder you may write") from None
-    with handle:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no such lock
-        except OSError:
-            raise InputError(f"--out {out}: another process is building it; wait for it") from None
-        yield
-
-
 def difference(found: dict, wanted: dict) -> str:
     """Name the first thing in which two identities differ; empty when they are equal."""
     for name in wanted:
-        a, b = found.get(name), wanted[name]
-        if a != b and isinstance(a, dict) and isinstance(b, dict):
-            key = next(key for key in a | b if a.get(key) != b.get(key))
-            a, b, name = a.get(key), b.get(key), key if name == "arguments" else f"{name} of {key}"
-        if a != b:
-            return f"{name.replace('_', '-')} ({str(a)[:12]} there, {str(b)[:12]} now)"
+        a, b = (value if isinstance(value, dict) else {name: value}
+                for value in (found.get(name), wanted[name]))
+        for key in a | b:
+            then, now = str(a.get(key))[:12], str(b.get(key))[:12]
+            if a.get(key) != b.get(key):
+                return f"{key.replace('_', '-')} ({then} there, {now} now)"
     return ""
 
 
-def check_disk(out: Path, n: int, fs: int) -> None:
-    """Print the disk need; InputError when it does not fit."""
-    need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
-    held = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in partial(out).iterdir())
-    free = shutil.disk_usage(partial(out)).free + held
-    print(
-        f"{out}: {n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
-        f"after; {free / 1e9:.2f} GB are free"
-    )
-    if need + 2**20 > free:
-        raise InputError(
-            f"--out {out}: the build needs {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are "
-            "free; free some, choose another disk, or take a lower --fs or fewer --patients"
-        )
+@contextlib.contextmanager
+def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Path, np.ndarray]]:
+    """Hold OUT.partial, in which `out` grows, for this process; yields it and its status map.
 
+    However the process ends, the system lets go, and the next one goes on with what is KEPT. Raises
+    InputError where the folder belongs to another build or process, or the disk is too small.
+    """
+    folder, n, fs = out.with_name(out.name + ".partial"), len(paths), identity["arguments"]["fs"]
+    plan = folder / "plan.json"  # written last: what it describes is there
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "w"))
+            with contextlib.suppress(ImportError):  # Windows has no such lock
+                import fcntl
 
-def allocate(folder: Path, paths: list[str], samples: int) -> None:
-    """Create the files that workers share; reserves the disk, since a full one kills a map."""
-    np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
-    shapes = {"signal": ((len(paths), 12, samples), "<f2"), "quality": ((len(paths),), "<u2")}
-    for name, (shape, dtype) in (shapes | {"status": ((len(paths),), "u1")}).items():
-        file = folder / f"{name}.npy"
-        np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
-        if hasattr(os, "posix_fallocate"):
-            with open(file, "r+b") as handle:
-                try:
-                    os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
-                except OSError as error:
-                    raise InputError(f"{file}: {error.strerror}; choose another --out") from None
-
-
-def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a small file whole or not at all; `sync` also outlives a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        if sync:
-            os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: int) -> None:
-    """Start the workers, show progress from the status file, end when all rows are done."""
-    context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
-    next_row, arguments = context.Value("q", 0), (str(folder), str(root), fs)
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    before = {name: os.environ.get(name) for name in threads}
-    workers = min(workers, -(-len(status) // CHUNK))
-    processes = [
-        context.Process(target=work, args=(*arguments, next_row, os.getpid()), daemon=True)
-        for _ in range(workers)
-    ]
-    done = np.count_nonzero(status)
-    progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
-    try:
-        os.environ.update(threads)  # the workers' BLAS reads them at start: one thread each
-        with without_main():
-            for process in processes:
-                process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.05)
-            now = np.count_nonzero(status)
-            progress.update(now - done)
-            done = now
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        for process in processes:
-            if process.pid:
-                process.terminate()
-                process.join()
-        progress.update(np.count_nonzero(status) - done)
-        progress.close()
-    if np.count_nonzero(status) < len(status):
-        codes = [process.exitcode for process in processes]
-        raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            begun = plan.exists()
+            if begun and (differs := difference(json.loads(plan.read_text()), identity)):
+                raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
+                                 "repeat the command that began it, or delete that folder")
+            need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
+            held = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in folder.iterdir())
+            free = shutil.disk_usage(folder).free + held
+            disk = (f"{n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
+                    f"after; {free / 1e9:.2f} GB are free")
+            print(f"{out}: {disk}")
+            if need + 2**20 > free:
+                raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
+                                 "lower --fs or fewer --patients")
+            if not begun:
+                np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
+                for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
+                                           ("quality", "<u2", (n,)), ("status", "u1", (n,))):
+                    file = folder / f"{name}.npy"
+                    np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
+                    if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes a map
+                        with open(file, "r+b") as handle:
+                            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+                replace_file(plan, json.dumps(identity).encode())
+        except BlockingIOError:
+            raise InputError(f"--out {out}: another process is building it; wait for it") from None
+        except OSError as error:
+            raise InputError(f"--out {out}: {error}; choose another --out") from None
+        status = np.load(folder / "status.npy", mmap_mode="r+")
+        status[status != KEPT] = TODO  # rejected rows are tried again
+        if begun:
+            print(f"{folder}: going on, {np.count_nonzero(status):,} of {n:,} records are there")
+        yield folder, status
 
 
 @contextlib.contextmanager
-def without_main():
+def without_main() -> Iterator[None]:
     """Processes spawned inside import this module alone, not the script that called it.
 
-    From train.py each would load torch first: seconds, and some 100 MB a worker.
+    From train.py each would load torch first: seconds, and some 100 MB a worker. Their BLAS, which
+    reads these variables when it starts, gets one thread each.
     """
     main = sys.modules["__main__"]
     file = None if __name__ == "__main__" else vars(main).pop("__file__", None)
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     try:
         yield
     finally:
+        os.environ.clear()
+        os.environ.update(before)
         if file is not None:
             main.__file__ = file
 
@@ -737,15 +624,14 @@ def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
     path, signal, quality, status = (
         np.load(f"{folder}/{name}.npy", mmap_mode="r" if name == "path" else "r+")
-        for name in ("path", "signal", "quality", "status")
-    )
+        for name in ("path", "signal", "quality", "status"))
     while os.getppid() == parent:
         with next_row.get_lock():
             first = next_row.value
             next_row.value += CHUNK
         if first >= len(path):
             return
-        chunk = np.array(status[first : first + CHUNK])
+        chunk = np.array(status[first:first + CHUNK])
         for row in np.flatnonzero(chunk != KEPT) + first:
             try:
                 signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
@@ -754,42 +640,62 @@ def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
                 chunk[row - first] = 2 + REASONS.index(str(reason))
         signal.flush()  # before the status, so that a power cut leaves no row done but empty
         quality.flush()
-        status[first : first + CHUNK] = chunk
+        status[first:first + CHUNK] = chunk
 
 
-def write_cohort(out: Path, table: dict, attributes: dict) -> None:
-    """Compact the kept rows of partial(out) into `out`: written elsewhere, synced, renamed."""
-    folder = partial(out)
-    status, signal, quality = (
-        np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("status", "signal", "quality")
-    )
+def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: int) -> None:
+    """Start the workers, show progress from the status file, end when all rows are done."""
+    context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
+    arguments = (str(folder), str(root), fs, context.Value("q", 0), os.getpid())
+    workers = min(workers, -(-len(status) // CHUNK))
+    processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
+    done = np.count_nonzero(status)
+    progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
+    try:
+        with without_main():
+            for process in processes:
+                process.start()
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.05)
+            progress.update(np.count_nonzero(status) - done - progress.count)
+    finally:
+        for process in processes:
+            if process.pid:
+                process.terminate()
+                process.join()
+        progress.update(np.count_nonzero(status) - done - progress.count, last=True)
+    if np.count_nonzero(status) < len(status):
+        codes = [process.exitcode for process in processes]
+        raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+
+
+def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
+    """Compact the kept rows of the workspace into `out`: written elsewhere, synced, renamed."""
+    status, signal, quality = (np.load(folder / f"{part}.npy", mmap_mode="r")
+                               for part in ("status", "signal", "quality"))
     keep = np.flatnonzero(status == KEPT)
-    rejected = table["rejected"] + collections.Counter(
-        {reason: int(np.count_nonzero(status == code)) for code, reason in enumerate(REASONS, 2)}
-    )  # the sum of two Counters leaves zeros out
+    rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
+        REASONS[code - 2] for code in status[status > KEPT].tolist())
     if not len(keep):
         shutil.rmtree(folder)  # nothing in it is worth going on with
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in rejected.items())
-        raise InputError(f"{out}: no record could be read ({reasons})")
+        raise InputError(f"{out}: no record could be read; left out: {dict(rejected)}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
-    data = rows | make_pairs(rows) | {"quality": quality[keep]}
-    per_record = float(table["code_count"][keep].mean())
-    codes = {"distinct": table["distinct_codes"], "per_record": per_record}
+    codes = {"distinct": table["distinct_codes"],
+             "per_record": float(table["code_count"][keep].mean())}
+    attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes, leads=LEADS,
+                                   normal_codes=table["normal_codes"], rejected=rejected)
     temporary = folder / "cohort.h5"
     with h5py.File(temporary, "w") as file:
-        for name, array in data.items():
+        for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
             file[name] = array
-        width = max(len(name) for name in table["class_name"])
-        file["class_name"] = np.array([name.encode() for name in table["class_name"]], f"S{width}")
+        file["class_name"] = np.array([name.encode() for name in table["class_name"]])
         stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
         crc = []
         for first in range(0, len(keep), CRC_ROWS):
-            block = signal[keep[first : first + CRC_ROWS]]  # (4096, 12, T)
-            stored[first : first + CRC_ROWS] = block
+            block = signal[keep[first:first + CRC_ROWS]]  # (4096, 12, T)
+            stored[first:first + CRC_ROWS] = block
             crc.append(zlib.crc32(block))
         file["signal_crc32"] = np.array(crc, np.uint32)
-        attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes)
-        attributes |= dict(leads=LEADS, normal_codes=table["normal_codes"], rejected=dict(rejected))
         for name, value in attributes.items():
             # lists and dicts as JSON text: every HDF5 reader can show it
             plain = isinstance(value, (bool, int, float, str))
@@ -804,10 +710,20 @@ def write_cohort(out: Path, table: dict, attributes: dict) -> None:
 # Cohort: the reader of the file
 # ----------------------------------------------------------------------------------------------
 
-DATASETS = (*COLUMNS, "label", "quality", "pair", "action", "gap_days", "pair_kind", "class_name")
-DATASETS += ("signal", "signal_crc32")
-ATTRIBUTES = ("fs", "leads", "unit", "source", "synthetic", "normal_codes", "format_version")
-ATTRIBUTES += ("arguments", "csv_sha256", "records_sha256", "rejected", "listed", "codes")
+CONTENT = (  # datasets, then attributes
+    *COLUMNS, "label", "quality", "pair", "action", "gap_days", "pair_kind", "class_name", "signal",
+    "signal_crc32", "fs", "leads", "unit", "source", "synthetic", "normal_codes", "format_version",
+    "arguments", "csv_sha256", "records_sha256", "rejected", "listed", "codes")
+
+
+def what_is(path: Path) -> str:
+    """Say what a file that is no readable cohort is instead."""
+    if not path.is_file():
+        return "is a folder" if path.exists() else "does not exist"
+    start = path.open("rb").read(4)
+    if start == b"PK\x03\x04":
+        return "is a checkpoint or another zip file"
+    return "is truncated or damaged" if start == b"\x89HDF" else "is no HDF5 file"
 
 
 class Cohort:
@@ -826,14 +742,13 @@ class Cohort:
 
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), Path(path).stem
-        digest = hashlib.sha256()
+        digest, wanted = hashlib.sha256(), "wanted: a cohort .h5, as prepare_data.py writes it"
         try:
             with h5py.File(self.path, "r") as file:
-                lacking = [name for name in DATASETS if name not in file]
-                lacking += [name for name in ATTRIBUTES if name not in file.attrs]
-                if lacking:
-                    lacking = ", ".join(lacking[:4])
-                    raise InputError(f"{path} is an HDF5 file without {lacking}; {WANTED}")
+                content = {*file, *file.attrs}
+                if lacking := [name for name in CONTENT if name not in content]:
+                    raise InputError(f"{path} is an HDF5 file without {', '.join(lacking[:4])}; "
+                                     f"{wanted}")
                 for name, value in sorted(file.attrs.items()):
                     value = value.item() if isinstance(value, np.generic) else value
                     digest.update(f"{name}={value!r};".encode())
@@ -847,10 +762,10 @@ class Cohort:
                 signal = file["signal"]
                 where = dict(offset=signal.id.get_offset(), shape=signal.shape, dtype=signal.dtype)
         except (OSError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} {what_is(self.path)}; {WANTED}") from error
+            raise InputError(f"{path} {what_is(self.path)}; {wanted}") from error
         if self.format_version != FORMAT_VERSION:
-            found = f"format version {self.format_version}"
-            raise InputError(f"{path} has {found}, {FORMAT_VERSION} is wanted; build it anew")
+            raise InputError(f"{path} has format version {self.format_version}, {FORMAT_VERSION} "
+                             "is wanted; build it anew")
         self.class_name = [name.decode() for name in self.class_name]
         self.sha256 = digest.hexdigest()
         self.signal = np.memmap(self.path, mode="r", **where)
@@ -865,10 +780,8 @@ class Cohort:
         truly expressed, known of the demo cohort alone; none: zeros, the same architecture without
         information. Raises: InputError for state where the cohort has none.
         """
-        if which == "none":
-            return np.zeros_like(self.action[pairs])
-        if which == "coded":
-            return self.action[pairs]
+        if which in ("coded", "none"):
+            return self.action[pairs] * np.int8(which == "coded")
         if self.state is None:
             raise InputError(f"action state: {self.path} holds no true states, as only a demo "
                              "cohort does; take the action coded or none")
@@ -876,49 +789,24 @@ class Cohort:
         return self.state[target].astype(np.int8) - self.state[source].astype(np.int8)
 
 
-WANTED = "wanted: a cohort .h5, as prepare_data.py writes it"
-
-
-def what_is(path: Path) -> str:
-    """Say what a file that is no readable cohort is instead."""
-    if not path.exists():
-        return "does not exist"
-    if path.is_dir():
-        return "is a folder"
-    if zipfile.is_zipfile(path):
-        names = zipfile.ZipFile(path).namelist()
-        checkpoint = any(name.endswith("data.pkl") for name in names)
-        return "is a checkpoint" if checkpoint else "is a zip or npz file"
-    start = path.open("rb").read(512)
-    if start.startswith(b"\x89HDF"):
-        return f"is a truncated or damaged HDF5 file ({path.stat().st_size:,} bytes)"
-    if not start:
-        return "is empty"
-    printable = sum(byte in b"\t\n\r" or byte >= 32 for byte in start) == len(start)
-    return "is a text file" if printable else "is a binary file of an unknown kind"
-
-
 def check_cohort(cohort: Cohort) -> None:
     """Verify a file against itself: checksums, shapes, order, folds, pairs. InputError if not."""
-    n, k, faults = len(cohort), len(cohort.class_name), []
-    if cohort.signal.shape != (n, len(LEADS), SECONDS * cohort.fs) or cohort.signal.dtype != "<f2":
-        faults.append(f"signal is {cohort.signal.dtype} {cohort.signal.shape}")
-    for name in (*COLUMNS, "label", "quality", "state"):
-        array, columns = getattr(cohort, name), (k,) if name in ("label", "state") else ()
-        if array is not None and array.shape != (n, *columns):
-            faults.append(f"{name} has shape {array.shape}, wanted {(n, *columns)}")
+    n, k = len(cohort), len(cohort.class_name)
+    shapes = dict.fromkeys((*COLUMNS, "quality"), (n,)) | dict.fromkeys(("label", "state"), (n, k))
+    shapes["signal"] = (n, len(LEADS), SECONDS * cohort.fs)
+    faults = [f"{name} has shape {array.shape}, wanted {wanted}" for name, wanted in shapes.items()
+              if (array := getattr(cohort, name)) is not None and array.shape != wanted]
     progress, crc = Progress(n, "records", "checking:"), []
     for first in range(0, n, CRC_ROWS):
-        block = np.array(cohort.signal[first : first + CRC_ROWS])
+        block = np.array(cohort.signal[first:first + CRC_ROWS])
         crc.append(zlib.crc32(block))
         if not np.isfinite(block).all():
             faults.append(f"signal rows {first} to {first + len(block) - 1} hold a NaN or infinity")
         progress.update(len(block))
     progress.close()
-    if len(crc) != len(cohort.signal_crc32):
-        faults.append("signal_crc32 has another length than the signal")
-    elif (bad := np.flatnonzero(np.array(crc) != cohort.signal_crc32)).size:
-        faults.append(f"the checksum of signal rows {bad[0] * CRC_ROWS} and following differs")
+    if crc != (stored := cohort.signal_crc32.tolist()):
+        same = [found == wanted for found, wanted in zip(crc, stored)] + [False]
+        faults.append(f"the checksum of signal rows {same.index(False) * CRC_ROWS} ff. differs")
     if not faults:
         keys = list(zip(cohort.subject_id, cohort.ecg_time, cohort.study_id))
         if any(a >= b for a, b in zip(keys, keys[1:])):
@@ -935,15 +823,43 @@ def check_cohort(cohort: Cohort) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# Summary, and the known counts of the full release (A, Appendix A; B, section 3)
+# Counts, and those known of the full release (A, Appendix A and Figure 6; B, section 3)
 # ----------------------------------------------------------------------------------------------
+
+GOLDEN = {  # the full release of MIMIC-IV-ECG with the labels of Ext-ICD 1.0.1
+    "records": 800_035, "patients": 161_352, "patients with one record": 57_344,
+    "patients with two or more": 104_008, "records per patient, mean": 4.96,
+    "records per patient, median": 2, "records per patient, max": 260,
+    "pairs": 638_683, "stable pairs": 465_842, "changed pairs": 172_841,
+    "patients with a changed pair": 55_808, "changed pairs per such patient": 3.10,
+    "|a|1 = 1": 56_271, "|a|1 = 2": 39_413, "|a|1 = 3": 31_217, "|a|1 = 4": 21_315,
+    "|a|1 = 5": 12_732, "|a|1 = 6": 6_643, "|a|1 = 7": 3_110, "|a|1 = 8": 1_297,
+    "|a|1 = 9": 518, "|a|1 = 10": 213, "|a|1 > 10": 112, "classes": 76,
+    "classes per record, mean": 1.45, "codes in the source": 15_197, "codes per record, mean": 8.15,
+    "unlabelled records": 332_030, "all-zero label rows in train": 389_309,
+    "train records": 721_002, "val records": 39_464, "test records": 39_569,
+    "val first in stay": 14_456, "test first in stay": 14_237,
+    "train pairs": 575_784, "val pairs": 31_397, "test pairs": 31_502,
+    "train changed pairs": 155_766, "val changed pairs": 8_644, "test changed pairs": 8_431,
+    "records with I10": 181_341, "records with I25": 144_756, "records with I48": 123_899,
+    "records with I50": 122_684, "records with I12": 70_871,
+}
+PAIR_KINDS = ("pairs within a stay", "pairs between stays", "pairs touching an unlabelled record")
+SHARE_OF = {  # what these counts are shares of; the |a|1 are shares of the changed pairs
+    "patients": ("patients with one record", "patients with two or more"),
+    "records": ("labelled records", "unlabelled records"),
+    "pairs": ("stable pairs", "changed pairs", *PAIR_KINDS, "pairs of Jaccard 1",
+              "pairs of Jaccard 1, both sets empty", "pairs of Jaccard 0")}
 
 
 def count(cohort: Cohort) -> dict[str, float]:
-    """What A's Appendix A tells of its cohort, under the names of GOLDEN."""
+    """All that summaries and figures tell of a cohort in numbers; A's and B's as in GOLDEN.
+
+    Without stays, or by PTB-XL's dates, which may be interpolated, nothing is counted.
+    """
     records = np.unique(cohort.subject_id, return_counts=True)[1]
     change = np.abs(cohort.action).sum(axis=1, dtype=np.int64)  # (P,) |a|1
-    source = cohort.pair[:, 0]
+    (source, target), gap = cohort.pair.T, cohort.gap_days
     changing = np.unique(cohort.subject_id[source[change > 0]]).size
     positives = cohort.label.sum(axis=0, dtype=np.int64)  # (K,)
     counts = {
@@ -959,9 +875,7 @@ def count(cohort: Cohort) -> dict[str, float]:
         "changed pairs": (change > 0).sum(),
         "patients with a changed pair": changing,
         "changed pairs per such patient": (change > 0).sum() / max(changing, 1),
-    }
-    counts |= {f"|a|1 = {size}": (change == size).sum() for size in range(1, 11)}
-    counts |= {
+        **{f"|a|1 = {size}": (change == size).sum() for size in range(1, 11)},
         "|a|1 > 10": (change > 10).sum(),
         "classes": len(positives),
         "classes per record, mean": positives.sum() / len(cohort),
@@ -980,71 +894,48 @@ def count(cohort: Cohort) -> dict[str, float]:
             f"{split} changed pairs": (pairs & (change > 0)).sum(),
             f"all-zero label rows in {split}": (inside & ~cohort.label.any(axis=1)).sum(),
         }
-    counts |= {f"records with {name}": p for name, p in zip(cohort.class_name, positives)}
+    if (cohort.ecg_no_within_stay >= 0).any():
+        counts |= {name: (cohort.pair_kind == kind).sum() for kind, name in enumerate(PAIR_KINDS)}
+    either = (cohort.label[source] | cohort.label[target]).sum(axis=1, dtype=np.int64)
+    counts |= {"pairs of Jaccard 1": (change == 0).sum(),  # two empty sets are alike
+               "pairs of Jaccard 1, both sets empty": (either == 0).sum(),
+               "pairs of Jaccard 0": ((change == either) & (either > 0)).sum()}
+    if len(change):
+        counts["Jaccard, mean"] = (1 - change / np.maximum(either, 1)).mean()
+    if cohort.source != "ptbxl":
+        counts |= {"pairs of gap 0": (gap == 0).sum(), "pairs of unknown gap": np.isnan(gap).sum()}
+        if not np.isnan(gap).all():
+            counts["gap in days, median"] = np.nanmedian(gap)
+    counts |= {f"quality: {name}": ((cohort.quality & bit) > 0).sum()
+               for name, bit in QUALITY.items()}
+    counts |= {f"left out: {reason}": n for reason, n in sorted(cohort.rejected.items())}
+    counts |= {f"records with {name}": n for name, n in zip(cohort.class_name, positives)}
     return {name: np.asarray(value).item() for name, value in counts.items()}
 
 
-def golden_differences(counts: dict[str, float]) -> list[str]:
-    """Lines that name the counts other than the full release's; none when all agree."""
+def count_rows(counts: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Counts as text (name, number, share), for a terminal as for a table; classes left out."""
+    of = {name: whole for whole, names in SHARE_OF.items() for name in names}
+    of |= {name: "changed pairs" for name in counts if name.startswith("|a|1")}
+    return [(name, f"{value:,.2f}" if isinstance(value, float) and value % 1 else f"{value:,.0f}",
+             f"{value / counts[of[name]]:.1%}" if counts.get(of.get(name)) else "")
+            for name, value in counts.items() if not name.startswith("records with ")]
+
+
+def golden_lines(cohort: Cohort, counts: dict[str, float]) -> list[str]:
+    """Verdict on the known counts and those that differ; they hold for the whole release only."""
+    if cohort.source != "mimic":
+        return []
+    if cohort.listed != GOLDEN["records"] or cohort.arguments["patients"] is not None:
+        return ["partial build: the known counts of the full release do not apply"]
     wrong = []
     for name, wanted in GOLDEN.items():
         found = counts.get(name, math.nan)
         tolerance = 0.005 + 1e-9 if isinstance(wanted, float) else 0  # a float was printed rounded
         if not abs(found - wanted) <= tolerance:  # a missing count is NaN: it differs
             wrong.append(f"{name}: {found:,.12g} found, {wanted:,} wanted")
-    return wrong
-
-
-def golden_lines(cohort: Cohort, counts: dict[str, float]) -> list[str]:
-    """Verdict on the known counts; they hold for a build of the whole release only."""
-    if cohort.source != "mimic":
-        return []
-    if cohort.listed != GOLDEN_RECORDS or cohort.arguments["patients"] is not None:
-        return ["partial build: the known counts of the full release do not apply"]
-    wrong = golden_differences(counts)
     verdict = f"{len(wrong)} differ" if wrong else f"PASS, all {len(GOLDEN)} agree"
     return [f"known counts of the full release: {verdict}", *wrong]
-
-
-def summary(cohort: Cohort) -> str:
-    """The cohort in numbers, as in A's Appendix A, as aligned lines for a terminal."""
-    counts = count(cohort)
-    pairs, n = max(counts["pairs"], 1), counts["records"]
-    arguments = ", ".join(f"{k} {v}" for k, v in cohort.arguments.items() if v is not None)
-    out = [f"{cohort.path}: {cohort.source}{' (SYNTHETIC)' * cohort.synthetic}, {arguments}"]
-
-    def line(name, value, share=None):
-        value = f"{value:,.2f}" if isinstance(value, float) and value % 1 else f"{value:,.0f}"
-        out.append(f"  {name:<54}{value:>11}" + (f"{share:>8.1%}" if share is not None else ""))
-
-    for name in counts:
-        share = {"stable pairs": pairs, "changed pairs": pairs, "labelled records": n}
-        share |= {"unlabelled records": n}
-        if not name.startswith("records with "):
-            shown = name.replace("first in stay", "first in stay (triage)")
-            line(shown, counts[name], counts[name] / share[name] if name in share else None)
-    if (cohort.ecg_no_within_stay < 0).all():
-        kinds = ()
-        out.append("  no stays in this source: triage is not defined")
-    else:
-        kinds = ("within a stay", "between stays", "touching an unlabelled one")
-    for kind, name in enumerate(kinds):
-        of_kind = int((cohort.pair_kind == kind).sum())
-        line(f"pairs {name}", of_kind, of_kind / pairs)
-    if cohort.source == "ptbxl":
-        out.append("  dates may be interpolated (see the data's README): nothing is shown by gap")
-    else:
-        line("pairs with no time between (gap 0)", int((cohort.gap_days == 0).sum()))
-        line("pairs with an unknown gap", int(np.isnan(cohort.gap_days).sum()))
-    for name, bit in QUALITY.items():
-        line(f"records with: {name}", int(((cohort.quality & bit) > 0).sum()))
-    frequent = np.argsort(-cohort.label.sum(axis=0, dtype=np.int64), kind="stable")[:10]
-    for k in frequent:
-        name = f"records with {cohort.class_name[k]}"
-        line(name, counts[name], counts[name] / n)
-    for reason, number_rejected in sorted(cohort.rejected.items()):
-        line(f"left out: {reason}", number_rejected)
-    return "\n".join(out + golden_lines(cohort, counts))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1056,40 +947,34 @@ def summary(cohort: Cohort) -> str:
 def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     """Table of a PTB-XL folder: classes are the SCP statements of scp_statements.csv, sorted.
 
-    Every key of scp_codes is a label, whatever its likelihood. Takes records100 or records500,
-    whichever is there and nearest to fs. Stays are unknown (-1), so triage is not defined.
+    Every key of scp_codes is a label, whatever its likelihood. Folds 1 to 8 train, 9 validates, 10
+    tests. Takes records100 or records500, whichever is there and nearest to fs. Stays are unknown
+    (-1), so triage is not defined.
     """
-    rates = [rate for rate in (100, 500) if (root / f"records{rate}").is_dir()]
-    usable = [rate for rate in rates if rate >= fs and rate % fs == 0]
+    usable = [hz for hz in (100, 500) if hz % fs == 0 and (root / f"records{hz}").is_dir()]
     if not usable:
-        found = ", ".join(f"records{rate}" for rate in rates) or "neither records100 nor records500"
-        raise InputError(f"{root}: {found} found; wanted: records at a multiple of {fs} Hz")
-    statements = csv_rows(root / "scp_statements.csv", ("",))  # the column of codes has no name
-    classes = sorted(row[0] for row in statements if row and row[0])
+        found = ", ".join(path.name for path in root.glob("records*")) or "nothing"
+        raise InputError(f"{root}: found: {found}; wanted: a folder records100 or records500 at a "
+                         f"multiple of {fs} Hz")
+
+    def label_row(ecg_id, patient_id, codes, fold, path, date, age, sex):
+        codes, fold = parse_codes(codes), number(fold)
+        if not 1 <= fold <= 10:
+            raise ValueError(fold)
+        age = min(float(age or "nan"), 90)  # the release writes 300 for "above 89"
+        sex = {0: 1, 1: 0}.get(number(sex, -1), -1)  # the release: 0 male, 1 female
+        return (number(patient_id), seconds(date), ecg_id, fold, max(fold - 8, 0), -1, -1, age,
+                sex, len(codes) > 0), codes, path.strip()
+
+    rejected, database = collections.Counter(), root / "ptbxl_database.csv"
+    classes, _ = read_rows(root / "scp_statements.csv", ("",), (), str, "statement", rejected, str)
+    classes = sorted(filter(None, classes))  # the column of codes has no name
     file_name = "filename_lr" if min(usable) == 100 else "filename_hr"
     required = ("ecg_id", "patient_id", "scp_codes", "strat_fold", file_name)
-    rows, rejected, distinct, seen, listed = [], collections.Counter(), set(), set(), 0
-    database = root / "ptbxl_database.csv"
-    for row in csv_rows(database, required, ("recording_date", "age", "sex")):
-        listed += 1
-        try:
-            ecg_id, patient_id, codes, fold, path, date, age, sex = row
-            ecg_id, codes, fold = number(ecg_id), parse_codes(codes), number(fold)
-            if not 1 <= fold <= 10:
-                raise ValueError(fold)
-            age = min(float(age or "nan"), 90)  # the release writes 300 for "above 89"
-            sex = {0: 1, 1: 0}.get(number(sex, -1), -1)  # the release: 0 male, 1 female
-            values = (number(patient_id), seconds(date), ecg_id, fold, max(fold - 8, 0))
-            values += (-1, -1, age, sex, len(codes) > 0)
-        except (ValueError, TypeError):
-            rejected["label row malformed"] += 1
-            continue
-        if ecg_id in seen:
-            rejected["label row duplicated"] += 1
-            continue
-        seen.add(ecg_id)
-        rows.append((values, codes, path.strip()))
-        distinct.update(codes)
+    known, listed = read_rows(database, required, ("recording_date", "age", "sex"), label_row,
+                              "label row", rejected)
+    rows = [row for row in known.values() if row]
+    distinct = set().union(*{codes for _, codes, _ in rows})
     if unknown := sorted(distinct - set(classes)):
         print(f"{database.name}: codes that scp_statements.csv lacks make no class: {unknown}")
     table = make_table(root, rows, classes, lambda code: code, patients, rejected)
@@ -1101,54 +986,57 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
 # Demo waveforms: a heart vector of Gaussian waves (McSharry et al. 2003; Sameni et al. 2007) seen
 # through Dower's lead matrix (Dower et al. 1980). Frank's axes: x left, y down, z back
 # ----------------------------------------------------------------------------------------------
-NUISANCE = 1.0            # scale of what differs between recordings of one state
+
+NUISANCE = 1.0  # scale of what differs between recordings of one state
 
 DOWER = np.array([[0.632, -0.235, 0.059], [0.235, 1.066, -0.132], [-0.515, 0.157, -0.917],
                   [0.044, 0.164, -1.387], [0.882, 0.098, -1.277], [1.213, 0.127, -0.601],
-                  [1.125, 0.127, -0.086], [0.831, 0.076, 0.230]])   # I, II, V1 ... V6
-TWELVE = np.zeros((12, 8))                  # LEADS from I, II, V1 ... V6, by Kirchhoff
-TWELVE[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-.5, -.5], [1, -.5], [-.5, 1]]
+                  [1.125, 0.127, -0.086], [0.831, 0.076, 0.230]])  # I, II, V1 ... V6
+TWELVE = np.zeros((12, 8), np.float32)  # LEADS from I, II, V1 ... V6, by Kirchhoff
+TWELVE[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]]
 TWELVE[6:, 2:] = np.eye(6)
 
 # name: centre s from the R peak, width (one sigma) s, x y z mV; at RR 1 s, in a person of no code.
 # Waves of amplitude 0 are places where a code may put one: PR segment, late QRS, early and late ST.
-WAVES = {"Pr": (-.150, .020, .02, .075, -.055), "Pl": (-.125, .020, .06, .055, .035),
-         "PR": (-.080, .026, 0, 0, 0), "Q": (-.026, .008, -.14, -.08, -.33),
-         "R": (0, .011, .98, .62, .38), "S": (.027, .011, -.22, -.14, .58),
-         "L": (.066, .016, 0, 0, 0), "J": (.105, .032, 0, 0, 0), "K": (.180, .045, 0, 0, 0),
-         "T": (.250, .050, .16, .09, -.10), "U": (.302, .032, .13, .075, -.095)}
-WAVE = {name: i for i, name in enumerate(WAVES)}
+WAVES = {"Pr": (-0.150, 0.020, 0.02, 0.075, -0.055), "Pl": (-0.125, 0.020, 0.06, 0.055, 0.035),
+         "PR": (-0.080, 0.026, 0, 0, 0), "Q": (-0.026, 0.008, -0.14, -0.08, -0.33),
+         "R": (0, 0.011, 0.98, 0.62, 0.38), "S": (0.027, 0.011, -0.22, -0.14, 0.58),
+         "L": (0.066, 0.016, 0, 0, 0), "J": (0.105, 0.032, 0, 0, 0), "K": (0.180, 0.045, 0, 0, 0),
+         "T": (0.250, 0.050, 0.16, 0.09, -0.10), "U": (0.302, 0.032, 0.13, 0.075, -0.095)}
 ATRIAL, QRS, REPOL = slice(0, 3), slice(3, 7), slice(7, 11)
 
 # What a code does, each effect times the patient's severity (about 1): bpm added, s of PR added,
 # fractions of QRS width and of voltage added, mV added to waves. Additive, so codes combine.
 SIGNATURE = {
-    "I10": {"R": (.38, -.05, .20), "Pl": (.02, 0, .04), "T": (-.10, -.03, .06),
-            "U": (-.09, -.02, .05)},
-    "I12": {"R": (.20, 0, .10), "T": (-.10, -.06, .06), "U": (.14, .14, -.20)},
-    "I26": {"bpm": 28, "Q": (.12, -.30, 0), "S": (-.45, .12, -.10), "T": (.04, -.14, .16),
-            "U": (.04, -.13, .16)},
-    "I27": {"Pr": (0, .09, -.05), "R": (-.60, .10, -.60), "S": (-.30, .05, -.15),
-            "T": (0, -.04, .12), "U": (0, -.04, .12)},
-    "I30": {"PR": (-.05, -.06, .01), "J": (.17, .14, -.06), "K": (.15, .12, -.06)},
-    "I31": {"bpm": 12, "gain": -.35},
-    "I34": {"Pl": (.12, .06, .17), "PR": (.07, .04, .08)},
-    "I35": {"R": (.75, .05, .45), "J": (-.08, -.05, .05), "K": (-.08, -.04, .03),
-            "T": (-.26, -.14, .10), "U": (-.24, -.12, .10)},
-    "I42": {"width": .20, "Q": (.12, .08, .30), "R": (-.10, -.15, .25), "T": (-.16, -.08, .02),
-            "U": (-.13, -.07, .02)},
-    "I45": {"S": (.15, .05, -.20), "L": (-.62, .02, -.62), "T": (.06, .02, .18),
-            "U": (.05, 0, .16)},
-    "I50": {"bpm": 12, "width": .10, "gain": -.15, "Pl": (.02, 0, .05), "T": (-.10, -.06, .03),
-            "U": (-.08, -.05, .03)},
+    "I10": {"R": (0.38, -0.05, 0.20), "Pl": (0.02, 0, 0.04), "T": (-0.10, -0.03, 0.06),
+            "U": (-0.09, -0.02, 0.05)},
+    "I12": {"R": (0.20, 0, 0.10), "T": (-0.10, -0.06, 0.06), "U": (0.14, 0.14, -0.20)},
+    "I26": {"bpm": 28, "Q": (0.12, -0.30, 0), "S": (-0.45, 0.12, -0.10), "T": (0.04, -0.14, 0.16),
+            "U": (0.04, -0.13, 0.16)},
+    "I27": {"Pr": (0, 0.09, -0.05), "R": (-0.60, 0.10, -0.60), "S": (-0.30, 0.05, -0.15),
+            "T": (0, -0.04, 0.12), "U": (0, -0.04, 0.12)},
+    "I30": {"PR": (-0.05, -0.06, 0.01), "J": (0.17, 0.14, -0.06), "K": (0.15, 0.12, -0.06)},
+    "I31": {"bpm": 12, "gain": -0.35},
+    "I34": {"Pl": (0.12, 0.06, 0.17), "PR": (0.07, 0.04, 0.08)},
+    "I35": {"R": (0.75, 0.05, 0.45), "J": (-0.08, -0.05, 0.05), "K": (-0.08, -0.04, 0.03),
+            "T": (-0.26, -0.14, 0.10), "U": (-0.24, -0.12, 0.10)},
+    "I42": {"width": 0.20, "Q": (0.12, 0.08, 0.30), "R": (-0.10, -0.15, 0.25),
+            "T": (-0.16, -0.08, 0.02), "U": (-0.13, -0.07, 0.02)},
+    "I45": {"S": (0.15, 0.05, -0.20), "L": (-0.62, 0.02, -0.62), "T": (0.06, 0.02, 0.18),
+            "U": (0.05, 0, 0.16)},
+    "I50": {"bpm": 12, "width": 0.10, "gain": -0.15, "Pl": (0.02, 0, 0.05),
+            "T": (-0.10, -0.06, 0.03), "U": (-0.08, -0.05, 0.03)},
     "I95": {"bpm": 18},
-    "I21": {}, "I25": {}, "I44": {},                             # keyed by patient: _signature
-    "I47": {}, "I48": {}, "I49": {},                             # rhythm: _rhythm, _heart_vector
-    "I63": {}, "I73": {}, "I82": {}}                             # none, as in life
-LBBB = {"width": .34, "Q": (.28, .10, .42), "S": (.95, .32, .30), "L": (.25, .05, .35),
-        "J": (-.08, 0, -.13), "K": (-.13, -.04, -.13), "T": (-.30, -.13, -.18),
-        "U": (-.23, -.11, -.13)}
-TERRITORY = np.array([(.25, .05, -1.0), (-.20, 1.0, .25), (.95, -.22, .30)])   # front, below, left
+    "I21": {"J": 0.36, "K": 0.36, "T": 0.24, "U": 0.06, "R": -0.08},  # mV towards the patient's
+    "I25": {"Q": -0.42, "R": -0.20, "T": -0.22, "U": -0.20},  # coronary TERRITORY
+    "I44": {"pr": 0.09},  # or LBBB, by patient
+    "I47": {}, "I48": {}, "I49": {},  # rhythm: _rhythm, _heart_vector
+    "I63": {}, "I73": {}, "I82": {}}  # none, as in life
+LBBB = {"width": 0.34, "Q": (0.28, 0.10, 0.42), "S": (0.95, 0.32, 0.30), "L": (0.25, 0.05, 0.35),
+        "J": (-0.08, 0, -0.13), "K": (-0.13, -0.04, -0.13), "T": (-0.30, -0.13, -0.18),
+        "U": (-0.23, -0.11, -0.13)}
+# Where ischaemia points: front, below, left
+TERRITORY = np.array([(0.25, 0.05, -1.0), (-0.20, 1.0, 0.25), (0.95, -0.22, 0.30)])
 
 
 def _stream(component: str, *key: int) -> np.random.Generator:
@@ -1164,36 +1052,25 @@ def _rotation(angle: np.ndarray) -> np.ndarray:
             @ np.array([[cc, -sc, 0], [sc, cc, 0], [0, 0, 1]]))
 
 
-def _signature(patient: int, code: str, codes: set) -> dict:
-    """What `code` does to this patient's waves, before severity."""
-    if code == "I44":                       # beside a right bundle branch block: long PR
-        left = _stream("block", patient).random() < .6 and "I45" not in codes
-        return LBBB if left else {"pr": .09}
-    if code in ("I21", "I25"):              # one coronary territory for life, in both codes
-        axis = TERRITORY[_stream("territory", patient).choice(3, p=[.45, .35, .2])]
-        size = {"I21": {"J": .36, "K": .36, "T": .24, "U": .06, "R": -.08},
-                "I25": {"Q": -.42, "R": -.20, "T": -.22, "U": -.20}}[code]
-        return {wave: tuple(s * axis) for wave, s in size.items()}
-    return SIGNATURE[code]
-
-
 def _waves(patient: int, codes: set, seed: int, nuisance: float) -> tuple[np.ndarray, float]:
     """A patient's sinus beat in a state, (waves, 5) as in WAVES, and the rate in bpm."""
     rng, beat = _stream("shape", patient), np.array(list(WAVES.values()), dtype=float)
     size = np.linalg.norm(beat[:, 2:], axis=1, keepdims=True)
-    beat[:, 2:] += .24 * size * rng.standard_normal((len(beat), 3))
-    beat[:, 1] *= np.exp(.10 * rng.standard_normal(len(beat)))
-    beat[ATRIAL, 0] += .015 * rng.standard_normal()
-    beat[REPOL, :2] *= np.exp(.06 * rng.standard_normal())
-    beat[:, 2:] *= np.exp(.18 * rng.standard_normal())
-    width, wider, gain = np.exp(.07 * rng.standard_normal()), 0.0, 1.0
+    beat[:, 2:] += 0.24 * size * rng.standard_normal((len(beat), 3))
+    beat[:, 1] *= np.exp(0.10 * rng.standard_normal(len(beat)))
+    beat[ATRIAL, 0] += 0.015 * rng.standard_normal()
+    beat[REPOL, :2] *= np.exp(0.06 * rng.standard_normal())
+    beat[:, 2:] *= np.exp(0.18 * rng.standard_normal())
+    width, wider, gain = np.exp(0.07 * rng.standard_normal()), 0.0, 1.0
     today = _stream("rate", patient, seed).standard_normal()
     bpm = 72 + 9 * rng.standard_normal() + 8 * nuisance * today
+    axis = TERRITORY[_stream("territory", patient).choice(3, p=[0.45, 0.35, 0.2])]  # for life
+    left = _stream("block", patient).random() < 0.6 and "I45" not in codes  # else a long PR
     for code in sorted(codes):
         own, today = _stream(code, patient), _stream(code, patient, seed)
-        severity = np.exp(.15 + .25 * own.standard_normal()
-                          + .12 * nuisance * today.standard_normal())
-        for what, value in _signature(patient, code, codes).items():
+        severity = np.exp(0.15 + 0.25 * own.standard_normal()
+                          + 0.12 * nuisance * today.standard_normal())
+        for what, value in (LBBB if code == "I44" and left else SIGNATURE[code]).items():
             if what == "bpm":
                 bpm += severity * value
             elif what == "pr":
@@ -1203,73 +1080,88 @@ def _waves(patient: int, codes: set, seed: int, nuisance: float) -> tuple[np.nda
             elif what == "gain":
                 gain *= (1 + value) ** severity
             else:
-                beat[WAVE[what], 2:] += severity * np.array(value)
-    wider = .5 * np.tanh(wider / .5)                             # several codes at once saturate
+                toward = axis if np.isscalar(value) else 1
+                beat[list(WAVES).index(what), 2:] += severity * np.multiply(value, toward)
+    wider = 0.5 * np.tanh(wider / 0.5)  # several codes at once saturate
     beat[QRS, :2] *= width * (1 + wider)
-    beat[REPOL, 0] += .06 * wider                                # a wide QRS pushes ST and T back
-    beat[ATRIAL, 0] -= .03 * wider
-    size = np.linalg.norm(beat[REPOL, 2:], axis=1, keepdims=True) / .5 + 1e-9
+    beat[REPOL, 0] += 0.06 * wider  # a wide QRS pushes ST and T back
+    beat[ATRIAL, 0] -= 0.03 * wider
+    size = np.linalg.norm(beat[REPOL, 2:], axis=1, keepdims=True) / 0.5 + 1e-9
     beat[REPOL, 2:] *= gain * np.tanh(size) / size
     beat[:REPOL.start, 2:] *= gain
     return beat, float(np.clip(bpm, 42, 150))
 
 
-def _rhythm(patient: int, codes: set, seed: int, bpm: float,
-            seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _rhythm(patient: int, codes: set, seed: int, bpm: float, seconds: float,
+            ventricular: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """R times s, the RR interval before each s, and whether each beat is ectopic."""
     rng, n = _stream("rr", patient, seed), int(seconds * 4) + 8
     phase, breath, jitter = rng.random(), rng.random(2), rng.standard_normal(n)
-    if "I47" in codes:                                           # re-entry: fast and regular
-        bpm = 168 + 14 * _stream("re-entry", patient).standard_normal() + .1 * (bpm - 72)
+    if "I47" in codes:  # re-entry: fast and regular
+        bpm = 168 + 14 * _stream("re-entry", patient).standard_normal() + 0.1 * (bpm - 72)
     elif "I48" in codes:
-        bpm = 92 * np.exp(.2 * _stream("conduction", patient).standard_normal()) + .6 * (bpm - 72)
-    if "I48" in codes:                                           # conducted at random
-        rr = 60 / max(bpm, 50) * (.58 + .84 * _stream("fibrillation", patient, seed).random(n))
-    else:                                                        # sinus arrhythmia goes with breath
-        angle = 2 * math.pi * ((.2 + .1 * breath[0]) * np.arange(n) * 60 / bpm + breath[1])
-        calm = .2 if "I47" in codes else 1
-        rr = 60 / bpm * (1 + calm * (.035 * np.sin(angle) + .012 * jitter))
-    rr, ectopic = np.maximum(rr, .29), np.zeros(n, dtype=bool)
-    if "I49" in codes:                                           # one early beat at least
+        bpm = 92 * np.exp(0.2 * _stream("conduction", patient).standard_normal()) + 0.6 * (bpm - 72)
+    if "I48" in codes:  # conducted at random
+        rr = 60 / max(bpm, 50) * (0.58 + 0.84 * _stream("fibrillation", patient, seed).random(n))
+    else:  # sinus arrhythmia goes with breath
+        angle = 2 * math.pi * ((0.2 + 0.1 * breath[0]) * np.arange(n) * 60 / bpm + breath[1])
+        calm = 0.2 if "I47" in codes else 1
+        rr = 60 / bpm * (1 + calm * (0.035 * np.sin(angle) + 0.012 * jitter))
+    rr, ectopic = np.maximum(rr, 0.29), np.zeros(n, dtype=bool)
+    if "I49" in codes:  # one early beat at least
         draw = _stream("early beats", patient, seed)
         inside = np.flatnonzero((np.cumsum(rr) > 1.2) & (np.cumsum(rr) < seconds - 1.2))[::2]
         early = draw.choice(inside, min(len(inside), 1 + draw.poisson(1.6)), replace=False)
         ectopic[early] = True
-        pause = 2 - .62 if _ventricular(patient) else 1.08       # compensatory, if ventricular
-        rr[early], rr[early + 1] = .62 * rr[early], pause * rr[early + 1]
+        pause = 2 - 0.62 if ventricular else 1.08  # compensatory, if ventricular
+        rr[early], rr[early + 1] = 0.62 * rr[early], pause * rr[early + 1]
     return np.cumsum(rr) - (1 + phase) * rr[0], rr, ectopic
 
 
-def _ventricular(patient: int) -> bool:
-    """Whether this patient's I49 is ventricular (else atrial) ectopy."""
-    return _stream("ectopy", patient).random() < .65
+def _fibrillation(patient: int, seed: int, time: np.ndarray) -> np.ndarray:
+    """f-waves (3, T) mV: 5-8 Hz, drifting in rate and size, largest in V1."""
+    own, now = _stream("f-wave", patient), _stream("f-wave", patient, seed)
+    hertz, phase = 6.3 + 0.7 * own.standard_normal(), 2 * math.pi * now.random(4)
+    size = 0.075 * np.exp(0.3 * own.standard_normal())
+    angle = (2 * math.pi * hertz * time + phase[1]
+             + 2.6 * np.sin(2 * math.pi * 0.37 * time + phase[0])
+             + 0.9 * np.sin(2 * math.pi * 1.3 * time))
+    swell = 1 + 0.35 * np.sin(2 * math.pi * 0.7 * time + phase[2])
+    wave = swell * (np.sin(angle) + 0.35 * np.sin(2 * angle + phase[3]))
+    return (size * np.array([[-0.25], [0.5], [-0.5]]) * wave).astype(np.float32)
 
 
 def _heart_vector(patient: int, codes: set, seed: int, nuisance: float,
                   time: np.ndarray) -> np.ndarray:
     """The heart vector (3, T) mV at `time` s."""
     beat, bpm = _waves(patient, codes, seed, nuisance)
-    fs = 1 / (time[1] - time[0])
-    peak, rr, ectopic = _rhythm(patient, codes, seed, bpm, time[-1])
+    fs, ventricular = 1 / (time[1] - time[0]), _stream("ectopy", patient).random() < 0.65
+    peak, rr, ectopic = _rhythm(patient, codes, seed, bpm, time[-1], ventricular)
     if codes & {"I47", "I48"}:
-        beat[ATRIAL, 2:] = 0                                     # no P: hidden, or fibrillating
-    beats = np.repeat(beat[None], len(peak), axis=0)             # (beats, waves, 5)
-    beats[:, REPOL, :2] *= np.sqrt(np.clip(rr, .36, 1.3))[:, None, None]      # Bazett
-    if "I31" in codes:                                           # alternans: the heart swings
-        beats[::2, :, 2:] *= .72
-    beats[ectopic] = _ectopic(patient, beats[ectopic])
-    near = (peak > -.8) & (peak < time[-1] + .6)
+        beat[ATRIAL, 2:] = 0  # no P: hidden, or fibrillating
+    beats = np.repeat(beat[None], len(peak), axis=0)  # (beats, waves, 5)
+    beats[:, REPOL, :2] *= np.sqrt(np.clip(rr, 0.36, 1.3))[:, None, None]  # Bazett
+    if "I31" in codes:  # alternans: the heart swings
+        beats[::2, :, 2:] *= 0.72
+    if not ventricular:  # the early beat has another P
+        beats[ectopic, ATRIAL, 2:] *= (1, -0.6, 1)
+    else:  # it is wide, without P, its T discordant
+        rng = _stream("focus", patient)
+        focus = rng.choice([-0.9, 0.9], 3) * np.exp(0.2 * rng.standard_normal(3))
+        beats[ectopic, ATRIAL, 2:] = 0
+        beats[ectopic, QRS, 2:] = np.array([0.25, 1, 0.75, 0.25])[:, None] * focus
+        beats[ectopic, QRS, :2] = np.array(list(WAVES.values()))[QRS, :2] * (1.2, 1.65)
+        beats[ectopic, REPOL, 0] += 0.03
+        beats[ectopic, REPOL, 2:] = -np.array([0.12, 0.22, 0.3, 0.2])[:, None] * focus
+    near = (peak > -0.8) & (peak < time[-1] + 0.6)
     peak, beats = peak[near], beats[near]
-    start = np.round((peak - .48) * fs).astype(int)              # .48 s before R, .62 s after
-    grid = start[:, None] + np.arange(int(1.1 * fs))             # (beats, window)
+    start = np.round((peak - 0.48) * fs).astype(int)  # .48 s before R, .62 s after
+    grid = start[:, None] + np.arange(int(1.1 * fs))  # (beats, window)
     offset = (grid / fs - peak[:, None]).astype(np.float32)
-    beats = beats.astype(np.float32)[:, None]                    # (beats, 1, waves, 5)
-    shape = offset[:, :, None] - beats[..., 0]                   # (beats, window, waves), in place
-    shape /= beats[..., 1]
-    np.square(shape, out=shape)
-    shape *= -.5
-    local = np.exp(shape, out=shape) @ beats[:, 0, :, 2:]        # (beats, window, 3)
-    pad = int(2 * fs)                                            # room for beats that begin outside
+    beats = beats.astype(np.float32)[:, None]  # (beats, 1, waves, 5)
+    sigmas = (offset[:, :, None] - beats[..., 0]) / beats[..., 1]  # (beats, window, waves)
+    local = np.exp(np.square(sigmas) * -0.5) @ beats[:, 0, :, 2:]  # (beats, window, 3)
+    pad = int(2 * fs)  # room for beats that begin outside
     out = np.zeros((len(time) + 2 * pad, 3), dtype=np.float32)
     for b, first in enumerate(start + pad):
         out[first:first + grid.shape[1]] += local[b]
@@ -1277,75 +1169,47 @@ def _heart_vector(patient: int, codes: set, seed: int, nuisance: float,
     return out + _fibrillation(patient, seed, time) if "I48" in codes else out
 
 
-def _ectopic(patient: int, beats: np.ndarray) -> np.ndarray:
-    """Sinus beats (n, waves, 5) made ventricular (wide, discordant T) or atrial (another P)."""
-    beats = beats.copy()
-    if not _ventricular(patient):
-        beats[:, ATRIAL, 2:] *= (1, -.6, 1)
-        return beats
-    rng = _stream("focus", patient)
-    focus = rng.choice([-.9, .9], 3) * np.exp(.2 * rng.standard_normal(3))
-    beats[:, ATRIAL, 2:] = 0
-    beats[:, QRS, 2:] = np.array([.25, 1, .75, .25])[:, None] * focus
-    beats[:, QRS, :2] = np.array(list(WAVES.values()))[QRS, :2] * (1.2, 1.65)
-    beats[:, REPOL, 0] += .03
-    beats[:, REPOL, 2:] = -np.array([.12, .22, .3, .2])[:, None] * focus
-    return beats
-
-
-def _fibrillation(patient: int, seed: int, time: np.ndarray) -> np.ndarray:
-    """f-waves (3, T) mV: 5-8 Hz, drifting in rate and size, largest in V1."""
-    own, now = _stream("f-wave", patient), _stream("f-wave", patient, seed)
-    hertz, phase = 6.3 + .7 * own.standard_normal(), 2 * math.pi * now.random(4)
-    size = .075 * np.exp(.3 * own.standard_normal())
-    angle = 2 * math.pi * hertz * time + phase[1] \
-        + 2.6 * np.sin(2 * math.pi * .37 * time + phase[0]) + .9 * np.sin(2 * math.pi * 1.3 * time)
-    swell = 1 + .35 * np.sin(2 * math.pi * .7 * time + phase[2])
-    wave = swell * (np.sin(angle) + .35 * np.sin(2 * angle + phase[3]))
-    return (size * np.array([[-.25], [.5], [-.5]]) * wave).astype(np.float32)
-
-
 def _leads(patient: int, seed: int, nuisance: float) -> np.ndarray:
     """The lead matrix (8, 3): the patient's heart and torso, this recording's electrodes."""
     own, now = _stream("torso", patient), _stream("electrodes", patient, seed)
-    matrix = DOWER @ _rotation(np.array([.22, .30, .33]) * own.standard_normal(3))
-    matrix = matrix * np.exp(.12 * own.standard_normal((8, 1))) + .06 * own.standard_normal((8, 3))
-    matrix = matrix @ _rotation(.06 * nuisance * now.standard_normal(3))       # posture, breath
+    matrix = DOWER @ _rotation(np.array([0.22, 0.30, 0.33]) * own.standard_normal(3))
+    matrix = matrix * np.exp(0.12 * own.standard_normal((8, 1)))
+    matrix = matrix + 0.06 * own.standard_normal((8, 3))
+    matrix = matrix @ _rotation(0.06 * nuisance * now.standard_normal(3))  # posture, breath
     chest = matrix[2:]
-    toward = np.gradient(chest, axis=0)                          # along the row V1 ... V6
-    moved = chest + nuisance * .20 * now.standard_normal((6, 1)) * toward
-    limb = matrix[:2] + nuisance * .03 * now.standard_normal((2, 3))
-    return np.concatenate([limb, moved]) * np.exp(.05 * nuisance * now.standard_normal((8, 1)))
+    toward = np.gradient(chest, axis=0)  # along the row V1 ... V6
+    moved = chest + nuisance * 0.20 * now.standard_normal((6, 1)) * toward
+    limb = matrix[:2] + nuisance * 0.03 * now.standard_normal((2, 3))
+    matrix = np.concatenate([limb, moved]) * np.exp(0.05 * nuisance * now.standard_normal((8, 1)))
+    return matrix.astype(np.float32)
 
 
 def _noise(patient: int, seed: int, nuisance: float, time: np.ndarray) -> np.ndarray:
     """Baseline wander, mains and muscle on the eight independent leads, (8, T) mV."""
     rng = _stream("noise", patient, seed)
-    level = nuisance * np.exp(.3 * _stream("noise level", patient).standard_normal()
-                              + .5 * rng.standard_normal(2))
-    hertz = np.array([.08, .17, .29, .45, 60])
-    size = level[0] * np.array([.05, .05, .05, .02, .004]) * rng.standard_normal((8, 2, 5))
+    level = nuisance * np.exp(0.3 * _stream("noise level", patient).standard_normal()
+                              + 0.5 * rng.standard_normal(2))
+    hertz = np.array([0.08, 0.17, 0.29, 0.45, 60])
+    size = level[0] * np.array([0.05, 0.05, 0.05, 0.02, 0.004]) * rng.standard_normal((8, 2, 5))
     angle = (2 * math.pi * (hertz[:, None] * time + rng.random((5, 1)))).astype(np.float32)
     size = size.astype(np.float32)
-    wander = size[:, 0] @ np.sin(angle) + size[:, 1] @ np.cos(angle)              # (8, 5) @ (5, T)
+    wander = size[:, 0] @ np.sin(angle) + size[:, 1] @ np.cos(angle)  # (8, 5) @ (5, T)
     muscle = rng.standard_normal((8, len(time) + 1), dtype=np.float32)
-    return wander + np.float32(.008 * level[1]) * (muscle[:, 1:] + muscle[:, :-1])
+    return wander + np.float32(0.008 * level[1]) * (muscle[:, 1:] + muscle[:, :-1])
 
 
 def simulate(patient: int, codes, seed: int, fs: float = 500, seconds: float = 10,
              nuisance: float = NUISANCE) -> np.ndarray:
     """One 12-lead ECG of a patient who truly has `codes`.
 
-    Every component draws from a stream of its own. What is the patient's (axis, torso, wave shapes,
-    intervals, base rate, severity of a code, kind of block, coronary territory) is keyed by
-    (component, patient), the same in every recording; what is the recording's (rate of the day,
+    Every component draws from a stream of its own: what is the patient's (anatomy, base rate,
+    severity of a code) is keyed by (component, patient), what is the recording's (rate of the day,
     electrodes, RR, noise) by (component, patient, seed). So adding a code changes what the code
-    changes and nothing else; one without signature changes nothing. A record of the demo cohort is
-    simulate(subject_id, its state, study_id), but for rounding to 5 uV and planted defects.
+    changes and nothing else. A record of the demo cohort is simulate(subject_id, its state,
+    study_id), but for rounding to 5 uV and planted defects.
 
     Args:
-        patient, seed: integers >= 0.
-        codes: three-character ICD-10 codes out of SIGNATURE.
+        patient, seed: integers >= 0. codes: three-character ICD-10 codes out of SIGNATURE.
         fs: Hz; below 250 the QRS aliases: simulate at 500 and decimate.
         nuisance: scale of the differences between recordings of one state, >= 0.
     Returns: (12, fs * seconds) float32 mV, LEADS order.
@@ -1359,81 +1223,76 @@ def simulate(patient: int, codes, seed: int, fs: float = 500, seconds: float = 1
         raise InputError(f"patient {patient}, seed {seed}: integers >= 0 are wanted")
     patient, seed = int(patient), int(seed)
     time = np.arange(round(fs * seconds)) / fs
-    vector = _heart_vector(patient, codes, seed, nuisance, time)                  # (3, T)
-    eight = _leads(patient, seed, nuisance).astype(np.float32) @ vector + _noise(
-        patient, seed, nuisance, time)                                            # (8, T)
-    return TWELVE.astype(np.float32) @ eight
+    eight = _leads(patient, seed, nuisance) @ _heart_vector(patient, codes, seed, nuisance, time)
+    return TWELVE @ (eight + _noise(patient, seed, nuisance, time))  # (12, 8) @ (8, T)
 
 
 def resimulate(cohort: Cohort, row: int, codes, other: int = 0) -> np.ndarray:
     """(12, T) float16 mV: what the demo cohort would store, had the patient of `row` had `codes`.
 
-    `other` is added to the seed: another recording. Planted defects and 5 uV steps are left out.
+    `other` is added to the seed: another recording. Without planted defects and 5 uV steps.
     """
     x = simulate(cohort.subject_id[row], codes, cohort.study_id[row] + other,
-                 nuisance=cohort.arguments["nuisance"])                      # (12, 5000), 500 Hz
+                 nuisance=cohort.arguments["nuisance"])  # (12, 5000), 500 Hz
     return decimate(x, 500 // cohort.fs)[:, :SECONDS * cohort.fs].astype(np.float16)
 
 
 def without_signature(cohort: Cohort) -> list[str]:
     """Classes of a synthetic cohort that do not change the ECG: negative controls of any read-out.
 
-    Found by simulating: an empty entry of SIGNATURE is not enough, since some codes act elsewhere
-    (on the rhythm, or by the patient's coronary territory).
+    Found by simulating, since a code without an entry in SIGNATURE may act elsewhere.
     """
-    if not cohort.synthetic:
-        return []
-    plain = simulate(0, (), 0)
-    return [name for name in cohort.class_name
-            if name in SIGNATURE and (simulate(0, name, 0) == plain).all()]
+    return [name for name in cohort.class_name if cohort.synthetic and name in SIGNATURE
+            and np.array_equal(simulate(0, name, 0), simulate(0, (), 0))]
 
 
 # ----------------------------------------------------------------------------------------------
 # Demo cohort: histories of patients, written as WFDB records in MIMIC-IV-ECG's layout
 # ----------------------------------------------------------------------------------------------
-DEMO_PATIENTS = 2400      # 10 % of the training patients then hold about 400 training pairs
-FOLDS = "50/10/40"        # % of the patients that train, validate, test: a test patient costs only
-                          # simulating, and a few dozen of them could decide nothing
-LABEL_FIDELITY = 0.85     # 1: coded = expressed; below: omitted, wrong and silent codes
-MAX_RECORDS = 30          # of one patient; MIMIC: 260
-SPACING = 100_000         # subject_ids set aside for one --seed, so that another has other people
-STORED_LEADS = LEADS[:4] + ("aVF", "aVL") + LEADS[6:]            # MIMIC's order
-GAIN, NAN_ADU = 200.0, -32768                                    # adu per mV; NaN in format 16
+
+DEMO_PATIENTS = 2400  # 10 % of the training patients then hold about 400 training pairs
+FOLDS = "50/10/40"  # % of patients to train, validate, test; the last cost only being simulated
+LABEL_FIDELITY = 0.85  # 1: coded = expressed; below: omitted, wrong and silent codes
+MAX_RECORDS = 30  # of one patient; MIMIC: 260
+SPACING = 100_000  # subject_ids set aside for one --seed, so that another has other people
+STORED_LEADS = LEADS[:4] + ("aVF", "aVL") + LEADS[6:]  # MIMIC's order
+GAIN, NAN_ADU = 200.0, -32768  # adu per mV; NaN in format 16
 
 # code: how it behaves, prevalence in % of the stays at 62 years, log odds per 10 years, comorbidity
 # (log odds added by an active code), subcodes. Long-tailed; a code comes after those it depends on.
 COURSE = {
-    "I10": ("chronic", 45, .35, {}, "I10"),
-    "I12": ("chronic", 9, .25, {"I10": -1.5}, "I129 I120"),
-    "I25": ("chronic", 20, .55, {"I10": .7, "I12": .7}, "I2510 I252 I255"),
-    "I35": ("chronic", 4, .60, {"I10": .3}, "I350 I351"),
-    "I42": ("chronic", 3.5, .05, {"I25": .9}, "I429 I420"),
-    "I50": ("chronic", 9, .45, {"I25": 1.0, "I42": 2.2, "I35": 1.0, "I12": 1.0},
+    "I10": ("chronic", 45, 0.35, {}, "I10"),
+    "I12": ("chronic", 9, 0.25, {"I10": -1.5}, "I129 I120"),
+    "I25": ("chronic", 20, 0.55, {"I10": 0.7, "I12": 0.7}, "I2510 I252 I255"),
+    "I35": ("chronic", 4, 0.60, {"I10": 0.3}, "I350 I351"),
+    "I42": ("chronic", 3.5, 0.05, {"I25": 0.9}, "I429 I420"),
+    "I50": ("chronic", 9, 0.45, {"I25": 1.0, "I42": 2.2, "I35": 1.0, "I12": 1.0},
             "I5022 I5032 I509"),
-    "I48": ("paroxysmal", 13, .60, {"I50": 1.1, "I35": .6, "I10": .3}, "I4891 I480 I482"),
-    "I34": ("chronic", 4, .30, {"I50": 1.0, "I48": .8}, "I340 I348"),
-    "I27": ("chronic", 4, .15, {"I50": 1.2}, "I2720 I2789"),
-    "I44": ("chronic", 5, .45, {"I25": .7, "I42": 1.0, "I35": .6}, "I447 I440"),
-    "I45": ("chronic", 4, .45, {"I25": .4, "I27": .4}, "I4510 I452"),
-    "I47": ("paroxysmal", 3.5, .05, {"I42": 1.0, "I48": .5}, "I471 I472"),
-    "I49": ("paroxysmal", 5, .20, {"I42": 1.0, "I25": .4, "I50": .4}, "I493 I491"),
-    "I21": ("acute", 5, .30, {"I25": .8, "I10": .3}, "I214 I2109"),
-    "I26": ("acute", 3.5, .10, {"I82": 2.5}, "I2699 I2692"),
-    "I30": ("acute", 2.2, -.25, {}, "I309 I308"),
-    "I31": ("acute", 3, .05, {"I30": 2.5}, "I313 I319"),
-    "I95": ("acute", 8, .20, {"I50": .5}, "I959 I9581"),
-    "I63": ("acute", 2.5, .35, {"I48": 1.0, "I10": .4}, "I639 I6350"),
-    "I73": ("chronic", 4, .35, {"I25": .9, "I10": .4}, "I739"),
-    "I82": ("acute", 3, .10, {}, "I82409 I82402")}
+    "I48": ("paroxysmal", 13, 0.60, {"I50": 1.1, "I35": 0.6, "I10": 0.3}, "I4891 I480 I482"),
+    "I34": ("chronic", 4, 0.30, {"I50": 1.0, "I48": 0.8}, "I340 I348"),
+    "I27": ("chronic", 4, 0.15, {"I50": 1.2}, "I2720 I2789"),
+    "I44": ("chronic", 5, 0.45, {"I25": 0.7, "I42": 1.0, "I35": 0.6}, "I447 I440"),
+    "I45": ("chronic", 4, 0.45, {"I25": 0.4, "I27": 0.4}, "I4510 I452"),
+    "I47": ("paroxysmal", 3.5, 0.05, {"I42": 1.0, "I48": 0.5}, "I471 I472"),
+    "I49": ("paroxysmal", 5, 0.20, {"I42": 1.0, "I25": 0.4, "I50": 0.4}, "I493 I491"),
+    "I21": ("acute", 5, 0.30, {"I25": 0.8, "I10": 0.3}, "I214 I2109"),
+    "I26": ("acute", 3.5, 0.10, {"I82": 2.5}, "I2699 I2692"),
+    "I30": ("acute", 2.2, -0.25, {}, "I309 I308"),
+    "I31": ("acute", 3, 0.05, {"I30": 2.5}, "I313 I319"),
+    "I95": ("acute", 8, 0.20, {"I50": 0.5}, "I959 I9581"),
+    "I63": ("acute", 2.5, 0.35, {"I48": 1.0, "I10": 0.4}, "I639 I6350"),
+    "I73": ("chronic", 4, 0.35, {"I25": 0.9, "I10": 0.4}, "I739"),
+    "I82": ("acute", 3, 0.10, {}, "I82409 I82402")}
 OTHER_CODES = ("E785 E119 N179 K219 Z87891 F329 D649 J449 N189 E039 E871 J189 G4733 M109 R079 "
                "Z7901 F419 E669 N390 D62 Z794 Y929 E1165 K5900 J9601 R0789 G8929 R55").split()
 
-RECORD_LIST = ("subject_id", "study_id", "file_name", "ecg_time", "path")
-DIAGNOSES = ("file_name", "study_id", "subject_id", "ecg_time", "ed_stay_id", "ed_hadm_id",
-             "hosp_hadm_id", "ed_diag_ed", "ed_diag_hosp", "hosp_diag_hosp", "all_diag_hosp",
-             "all_diag_all", "gender", "age", "anchor_year", "anchor_age", "dod",
-             "ecg_no_within_stay", "ecg_taken_in_ed", "ecg_taken_in_hosp",
-             "ecg_taken_in_ed_or_hosp", "fold", "strat_fold")
+DEMO_FILES = {  # name: columns; the first two as in the releases
+    "record_list.csv": "subject_id study_id file_name ecg_time path",
+    "records_w_diag_icd10.csv": "file_name study_id subject_id ecg_time ed_stay_id ed_hadm_id "
+    "hosp_hadm_id ed_diag_ed ed_diag_hosp hosp_diag_hosp all_diag_hosp all_diag_all gender age "
+    "anchor_year anchor_age dod ecg_no_within_stay ecg_taken_in_ed ecg_taken_in_hosp "
+    "ecg_taken_in_ed_or_hosp fold strat_fold",
+    "demo_state.csv": "study_id state"}
 
 
 def _episode(rng: np.random.Generator, carried: dict, frailty: float, age: float,
@@ -1441,68 +1300,69 @@ def _episode(rng: np.random.Generator, carried: dict, frailty: float, age: float
     """The codes active in the next episode; `carried` {code: burden} is updated in place."""
     active, draws = set(), rng.random((len(COURSE), 2))
     for (code, (kind, percent, slope, links, _)), (u, v) in zip(COURSE.items(), draws):
-        logit = (math.log(percent / (100 - percent)) + slope * (age - 62) / 10 + frailty - .76
+        logit = (math.log(percent / (100 - percent)) + slope * (age - 62) / 10 + frailty - 0.76
                  + sum(odds for other, odds in links.items() if other in active))
         p = 1 / (1 + math.exp(-logit))
         if kind == "acute":
             if u < p:
                 active.add(code)
         elif code in carried:
-            if kind == "chronic" and code not in ("I25", "I10") and v < .04:
-                del carried[code]                                # resolved
+            if kind == "chronic" and code not in ("I25", "I10") and v < 0.04:
+                del carried[code]  # resolved
             elif kind == "chronic" or v < carried[code]:
                 active.add(code)
-        elif u < p * (1 if first else .08):
-            carried[code] = .35 + .65 * v                        # share of episodes, if paroxysmal
+        elif u < p * (1 if first else 0.08):
+            carried[code] = 0.35 + 0.65 * v  # share of episodes, if paroxysmal
             active.add(code)
     if "I21" in active:
-        carried["I25"] = 1.0                                     # irreversible: a scar from now on
+        carried["I25"] = 1.0  # irreversible: a scar from now on
     return active
-
-
-def _coded(rng: np.random.Generator, active: set, fidelity: float) -> list[str]:
-    """The three-character codes a stay gets: some omitted, some wrong."""
-    u = dict(zip(COURSE, rng.random(len(COURSE))))
-    return [code for code in COURSE
-            if (u[code] >= .28 * (1 - fidelity) if code in active
-                else u[code] < .35 * (1 - fidelity) * COURSE[code][1] / 100)]
 
 
 def demo_history(subject_id: int, label_fidelity: float = LABEL_FIDELITY) -> list[dict]:
     """A patient's records without their signals: the columns of both CSVs, plus `state`.
 
     Codes belong to a stay and are the same for its records; records outside any stay carry none.
-    `state` lists what the ECG truly expresses: an active code may be silent in a patient for life,
-    a paroxysm may be over when the ECG is taken, both more often the lower `label_fidelity`.
+    `state` lists what the ECG truly expresses: an active code may be silent for life, a paroxysm
+    over when the ECG is taken, both more often the lower `label_fidelity`.
     """
     rng, coding = _stream("history", subject_id), _stream("coding", subject_id)
-    total = int(np.clip(math.ceil(math.exp(.5 + 1.35 * rng.standard_normal())), 1, MAX_RECORDS))
+    total = int(np.clip(math.ceil(math.exp(0.5 + 1.35 * rng.standard_normal())), 1, MAX_RECORDS))
     age = float(np.clip(62 + 17 * rng.standard_normal(), 18, 96))
-    frailty = .7 * rng.standard_normal() + .25 * math.log(total) # the sick are recorded more often
-    outside = rng.choice([.96, .14], p=[.30, .70])               # most records of some are uncoded,
-    frailty -= .5 * (outside > .5)                               # of people in better health
+    frailty = 0.7 * rng.standard_normal() + 0.25 * math.log(total)  # the sick: recorded more often
+    outside = rng.choice([0.96, 0.14], p=[0.30, 0.70])  # most records of some are uncoded,
+    frailty -= 0.5 * (outside > 0.5)  # of people in better health
     now = datetime(2110, 1, 1)
     now += timedelta(minutes=int(rng.integers(90 * 525_960)))
-    person = dict(gender="M" if rng.random() < .51 else "F", anchor_year=now.year,
+    person = dict(gender="M" if rng.random() < 0.51 else "F", anchor_year=now.year,
                   anchor_age=int(age), dod="", subject_id=subject_id)
-    u = _stream("fold", subject_id).random()                     # of its own: FOLDS move no history
-    person["fold"] = person["strat_fold"] = int(36 * u) if u < .5 else 18 if u < .6 else 19
-    silent = dict(zip(COURSE, coding.random(len(COURSE)) < .5 * (1 - label_fidelity)))
+    u = _stream("fold", subject_id).random()  # of its own: FOLDS move no history
+    person["fold"] = person["strat_fold"] = int(36 * u) if u < 0.5 else 18 if u < 0.6 else 19
+    doubt = 1 - label_fidelity
+    silent = dict(zip(COURSE, coding.random(len(COURSE)) < 0.5 * doubt))
     other = rng.choice(OTHER_CODES, 12, replace=False).tolist()
     carried, rows = {}, []
     while len(rows) < total:
         years = now.year - person["anchor_year"]
         active = _episode(rng, carried, frailty, age + years, first=not rows)
-        in_stay, in_ed, size = rng.random() >= outside, rng.random() < .45, rng.geometric(.5)
-        listed = [COURSE[c][4].split()[subject_id % len(COURSE[c][4].split())]
-                  for c in _coded(coding, active, label_fidelity)]
-        listed += [code for code in other if rng.random() < .65]
-        if not in_stay or rng.random() < .04:                    # a stay without any diagnosis
+        in_stay, in_ed, size = rng.random() >= outside, rng.random() < 0.45, rng.geometric(0.5)
+        listed = []
+        for (code, (_, percent, _, _, texts)), u in zip(COURSE.items(), coding.random(len(COURSE))):
+            if u >= 0.28 * doubt if code in active else u < 0.35 * doubt * percent / 100:
+                listed.append(texts.split()[subject_id % len(texts.split())])
+        listed += [code for code in other if rng.random() < 0.65]
+        if not in_stay or rng.random() < 0.04:  # a stay without any diagnosis
             listed = []
-        stay = dict(_stay_columns(20_000_000 + 64 * (subject_id - 10_000_000) + len(rows), listed,
-                                  in_stay and in_ed, in_stay and not in_ed), age=int(age) + years)
+        ed, hosp = in_stay and in_ed, in_stay and not in_ed
+        number_of_stay = 20_000_000 + 64 * (subject_id - 10_000_000) + len(rows)
+        stay = dict(  # the same in all records of the stay
+            ed_stay_id=number_of_stay + 10_000_000 if ed else "", ed_hadm_id="",
+            hosp_hadm_id=number_of_stay if hosp else "", age=int(age) + years,
+            ed_diag_ed=listed if ed else [], ed_diag_hosp=[], all_diag_all=listed,
+            hosp_diag_hosp=listed if hosp else [], all_diag_hosp=listed if hosp else [],
+            ecg_taken_in_ed=ed, ecg_taken_in_hosp=hosp, ecg_taken_in_ed_or_hosp=in_stay)
         for position in range(min(int(size) if in_stay else 1, total - len(rows))):
-            over = coding.random(len(COURSE)) < .6 * (1 - label_fidelity)
+            over = coding.random(len(COURSE)) < 0.6 * doubt
             state = [c for c, gone in zip(COURSE, over) if c in active and not silent[c]
                      and not (gone and COURSE[c][0] == "paroxysmal")]
             study_id = 40_000_000 + 64 * (subject_id - 10_000_000) + len(rows)
@@ -1512,67 +1372,45 @@ def demo_history(subject_id: int, label_fidelity: float = LABEL_FIDELITY) -> lis
                              state=state))
             now += timedelta(minutes=int(20 + 1440 * rng.exponential()))
         now += timedelta(minutes=int(1440 * math.exp(4.2 + 1.7 * rng.standard_normal())))
-    for row in rows if rng.random() < .2 else ():
+    for row in rows if rng.random() < 0.2 else ():
         row["dod"] = str((now + timedelta(days=1)).date())
     return rows
-
-
-def _stay_columns(stay_id: int, listed: list, ed: bool, hosp: bool) -> dict:
-    """What MIMIC-IV-ECG-Ext-ICD says of a stay, the same in all its records."""
-    return dict(ed_stay_id=stay_id + 10_000_000 if ed else "", hosp_hadm_id=stay_id if hosp else "",
-                ed_hadm_id="", ed_diag_ed=listed if ed else [], ed_diag_hosp=[],
-                hosp_diag_hosp=listed if hosp else [], all_diag_hosp=listed if hosp else [],
-                all_diag_all=listed, ecg_taken_in_ed=ed, ecg_taken_in_hosp=hosp,
-                ecg_taken_in_ed_or_hosp=ed or hosp)
 
 
 def _defect(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Defects at MIMIC's rates, in place: (12, T) int16 adu."""
     kind, lead, at = rng.random(), rng.integers(12), int(rng.integers(signal.shape[1] - 600))
-    if kind < .0132:
+    if kind < 0.0132:
         signal[lead, at:at + int(rng.choice([12, 40, 400]))] = NAN_ADU  # short gaps, long ones
-    elif kind < .0132 + .0024:
+    elif kind < 0.0132 + 0.0024:
         signal[lead] = 0
-    elif kind < .0132 + .0024 + .0012:
-        signal[lead, at:at + 60] = int(rng.choice([-1, 1])) * 12 * GAIN    # beyond 10 mV
+    elif kind < 0.0132 + 0.0024 + 0.0012:
+        signal[lead, at:at + 60] = int(rng.choice([-1, 1])) * 12 * GAIN  # beyond 10 mV
     return signal
 
 
-def _write_record(root: Path, row: dict, nuisance: float) -> None:
-    """Write one record, .dat first, each file whole or not at all; a finished one is kept."""
-    stem = root / row["path"]
-    dat, hea = stem.with_name(stem.name + ".dat"), stem.with_name(stem.name + ".hea")
-    if hea.exists() and dat.exists() and dat.stat().st_size == 24 * 5000:
-        return
-    signal = simulate(row["subject_id"], row["state"], row["study_id"], nuisance=nuisance)
-    adu = np.clip(np.rint(signal * GAIN), -32767, 32767).astype(np.int16)
-    adu = _defect(adu, _stream("defect", row["subject_id"], row["study_id"]))
-    adu = adu[[LEADS.index(lead) for lead in STORED_LEADS]]
-    total = adu.sum(axis=1, dtype=np.int64)
-    lines = [f"{stem.name} 12 500 {adu.shape[1]}"]
-    for lead, first, checksum in zip(STORED_LEADS, adu[:, 0], (total + 32768) % 65536 - 32768):
-        lines.append(f"{dat.name} 16 {GAIN}(0)/mV 16 0 {first} {checksum} 0 {lead}")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(dat, np.ascontiguousarray(adu.T, dtype="<i2").tobytes(), sync=False)
-    replace_file(hea, ("\n".join(lines) + "\n").encode(), sync=False)
-
-
-def _write_patient(job: tuple) -> int:
-    """Write a patient's records; returns how many."""
+def _write_patient(job: tuple) -> list[dict]:
+    """Write a patient's records, each file whole or not at all; returns the rows of the CSVs."""
     root, subject_id, label_fidelity, nuisance = job
     rows = demo_history(subject_id, label_fidelity)
     for row in rows:
-        _write_record(Path(root), row, nuisance)
-    return len(rows)
-
-
-def _write_csv(path: Path, columns: tuple, rows: list[dict]) -> None:
-    """Write the named columns of the rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(path, text.getvalue().encode())
+        stem = f"{root}/{row['path']}"
+        dat, hea = Path(stem + ".dat"), Path(stem + ".hea")
+        if hea.exists() and dat.exists() and dat.stat().st_size == 24 * 5000:
+            continue  # finished by an earlier run
+        signal = simulate(subject_id, row["state"], row["study_id"], nuisance=nuisance)
+        adu = np.clip(np.rint(signal * GAIN), -32767, 32767).astype(np.int16)
+        adu = _defect(adu, _stream("defect", subject_id, row["study_id"]))
+        adu = adu[[LEADS.index(lead) for lead in STORED_LEADS]]
+        lines = [f"{hea.stem} 12 500 {adu.shape[1]}"]
+        for lead, own in zip(STORED_LEADS, adu):
+            checksum = own.sum(dtype=np.int16)
+            lines.append(f"{dat.name} 16 {GAIN}(0)/mV 16 0 {own[0]} {checksum} 0 {lead}")
+        dat.parent.mkdir(parents=True, exist_ok=True)
+        # the signal first: a header says that its record is there
+        replace_file(dat, np.ascontiguousarray(adu.T, dtype="<i2").tobytes(), sync=False)
+        replace_file(hea, ("\n".join(lines) + "\n").encode(), sync=False)
+    return rows
 
 
 def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
@@ -1581,49 +1419,38 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     """Write the demo cohort under `root` as MIMIC-IV-ECG would lie there, plus demo_state.csv.
 
     Deterministic in (label_fidelity, nuisance, seed); patient i does not depend on `patients`.
-    Records already there are kept, so a killed run goes on where it stopped.
-
-    Raises: InputError for a knob out of range, or a `root` that holds a demo of other knobs.
+    Records already there are kept, so a killed run goes on where it stopped. Raises: InputError
+    where `root` holds a demo of other knobs, or anything else.
     """
-    root = Path(root)
-    for flag, value, low, high in (
-            ("--patients", patients, 1, SPACING), ("--label-fidelity", label_fidelity, 0, 1),
-            ("--nuisance", nuisance, 0, 10), ("--seed", seed, 0, 2**31)):
-        if not low <= value <= high:
-            raise InputError(f"{flag} {value}: a value from {low} to {high} is wanted")
-    stamp = dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed),
-                 folds=FOLDS)
+    root, identity = Path(root), Path(root) / "demo.json"
+    stamp = json.dumps(dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance),
+                            seed=int(seed), folds=FOLDS))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--root {root}: {error.strerror}; name a folder to write into") from None
-    if any(root.iterdir()) and not (root / "demo.json").exists():
-        raise InputError(f"--root {root}: found a folder with other files in it, wanted: an empty "
-                         "one, or one of the demo; nothing there was touched")
-    if (root / "demo.json").exists():
-        if (found := json.loads((root / "demo.json").read_text())) != stamp:
-            raise InputError(f"{root} holds a demo cohort of {found}, wanted is {stamp}: "
-                             "name another folder, or delete that one")
-    else:
-        replace_file(root / "demo.json", json.dumps(stamp).encode())
-    subjects = [10_000_000 + SPACING * seed + i for i in range(patients)]
-    rows = [row for subject_id in subjects for row in demo_history(subject_id, label_fidelity)]
-    jobs = [(str(root), subject_id, label_fidelity, nuisance) for subject_id in subjects]
-    progress = Progress(len(rows), "records", "simulating")
-    if workers > 1:
-        quiet = dict(initializer=signals.signal, initargs=(signals.SIGINT, signals.SIG_IGN))
-        with without_main():
-            pool = multiprocessing.get_context("spawn").Pool(workers, **quiet)  # Ctrl-C: ours
-        with pool:
-            for n in pool.imap_unordered(_write_patient, jobs, chunksize=4):
-                progress.update(n)
-    else:
-        for job in jobs:
-            progress.update(_write_patient(job))
+    if not any(root.iterdir()):
+        replace_file(identity, stamp.encode())
+    if (found := identity.read_text() if identity.exists() else "other files") != stamp:
+        raise InputError(f"--root {root}: found: a folder of {found}; wanted: an empty one, or the "
+                         f"demo of {stamp}; nothing there was touched")
+    first = 10_000_000 + SPACING * seed
+    jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
+    rows, progress = [], Progress(patients, "patients", "simulating")
+    with without_main():  # the workers ignore Ctrl-C, which is the parent's to handle
+        pool = multiprocessing.get_context("spawn").Pool(
+            workers, signals.signal, (signals.SIGINT, signals.SIG_IGN))
+    with pool:
+        for own in pool.imap(_write_patient, jobs, chunksize=4):
+            rows += own
+            progress.update()
     progress.close()
-    _write_csv(root / "demo_state.csv", ("study_id", "state"), rows)
-    _write_csv(root / "records_w_diag_icd10.csv", DIAGNOSES, rows)
-    _write_csv(root / "record_list.csv", RECORD_LIST, rows)
+    for name, columns in DEMO_FILES.items():
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_file(root / name, text.getvalue().encode())
 
 
 def fold_note(cohort: Cohort) -> str:
@@ -1635,145 +1462,132 @@ def fold_note(cohort: Cohort) -> str:
             f"validation, {test:,} test patients; one built now has {FOLDS} %")
 
 
-def read_state(root: Path, table: dict) -> np.ndarray:
-    """(N, K) uint8: the codes that the simulator truly expressed, from demo_state.csv."""
-    codes = {}
-    for row in csv_rows(root / "demo_state.csv", ("study_id", "state")):
-        codes[number(row[0])] = {code[:3] for code in parse_codes(row[1])}
-    state = np.zeros_like(table["label"])
-    for row, study_id in enumerate(table["study_id"]):
-        state[row] = [name in codes[study_id] for name in table["class_name"]]
-    return state
-
-
 # ----------------------------------------------------------------------------------------------
-# Command line
+# Command line: the three sources
 # ----------------------------------------------------------------------------------------------
 
 
-def build(
-    source: str,
-    root: str | Path | None = None,
-    out: str | Path | None = None,
-    fs: int | None = None,
-    labels: str | Path | None = None,
-    workers: int | None = None,
-    patients: int | None = None,
-    label_fidelity: float | None = None,
-    nuisance: float | None = None,
-    seed: int = 0,
-) -> Path:
-    """Build a cohort file and print its summary; None takes the command line's default.
-
-    An `out` that these very arguments made of the same CSV files and records is left as it is, any
-    other existing file is an InputError. Returns: out.
-    """
-    check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance)
-    fs = fs or (500 if source == "mimic" else 100)
-    root = Path(root or "data/demo")
-    out = Path(out or ("data/cohort.h5" if source == "demo" else f"data/{source}.h5"))
-    workers = workers or os.cpu_count() or 1
-    arguments = {"fs": fs, "patients": patients}
-    if source == "demo":
-        arguments["patients"] = DEMO_PATIENTS if patients is None else patients
-        arguments["label_fidelity"] = LABEL_FIDELITY if label_fidelity is None else label_fidelity
-        arguments["nuisance"] = NUISANCE if nuisance is None else nuisance
-        arguments |= {"seed": seed, "folds": FOLDS}
-    if out.exists():  # before the demo's folder is touched
-        refuse_other(out, {"source": source, "arguments": arguments})
-    if source == "demo":
-        if 500 % fs:
-            raise InputError(f"--fs {fs}: the demo is simulated at 500 Hz, of which it must be a "
-                             "divisor: 500, 250, 125, 100 or 50")
-        knobs = ("patients", "label_fidelity", "nuisance", "seed")
-        write_demo(root, workers=workers, **{name: arguments[name] for name in knobs})
-    if not root.is_dir():
-        raise InputError(f"--root {root}: no such folder; wanted: the one that holds the CSV files")
-    print(f"{root}: reading the CSV files")
-    if source == "ptbxl":
-        csv_files = [root / "ptbxl_database.csv", root / "scp_statements.csv"]
-        table = read_ptbxl(root, fs, patients)
-    else:
-        csv_files = [root / "record_list.csv", Path(labels or root / "records_w_diag_icd10.csv")]
-        table = read_mimic(root, csv_files[1], patients)
-    if source == "demo":
-        csv_files.append(root / "demo_state.csv")
-        table["state"] = read_state(root, table)
-    synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
-    identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments}
-    identity["csv_sha256"] = {file.name: sha256_of(file) for file in csv_files}
-    identity["records_sha256"] = hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()
-    if out.exists():
-        refuse_other(out, identity)
-        print(f"{out}: complete already, built of the same files with the same arguments")
-    else:
-        with locked(out):
-            fill(out, root, table, identity, workers)
-            write_cohort(out, table, identity | {"fs": fs, "synthetic": synthetic})
-    cohort = Cohort(out)
-    print("\n".join(filter(None, (summary(cohort), fold_note(cohort)))))
-    return out
+def summary(cohort: Cohort) -> str:
+    """The cohort in numbers, as in A's Appendix A, as aligned lines for a terminal."""
+    counts = count(cohort)
+    arguments = ", ".join(f"{k} {v}" for k, v in cohort.arguments.items() if v is not None)
+    out = [f"{cohort.path}: {cohort.source}{' (SYNTHETIC)' * cohort.synthetic}, {arguments}"]
+    if (cohort.ecg_no_within_stay < 0).all():
+        out.append("  no stays in this source: triage is not defined")
+    if cohort.source == "ptbxl":
+        out.append("  dates may be interpolated (see the data's README): nothing is shown by gap")
+    rows = count_rows(counts)
+    often = sorted((f"records with {name}" for name in cohort.class_name), key=lambda r: -counts[r])
+    rows += [(k, f"{counts[k]:,}", f"{counts[k] / len(cohort):.1%}") for k in often[:10]]
+    for name, number_text, share in rows:
+        name = name.replace("first in stay", "first in stay (triage)")
+        out.append(f"  {name:<54}{number_text:>11}{share:>8}".rstrip())
+    return "\n".join(filter(None, [*out, *golden_lines(cohort, counts), fold_note(cohort)]))
 
 
 def refuse_other(out: Path, identity: dict) -> None:
     """Raise InputError unless the file `out` is a cohort with these entries of its identity."""
     stored = Cohort(out)
     if differs := difference({name: getattr(stored, name) for name in identity}, identity):
-        raise InputError(
-            f"--out {out} exists and differs in {differs}; it is never overwritten: delete it, or "
-            "name another --out"
-        )
+        raise InputError(f"--out {out} exists and differs in {differs}; it is never overwritten: "
+                         "delete it, or name another --out")
 
 
-def check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance) -> None:
+def check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance,
+                    seed) -> None:
     """Raise InputError for arguments that are out of range or mean nothing to the source."""
     if source not in SOURCES:
         raise InputError(f"--source {source}: wanted one of {', '.join(SOURCES)}")
-    if root is None and source != "demo":
-        raise InputError(f"--root: missing; wanted: the folder with the CSV files of {source}")
-    for name, value in (("fs", fs), ("workers", workers), ("patients", patients)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: wanted a whole number above 0")
-    if labels is not None and source != "mimic":
-        raise InputError(f"--labels: {source} has its labels under --root; leave the flag out")
-    for name, value in (("label-fidelity", label_fidelity), ("nuisance", nuisance)):
-        if value is not None and source != "demo":
-            raise InputError(f"--{name}: a knob of --source demo; {source} has none, leave it out")
+    if source != "demo" and not (root and Path(root).is_dir()):
+        raise InputError(f"--root {root}: wanted: the folder that holds the CSV files of {source}")
+    most = SPACING if source == "demo" else 10**9  # patients
+    for name, value, low, high in (
+            ("fs", fs, 1, 10_000), ("workers", workers, 1, 10_000), ("patients", patients, 1, most),
+            ("label-fidelity", label_fidelity, 0, 1), ("nuisance", nuisance, 0, 10),
+            ("seed", seed, 0, 2**31)):
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: a value from {low} to {high} is wanted")
+    for name, value, owner in (("labels", labels, "mimic"), ("nuisance", nuisance, "demo"),
+                               ("label-fidelity", label_fidelity, "demo")):
+        if value is not None and source != owner:
+            raise InputError(f"--{name}: of --source {owner} alone; leave it out for {source}")
+    if source == "demo" and fs and 500 % fs:
+        raise InputError(f"--fs {fs}: a divisor of the demo's 500 Hz is wanted, such as 100 or 50")
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def build(source: str, root: str | Path | None = None, out: str | Path | None = None,
+          fs: int | None = None, labels: str | Path | None = None, workers: int | None = None,
+          patients: int | None = None, label_fidelity: float | None = None,
+          nuisance: float | None = None, seed: int = 0) -> Path:
+    """Build a cohort file and print its summary; None takes the command line's default.
+
+    An `out` that these very arguments made of the same CSV files and records is left as it is, any
+    other existing file is an InputError. Returns: out.
+    """
+    check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance, seed)
+    fs, workers = fs or (500 if source == "mimic" else 100), workers or os.cpu_count() or 1
+    root = Path(root or "data/demo")
+    out = Path(out or ("data/cohort.h5" if source == "demo" else f"data/{source}.h5"))
+    arguments = {"fs": fs, "patients": patients}
+    if source == "demo":
+        knobs = {"patients": DEMO_PATIENTS if patients is None else patients, "seed": seed,
+                 "label_fidelity": LABEL_FIDELITY if label_fidelity is None else label_fidelity,
+                 "nuisance": NUISANCE if nuisance is None else nuisance}
+        arguments |= knobs | {"folds": FOLDS}
+    if out.exists():  # before the demo's folder is touched
+        refuse_other(out, {"source": source, "arguments": arguments})
+    if source == "demo":
+        write_demo(root, workers=workers, **knobs)
+    print(f"{root}: reading the CSV files")
+    if source == "ptbxl":
+        files = [root / "ptbxl_database.csv", root / "scp_statements.csv"]
+        table = read_ptbxl(root, fs, patients)
+    else:
+        files = [root / "record_list.csv", Path(labels or root / "records_w_diag_icd10.csv")]
+        table = read_mimic(root, files[1], patients)
+    if source == "demo":
+        files.append(root / "demo_state.csv")
+        state, _ = read_rows(files[2], ("study_id", "state"), (), lambda _, text: parse_codes(text),
+                             "state row", table["rejected"])
+        table["state"] = np.array([[name in state[study_id] for name in table["class_name"]]
+                                   for study_id in table["study_id"]], np.uint8)
+    identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments,
+                "csv_sha256": {file.name: sha256_of(file) for file in files},
+                "records_sha256": hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()}
+    if out.exists():
+        refuse_other(out, identity)
+        print(f"{out}: complete already, built of the same files with the same arguments")
+    else:
+        synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
+        with workspace(out, table["path"], identity) as (folder, status):
+            run_workers(folder, root, fs, status, workers)
+            write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
+    print(summary(Cohort(out)))
+    return out
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
-    what = parser.add_argument_group("what to do (one of the two)").add_argument
-    what("--source", choices=SOURCES, help="build a cohort file from this source")
-    what("--check", metavar="FILE.h5", help="verify a cohort file and print its summary")
-    files = parser.add_argument_group("files").add_argument
-    files("--root", metavar="DIR", help="folder of record_list.csv (mimic) or ptbxl_database.csv; "
-          "for demo the folder to write into (default: data/demo)")
-    files("--labels", metavar="CSV", help="mimic only: labels of MIMIC-IV-ECG-Ext-ICD (default: "
-          "ROOT/records_w_diag_icd10.csv)")
-    files("--out", metavar="FILE.h5", help="cohort file to write, never overwritten (default: "
-          "data/SOURCE.h5, for demo data/cohort.h5)")
-    content = parser.add_argument_group("content").add_argument
-    content("--fs", type=int, metavar="HZ", help="sampling rate; the records' own must be a "
-            "multiple (default: mimic 500, ptbxl and demo 100)")
-    content("--patients", type=int, metavar="N", help="mimic, ptbxl: only the first N by "
-            f"subject_id (default: all); demo: how many to simulate (default: {DEMO_PATIENTS})")
-    demo = parser.add_argument_group("demo cohort").add_argument
-    demo("--label-fidelity", type=float, metavar="F", help="0 to 1, how far codes follow the "
-         f"simulated state (default: {LABEL_FIDELITY})")
-    demo("--nuisance", type=float, metavar="F", help="scale of the differences between "
-         f"recordings of one state: rate, electrodes, noise (default: {NUISANCE})")
-    demo("--seed", type=int, default=0, metavar="N", help="of the simulator (default: %(default)s)")
-    speed = parser.add_argument_group("speed").add_argument
-    speed("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
+    add = parser.add_argument_group("what to do (one of the two)").add_argument
+    add("--source", choices=SOURCES, help="build a cohort file from this source")
+    add("--check", metavar="FILE.h5", help="verify a cohort file and print its summary")
+    add = parser.add_argument_group("files (defaults in brackets)").add_argument
+    add("--root", metavar="DIR", help="folder of the CSV files; of the demo [data/demo]")
+    add("--labels", metavar="CSV", help="mimic: from Ext-ICD [ROOT/records_w_diag_icd10.csv]")
+    add("--out", metavar="FILE.h5", help="never overwritten [data/SOURCE.h5; demo data/cohort.h5]")
+    add("--workers", type=int, metavar="N", help="processes [one per CPU core]")
+    add = parser.add_argument_group("content").add_argument
+    add("--fs", type=int, metavar="HZ", help="the records' own is a multiple [mimic 500, else 100]")
+    add("--patients", type=int, metavar="N",
+        help=f"the first N by subject_id [all]; demo: how many to simulate [{DEMO_PATIENTS}]")
+    add = parser.add_argument_group("demo cohort").add_argument
+    add("--label-fidelity", type=float, metavar="F",
+        help=f"0 to 1, how far codes follow the simulated state [{LABEL_FIDELITY}]")
+    add("--nuisance", type=float, metavar="F",
+        help=f"scale of what differs between recordings of one state [{NUISANCE}]")
+    add("--seed", type=int, default=0, metavar="N", help="another has other people [%(default)s]")
     return parser
 
 
@@ -1784,12 +1598,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if (check is None) == (args["source"] is None):
             raise InputError("give either --source (to build) or --check FILE.h5 (to verify)")
-        if check is not None:
-            cohort = Cohort(check)
-            check_cohort(cohort)
-            print("\n".join(filter(None, (summary(cohort), fold_note(cohort), "ok"))))
-        else:
+        if check is None:
             build(**args)
+        else:
+            check_cohort(cohort := Cohort(check))
+            print(summary(cohort), "ok", sep="\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
