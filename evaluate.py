@@ -2257,7 +2257,7 @@ def untrained_model(run: dict, cohort: Cohort, draw: int):
     # as every trained model it knows the training records; the initial statistics are a handicap
     recalibrate([model], lambda part: embed(model, cohort.signal, part, run["normalize"]),
                 [part for part in np.array_split(rows, 10) if len(part) > 1])
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 # The mode: embed each model, call the parts, mean over seeds, write

@@ -2024,6 +2024,19 @@ def test_verdicts_name_what_was_not_run_and_a_non_inferiority_claim_has_its_marg
     assert claim["margin"] == 0.01 and claim["verdict"] == "holds"  # 0 is above -0.01
 
 
+def test_seeds_are_paired_and_those_of_one_pretraining_are_no_seeds():
+    rows = rows_of(FD=[0.05, 0.06, 0.055], supervised=[0.02, 0, 0])
+    (a, b), chosen = rows.values(), {"eligible": np.ones(1, bool)}
+    del a["seeds"][1], a["seeds"][2]
+    assert evaluate.paired(a, b, "triage", chosen)[0] == pytest.approx(0.03)  # of seed 0 alone
+    rows = rows_of(FD=[0.05, 0.06, 0.055], supervised=[0, 0, 0])
+    for same, verdict in ((False, "holds"), (True, "undecided: seeds of one pretraining, each "
+                                                   "wants its own")):
+        for seed, (run,) in rows["finetuned, dynamics", 1.0]["seeds"].items():
+            run["init"] = {"sha256": "x" if same else str(seed)}
+        assert claim_of(rows)["verdict"] == verdict
+
+
 def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
     def shares(probe, finetuned, augmented):
         rows = {(name, 1.0): {
