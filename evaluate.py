@@ -1529,7 +1529,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[dict]:
-    """Each claim: holds, does not hold, or undecided and why, on these records and seeds."""
+    """Each claim on these records and seeds, and why it is undecided; `decide` judges the rest."""
     entries = []
     for text, source, task, better, worse, frac, margin in CLAIMS:
         keys = [(better, frac), (worse, frac)]
@@ -1563,11 +1563,16 @@ def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[di
             "difference", mean, **({"text": "-"} if np.isnan(mean[0]) else {}), verdict=verdict,
             seeds=" ".join(f"{seed}: {d[0]:+.3f}" for seed, d in each.items()), margin=margin,
             t=t, df=df, p=p))
-    for e, p in zip(entries, holm(np.array([e["p"] for e in entries]))):
+    return entries
+
+
+def decide(claims: list[dict]) -> list[dict]:
+    """The claims of a whole call, whatever their cohorts, with Holm's p and the open verdicts."""
+    for e, p in zip(claims, holm(np.array([e["p"] for e in claims]))):
         e["p_holm"] = p
         clear = "holds" if e["t"] > 0 else "does not hold"
         e["verdict"] = e["verdict"] or (clear if p < 0.05 else "undecided")
-    return entries
+    return claims
 
 
 # Controls of every table: what a score is worth against knowing no ECG at all
@@ -1758,8 +1763,8 @@ def run_score(args: argparse.Namespace) -> None:
         wanted = sorted({f"{run['cohort']} ({run['sha256'][:8]})" for run in runs})
         raise InputError(f"--data: {args.data} is the cohort {data.name} ({data.sha256[:8]}), the "
                          f"runs are of {', '.join(wanted)}; give the cohort they were trained on")
-    lines, entries, files = [], [], {}
-    for i, ((sha256, _), group) in enumerate(groups.items()):
+    parts = []  # of each test set: what its tables are made of, its claims among it
+    for (sha256, _), group in groups.items():
         cohort, left_out = data, ""
         if data is None or data.sha256 != sha256:
             try:
@@ -1782,10 +1787,15 @@ def run_score(args: argparse.Namespace) -> None:
         title = f"{group[0]['cohort']}: {'SYNTHETIC' if group[0]['synthetic'] else 'real'} " \
             f"records, {fold_text(group[0]['source'])}, {chosen['scored']:,} records of " \
             f"{chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
-        found, text, figures = score_tables(rows, tasks, title, cohort, args, reasons | ambiguous)
-        lines += [*score_head(title, group[0], tasks, left_out, args), *text, ""]
-        entries += [{"cohort": group[0]["cohort"], "synthetic": group[0]["synthetic"]} | e
-                    for e in found]
+        why = reasons | ambiguous
+        parts.append((group[0], score_head(title, group[0], tasks, left_out, args),
+                      (rows, tasks, title, cohort, args, why, claim_entries(rows, tasks, why))))
+    decide([claim for _, _, (*_, claims) in parts for claim in claims])
+    lines, entries, files = [], [], {}
+    for i, (run, head, tables) in enumerate(parts):
+        found, text, figures = score_tables(*tables)
+        lines += [*head, *text, ""]
+        entries += [{"cohort": run["cohort"], "synthetic": run["synthetic"]} | e for e in found]
         files |= {name if i == 0 else name.replace(".png", f"-{i + 1}.png"): png(figure)
                   for name, figure in figures.items() if figure is not None}
     publish(args.out, "score", lines, {"score.csv": csv_lines(entries)} | files)
@@ -1816,8 +1826,9 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
 
 
 def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
-                 args: argparse.Namespace, reasons: dict) -> tuple[list[dict], list[str], dict]:
-    """Entries, Markdown and figures of the rows of one test set."""
+                 args: argparse.Namespace, reasons: dict,
+                 claims: list[dict]) -> tuple[list[dict], list[str], dict]:
+    """Entries, Markdown and figures of the rows of one test set, its claims already judged."""
     run = next(iter(rows.values()))["runs"][0]
     lines, entries = [], []
     main = [rows[name, 1.0] for name in MAIN_METHODS if (name, 1.0) in rows]
@@ -1832,11 +1843,11 @@ def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
 
     for found, note in paper_tables(rows, tasks, reasons):
         add(found, found[0]["table"], "method", ("seeds", "minutes"), note)
-    claims = claim_entries(rows, tasks, reasons)
     tested = sum(not np.isnan(e["p"]) for e in claims)
     add(claims, "Claims", "claim", ("seeds", "t", "df", "p_holm", "verdict"),
         f"t and Satterthwaite's df join the variances over patients and over seeds; Holm at "
-        f".05 over the {tested} claims tested; a >= asks for no more than 0.01 below.")
+        f".05 over all claims tested in this call, {tested} of them here; a >= asks for no more "
+        "than 0.01 below.")
     add([row_entry("all methods", row, task, chosen) for row in rows.values()
          for task, chosen in tasks.items()], "All methods", "method", ("seeds", "steps", "minutes"))
     entries += [row_entry("all runs", row | {"method": run["name"], "runs": [run],

@@ -1983,7 +1983,8 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, c
 
 def claim_of(rows, reasons=None, tasks=("triage",), unit="patient"):
     chosen = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": unit}
-    found = evaluate.claim_entries(rows, dict.fromkeys(tasks, chosen), reasons or {})
+    found = evaluate.decide(evaluate.claim_entries(rows, dict.fromkeys(tasks, chosen),
+                                                   reasons or {}))
     return next(e for e in found if e["row"].startswith(
         "finetuned > supervised (A, Table 1)"))
 
@@ -2019,9 +2020,11 @@ def test_verdicts_name_what_was_not_run_and_a_non_inferiority_claim_has_its_marg
     rows = rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
                       "linear probe, invariance": [0.0, 0.0, 0.0]})
     chosen = {"eligible": np.ones(1, bool), "patients": 900, "scored": 5000, "unit": "patient"}
-    entries = evaluate.claim_entries(rows, {"triage": chosen}, {})
+    entries = evaluate.decide(evaluate.claim_entries(rows, {"triage": chosen}, {}))
     claim = next(e for e in entries if "naive" in e["row"])
     assert claim["margin"] == 0.01 and claim["verdict"] == "holds"  # 0 is above -0.01
+    two = evaluate.decide([dict(claim, verdict="") for _ in range(2)])  # of two cohorts, one call
+    assert [e["p_holm"] for e in two] == [min(1, 2 * claim["p"])] * 2
 
 
 def test_seeds_are_paired_and_those_of_one_pretraining_are_no_seeds():
