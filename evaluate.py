@@ -2796,7 +2796,7 @@ MODES = {  # what runs, and the flags with a meaning there; elsewhere they are r
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of DESIGN section 7: flags, grouped, no abbreviations."""
+    """The command line: flags, grouped, no abbreviations."""
     p = argparse.ArgumentParser(
         prog="evaluate.py", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)

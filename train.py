@@ -1299,7 +1299,7 @@ def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: st
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of DESIGN section 7: flags, grouped, no abbreviations."""
+    """The command line: flags, grouped, no abbreviations."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
