@@ -13,11 +13,14 @@ A build that is killed goes on where it stopped when the same command is given a
 the same bytes.
 """
 
+from __future__ import annotations  # an older Python shall reach `run_script`, which names it
+
 import argparse
 import ast
 import collections
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -25,6 +28,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal as signals  # "signal" is the ECG in this project
 import sys
@@ -101,15 +105,227 @@ class Progress:
         self.update(0, last=True)
 
 
+# ----------------------------------------------------------------------------------------------
+# The machine: errors of the system, files written whole, locks, cores and memory, the outer frame
+# ----------------------------------------------------------------------------------------------
+
+SPIN_COUNT = 30_000  # turns that a waiting OpenMP thread spins before it sleeps
+REMEDY = {  # what to do about an error of the system
+    errno.ENOSPC: "free some space or choose another disk; the same command goes on",
+    errno.EDQUOT: "free some of your quota or choose another disk; the same command goes on",
+    errno.EACCES: "ask for the permission, or choose another place",
+    errno.EPERM: "ask for the permission, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOENT: "check the name, and that its disk is mounted",
+    errno.EISDIR: "name a file", errno.ENOTDIR: "name a folder", errno.EEXIST: "name a folder",
+    errno.EIO: "check the disk; the same command goes on",
+    errno.ESTALE: "the network file system lost it: mount it anew; the same command goes on",
+    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs, or ask for more memory",
+    errno.ENAMETOOLONG: "choose a shorter name"}
+
+
+def system_error(error: OSError, what: str | Path = "") -> str:
+    """`FILE: No space left on device; free some space ...`: an OSError by its errno, and the fix.
+
+    what: the file or flag, where the error itself does not know it.
+    """
+    number_of = error.errno
+    if number_of is None and (told := re.search(r"errno = (\d+)", str(error))):  # h5py's
+        number_of = int(told[1])
+    if number_of is None:
+        return f"{what}: {error}"
+    remedy = REMEDY.get(number_of, "the same command goes on once that is mended")
+    return f"{what or error.filename or 'the system'}: {os.strerror(number_of)}; {remedy}"
+
+
+@contextlib.contextmanager
+def system_errors(what: str | Path = "") -> Iterator[None]:
+    """An OSError inside becomes an InputError that names it: `system_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(system_error(error, what)) from error
+
+
 def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a small file whole or not at all; `sync` also outlives a power cut."""
+    """Write a file whole or not at all; `sync` also outlives a power cut. InputError if it cannot.
+
+    The one place where a file is put under its final name.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        if sync:
-            os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with system_errors(path), open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            if sync:
+                os.fsync(handle.fileno())
+        with system_errors(path):
+            os.replace(temporary, path)
+    except BaseException:  # of whatever kind: nothing half-written stays
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone; InputError(refusal) if another does.
+
+    However the process ends, the system lets go. A file system without locks gets a note.
+    """
+    with system_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with system_errors(folder / "lock"):
+            handle = stack.enter_context(open(folder / "lock", "a"))
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        except (ImportError, OSError) as error:  # ImportError: Windows has no such lock
+            why = os.strerror(error.errno) if isinstance(error, OSError) else "no flock"
+            print(f"note: {folder}: this file system has no locks ({why}): take care that no other "
+                  "process works in that folder")
+        yield
+
+
+def limits_of(group: str, *names: str) -> Iterator[list[Path]]:
+    """Existing files `names` of this process's control groups, its own first, then those above it.
+
+    group: "" for version 2, else a controller of version 1. Linux alone; nothing elsewhere.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            if group not in controllers.split(","):
+                continue
+            own = Path("/sys/fs/cgroup", group, own.lstrip("/"))
+            for folder in (own, *own.parents[:-3 - bool(group)]):
+                if all((folder / name).exists() for name in names):
+                    yield [folder / name for name in names]
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: by affinity (taskset, SLURM) and container quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        for (file,) in limits_of("", "cpu.max"):  # "max 100000" without a limit
+            quota, period = file.read_text().split()
+            cores = cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
+        for quota, period in limits_of("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+            if int(quota.read_text()) > 0:
+                share = int(quota.read_text()) / int(period.read_text())
+                cores = min(cores, math.ceil(share))
+    return max(1, cores)
+
+
+def available_memory() -> float:
+    """Bytes of RAM that this process may still take: of the machine and of its container."""
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text()
+        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    for group, limit, usage in (("", "memory.max", "memory.current"),
+                                ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for most, used, stat in limits_of(group, limit, usage, "memory.stat"):
+                if (text := most.read_text().strip()) != "max":  # the page cache gives way
+                    cache = int(stat.read_text().split("inactive_file ")[1].split()[0])
+                    free = min(free, int(text) - int(used.read_text()) + cache)
+    return free if math.isfinite(free) else 0.0
+
+
+def wait_passively() -> None:
+    """Start this script once more with OpenMP threads that sleep soon when they wait (Linux).
+
+    Beside a busy process, threads that spin for each other take their own cores away. Called under
+    `if __name__ == "__main__"` alone, before torch is imported. The user's own settings win, and
+    torchrun's. The number of threads stays: results depend on it.
+    """
+    own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"} & os.environ.keys()
+    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in sys.orig_argv:
+        return  # the last two: a debugger, a notebook
+    with contextlib.suppress(OSError):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {
+            "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPIN_COUNT)})
+
+
+class Lasting:
+    """A text stream that outlives its reader (`| head`): what comes after goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def _try(self, call: Callable, *args):
+        try:
+            return call(*args)
+        except OSError as error:  # a pipe without a reader, or a log file on a full disk
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and self.stream is not sys.__stderr__:
+                print(f"note: {system_error(error, 'output')}; nothing more is printed there",
+                      file=sys.stderr)
+
+    def write(self, text: str):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        return self._try(self.stream.flush)
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end (SIGTERM: a scheduler, `kill`); the argument is its number.
+
+    Like KeyboardInterrupt no Exception: whatever handles errors lets it through.
+    """
+
+
+def _stop(number_of: int, frame) -> None:
+    raise Stopped(number_of)
+
+
+def run_script(work: Callable[[], None], interrupted: str) -> int:
+    """The frame of every `main`: run `work`; returns the exit code.
+
+    0; 2 after one last line on stderr for an InputError or an error of the system; 130 and 143
+    after Ctrl-C and SIGTERM, with the line `interrupted`. Anything else is a bug: its traceback.
+    """
+    before = None
+    streams = sys.stdout, sys.stderr
+    try:
+        if sys.version_info < (3, 11):
+            raise InputError(f"Python {sys.version_info[0]}.{sys.version_info[1]} runs this; "
+                             "Python 3.11 or later is wanted")
+        if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+            sys.stdout = Lasting(sys.stdout)
+        if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+            sys.stderr = Lasting(sys.stderr)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before = signals.signal(signals.SIGTERM, _stop)
+        with system_errors():
+            work()
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Stopped) as error:
+        print(interrupted, file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 143
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = streams
+        if before is not None:
+            signals.signal(signals.SIGTERM, before)
 
 
 def sha256_of(path: Path) -> str:
@@ -557,41 +773,31 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
     """
     folder, n, fs = out.with_name(out.name + ".partial"), len(paths), identity["arguments"]["fs"]
     plan = folder / "plan.json"  # written last: what it describes is there
-    with contextlib.ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "w"))
-            with contextlib.suppress(ImportError):  # Windows has no such lock
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            begun = plan.exists()
-            if begun and (differs := difference(json.loads(plan.read_text()), identity)):
-                raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
-                                 "repeat the command that began it, or delete that folder")
-            need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
-            held = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in folder.iterdir())
-            free = shutil.disk_usage(folder).free + held
-            disk = (f"{n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
-                    f"after; {free / 1e9:.2f} GB are free")
-            print(f"{out}: {disk}")
-            if need + 2**20 > free:
-                raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
-                                 "lower --fs or fewer --patients")
-            if not begun:
-                np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
-                for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
-                                           ("quality", "<u2", (n,)), ("status", "u1", (n,))):
-                    file = folder / f"{name}.npy"
-                    np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
-                    if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes a map
-                        with open(file, "r+b") as handle:
-                            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
-                replace_file(plan, json.dumps(identity).encode())
-        except BlockingIOError:
-            raise InputError(f"--out {out}: another process is building it; wait for it") from None
-        except OSError as error:
-            raise InputError(f"--out {out}: {error}; choose another --out") from None
+    busy = f"--out {out}: another process is building it; wait for it"
+    with locked(folder, busy), system_errors(f"--out {out}"):
+        begun = plan.exists()
+        if begun and (differs := difference(json.loads(plan.read_text()), identity)):
+            raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
+                             "repeat the command that began it, or delete that folder")
+        need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
+        held = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in folder.iterdir())
+        free = shutil.disk_usage(folder).free + held
+        disk = (f"{n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
+                f"after; {free / 1e9:.2f} GB are free")
+        print(f"{out}: {disk}")
+        if need + 2**20 > free:
+            raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
+                             "lower --fs or fewer --patients")
+        if not begun:
+            np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
+            for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
+                                       ("quality", "<u2", (n,)), ("status", "u1", (n,))):
+                file = folder / f"{name}.npy"
+                np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
+                if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes a map
+                    with open(file, "r+b") as handle:
+                        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+            replace_file(plan, json.dumps(identity).encode())
         status = np.load(folder / "status.npy", mmap_mode="r+")
         status[status != KEPT] = TODO  # rejected rows are tried again
         if begun:
@@ -1525,7 +1731,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     other existing file is an InputError. Returns: out.
     """
     check_arguments(source, root, fs, labels, workers, patients, label_fidelity, nuisance, seed)
-    fs, workers = fs or (500 if source == "mimic" else 100), workers or os.cpu_count() or 1
+    fs, workers = fs or (500 if source == "mimic" else 100), workers or available_cores()
     root = Path(root or "data/demo")
     out = Path(out or ("data/cohort.h5" if source == "demo" else f"data/{source}.h5"))
     arguments = {"fs": fs, "patients": patients}
@@ -1592,10 +1798,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command line; returns the exit code of `run_script`."""
     args = vars(make_parser().parse_args(argv))
     check = args.pop("check")
-    try:
+
+    def work() -> None:
         if (check is None) == (args["source"] is None):
             raise InputError("give either --source (to build) or --check FILE.h5 (to verify)")
         if check is None:
@@ -1603,13 +1810,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             check_cohort(cohort := Cohort(check))
             print(summary(cohort), "ok", sep="\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_script(work, "interrupted; the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

@@ -1691,7 +1691,7 @@ def bench(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch, \
             contextlib.redirect_stdout(io.StringIO()):  # of the stages
         root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
-        prepare_data.write_demo(root, 40 if quick else 600, workers=os.cpu_count() or 1)
+        prepare_data.write_demo(root, 40 if quick else 600, workers=prepare_data.available_cores())
         prepare_data.build("mimic", root, data, 100, root / "records_w_diag_icd10.csv")
         cohort = Cohort(data)
         for row in itertools.chain(
