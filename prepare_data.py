@@ -16,12 +16,12 @@ the same bytes.
 from __future__ import annotations  # an older Python shall reach `run_script`, which names it
 
 import argparse
-import ast
 import collections
 import contextlib
 import csv
 import errno
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -29,6 +29,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal as signals  # "signal" is the ECG in this project
 import sys
@@ -328,6 +329,19 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             signals.signal(signals.SIGTERM, before)
 
 
+def read_json(path: Path) -> dict:
+    """The dict in a JSON file; InputError for anything else."""
+    with system_errors(path):
+        content = path.read_bytes()
+    try:
+        if isinstance(value := json.loads(content), dict):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise InputError(f"{path}: found {content[:40]!r}; wanted: a JSON object, as this project writes "
+                     "it; delete what is damaged")
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with open(path, "rb") as handle:
@@ -567,87 +581,257 @@ COLUMNS = {  # of a table and of the cohort file; the first three are the order 
     "sex": np.int8,  # 0 F, 1 M, -1 missing
     "has_label": bool,  # the source gives this record any code at all, of whatever chapter
 }
+SEX = {text: sex for sex, texts in enumerate(("F f Female female FEMALE", "M m Male male MALE"))
+       for text in texts.split()}
 
 
-def number(text: str, missing: int | None = None) -> int:
-    """Whole number from `7` or `7.0`; empty text is `missing`, or a ValueError without it."""
-    if missing is not None and not text.strip():
-        return missing
+class Rounded(ValueError):
+    """A number as a spreadsheet shows a long one, `4.00E+07`: which one it was is lost."""
+
+
+class Tally(collections.Counter):
+    """Reason -> count of the rows left out; what was found in rows that are kept are `flaws`.
+
+    examples: reason -> where the first one stands and what was found there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.examples: dict[str, str] = {}
+        self.flaws: collections.Counter = collections.Counter()
+
+    def add(self, reason: str, example: str, kept: bool = False) -> None:
+        """Count one, and keep the example if it is the first."""
+        (self.flaws if kept else self)[reason] += 1
+        self.examples.setdefault(reason, example)
+
+
+def told(counts: dict, examples: dict) -> str:
+    """Counts with their examples, in one line."""
+    return "; ".join(f"{n:,} {reason}" + f" (e.g. {examples[reason]})" * (reason in examples)
+                     for reason, n in counts.items() if n) or "nothing"
+
+
+WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(\.0*)?\s*")
+ROUNDED = re.compile(r"\s*[+-]?[0-9.,]+[eE][+-]?[0-9]+\s*")
+UNKNOWN = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}  # texts of a missing value
+
+
+def number(text: str) -> int:
+    """Whole number from `7` or `7.0`. Raises: Rounded for `7E+00`, ValueError for anything else."""
+    if WHOLE.fullmatch(text):
+        return int(text.partition(".")[0])
+    raise (Rounded if ROUNDED.fullmatch(text) else ValueError)(text)
+
+
+def within(low: int, high: int, missing: int | None = None) -> Callable[[str], int]:
+    """A converter to a whole number from low to high; empty text is `missing` where that is given.
+    """
+    def convert(text: str) -> int:
+        value = missing if missing is not None and not text.strip() else number(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+    return convert
+
+
+def if_known(convert: Callable) -> Callable:
+    """A converter for an optional column: None for a text that means "missing"."""
+    return lambda text: None if text.strip().lower() in UNKNOWN else convert(text)
+
+
+def one_clock() -> Callable[[str], int]:
+    """A converter of `2180-07-23 08:44:00` to s since 1970, as if UTC where no offset is given.
+
+    For all time columns of a source: with offsets or without, for else no order holds.
+    """
+    seen: dict[bool, str] = {}
+
+    def seconds(text: str) -> int:
+        when = datetime.fromisoformat(text.strip())
+        if len(seen) < 2:
+            seen.setdefault(when.tzinfo is not None, text)
+        if len(seen) == 2:
+            raise InputError(f"ecg_time: found {seen[True]!r} with a UTC offset and {seen[False]!r} "
+                             "without one; such times cannot be ordered: write all of one kind")
+        value = int((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp())
+        if value < 0:  # which would mean "missing"
+            raise ValueError(text)
+        return value
+    return seconds
+
+
+def years(text: str) -> float:
+    """Age from `63`, `63.5`; `> 89`, and the 300 of PTB-XL that means the same, are 90."""
+    if re.fullmatch(r"\s*(>=?\s*(89|90)|90\s*\+)\s*", text):
+        return 90.0
     value = float(text)
-    if not value.is_integer() or abs(value) > 2**53:  # NaN and infinity are no integers
+    if not (0 <= value <= 130 or value == 300):  # NaN fails as well
         raise ValueError(text)
-    return int(value)
+    return 90.0 if value == 300 else value
 
 
-def seconds(text: str) -> int:
-    """`2180-07-23 08:44:00` -> s since 1970, as if UTC (the dates are shifted); -1 when empty."""
-    if not text.strip():
-        return -1
-    return int(datetime.fromisoformat(text.strip()).replace(tzinfo=timezone.utc).timestamp())
+def record_path(text: str) -> str:
+    """A record's path below the root; ValueError for one that leads out of it, or none."""
+    parts = text.strip().replace("\\", "/").split("/")
+    if not text.strip() or not parts[0] or ".." in parts or ":" in parts[0] or "\0" in text:
+        raise ValueError(text)
+    return text.strip()
+
+
+STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
+ITEM = re.compile(rf"\s*(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*")
+
+
+@functools.lru_cache(maxsize=200_000)
+def icd10(code: str) -> str:
+    """`i48.91` -> `I4891`"""
+    return code.upper().replace(".", "")
 
 
 @functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
 def parse_codes(text: str) -> tuple[str, ...]:
-    """Codes in the text of a list, or of a dict's keys; ValueError for any other text."""
-    try:
-        value = ast.literal_eval(text.strip())
-    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(text) from error
-    # Python joins 'I10' 'I48' into one: two quotes to a code
-    if (not isinstance(value, (list, dict)) or not all(isinstance(code, str) for code in value)
-            or text.count("'") + text.count('"') != 2 * len(value)):
-        raise ValueError(text)
-    return tuple(value)
+    """Codes in the text of a list of strings, or of the keys of a dict of numbers.
 
-
-def read_rows(path: Path, required: tuple, optional: tuple, parse: Callable, what: str,
-              rejected: collections.Counter, key: Callable = number) -> tuple[dict, int]:
-    """{id: parse(id, *texts)} of a CSV file with these columns, the first its id; its row count.
-
-    An optional column that lacks gives "". Of several rows with one id the first counts; where it
-    cannot be parsed the value is None. `rejected` counts "WHAT duplicated" and "WHAT malformed".
+    As Python, NumPy (with or without commas) and JSON write them; read as text, nothing is
+    executed. ValueError for any other text, so that no code is lost or joined with another.
     """
-    rows, listed = {}, 0
+    body, codes, at = text.strip(), [], 1
+    if len(body) < 2 or body[0] + body[-1] not in ("[]", "{}", "()"):
+        raise ValueError(text)
+    while body[at:-1].strip():
+        item = ITEM.match(body, at, len(body) - 1)
+        code = item and next(part for part in item.groups() if part is not None).strip()
+        if not code or re.search(r"[\s,;\[\]{}]", code):  # two codes in one string
+            raise ValueError(text)
+        codes.append(code)
+        # what follows a code: the number of a dict, a comma, or (NumPy) nothing at all
+        rest = r"\s*:\s*[0-9.eE+-]+\s*(,|$)" if body[0] == "{" and ":" in body else r",|(?=['\"])|$"
+        end = re.compile(rest).match(body[:-1], item.end())
+        if not end:
+            raise ValueError(text)
+        at = end.end()
+    return tuple(codes)
+
+
+ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # by the first two bytes
+
+
+def open_table(path: Path, columns: str):
+    """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
+    with system_errors(path), open(path, "rb") as handle:
+        start = handle.read(4)
+    if start == b"PK\x03\x04":
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with the "
+                         f"columns {columns}: unpack it, or export it as CSV")
+    opened = gzip.open if start[:2] == b"\x1f\x8b" else open
+    return opened(path, "rt", encoding=ENCODINGS.get(start[:2], "utf-8-sig"), errors="replace",
+                  newline="")
+
+
+def table_header(reader, path: Path, required: dict, optional: dict) -> list[str]:
+    """The names of the columns; InputError where a required one lacks or one stands there twice."""
+    names = ", ".join(filter(None, required))
     try:
-        handle = open(path, encoding="utf-8-sig", errors="replace", newline="")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted: a CSV file with the columns "
-                         f"{', '.join(required)}") from None
-    with handle:
-        reader = csv.reader(handle)
         header = [name.strip() for name in next(reader, [])]
-        if lacking := [name for name in required if name not in header]:
-            raise InputError(f"{path}: no column {', '.join(lacking)}; found: "
-                             f"{', '.join(header)[:200] or 'an empty file'}")
-        if absent := [name for name in optional if name not in header]:
-            print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
-        where = [header.index(name) if name in header else None for name in required + optional]
+    except (csv.Error, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: {error}; wanted: a CSV file with the columns {names}") from None
+    lacking = [name for name in required if name and name not in header]
+    if lacking or not header:
+        mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
+        raise InputError(f"{path}: no column {', '.join(lacking)}; found: "
+                         f"{', '.join(header)[:200] or 'an empty file'}"
+                         + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
+    if twice := [name for name in required | optional if header.count(name) > 1]:
+        raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
+    if absent := [name for name in optional if name not in header]:
+        print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
+    return header
+
+
+def read_rows(path: Path, required: dict, optional: dict, what: str,
+              tally: Tally) -> tuple[dict, int]:
+    """{id: [id, *values]} of a CSV file, and its count of rows.
+
+    required, optional: column -> converter of its text; the first column is the id. The name ""
+    stands for the first column, whatever it is called. Of several rows with one id the first
+    counts. A required text that cannot be converted costs the row: it is then None, and `tally`
+    counts "WHAT malformed". An optional one is stored as None and counted, the row stays.
+    Raises: InputError for a rounded number, which would be another row's id, or no such file.
+    """
+    rows: dict[int, list | None] = {}
+    listed, lost = 0, {}
+    with open_table(path, ", ".join(required)) as handle:
+        reader = csv.reader(handle)
+        header = table_header(reader, path, required, optional)
+        columns = [(name, header.index(name) if name in header else len(header) if name else 0,
+                    if_known(convert) if name in optional else convert)
+                   for name, convert in (required | optional).items()]
+
+        def convert_each(row: list[str], place: str) -> list:
+            values = []
+            for name, index, convert in columns:
+                found = f"{place}: {name} {row[index][:60]!r}"
+                try:
+                    values.append(convert(row[index]))
+                except Rounded:
+                    raise InputError(
+                        f"{found} is a rounded number, as a spreadsheet writes a long one: rows can "
+                        "no longer be told apart; take the original file, or format that column as "
+                        "text before saving") from None
+                except InputError:
+                    raise
+                except (ValueError, KeyError, OverflowError):
+                    if name in required:
+                        tally.add(f"{what} malformed", found)
+                        return values
+                    tally.add(f"{name} unreadable, stored as missing", found, kept=True)
+                    lost.setdefault(name, found)
+                    values.append(None)
+            return values
+
         while True:
             try:
                 row = next(reader, None)
-            except csv.Error:
-                row = [*header, "unreadable"]  # a field too many: malformed
+            except csv.Error as error:
+                row = [*header, str(error)]  # a field too many: malformed
+            except (EOFError, OSError, zlib.error) as error:  # of a gzip file
+                raise InputError(f"{path}: damaged after {listed:,} rows: {error}") from None
             if row is None:
-                return rows, listed
+                break
             if not row:
                 continue  # a blank line is no row
             listed += 1
+            if len(row) != len(header):
+                tally.add(f"{what} malformed", f"{path.name} line {reader.line_num}: {len(row)} "
+                          f"fields for {len(header)} columns")
+                continue
+            row.append("")  # of the optional columns that are not there
             try:
-                if len(row) != len(header):
-                    raise ValueError(row)
-                texts = ["" if i is None else row[i] for i in where]
-                name = key(texts[0])
-                if name in rows:
-                    rejected[f"{what} duplicated"] += 1
-                    continue
-                rows[name] = None  # until the row has proved sound
-                rows[name] = parse(name, *texts[1:])
-            except ValueError:
-                rejected[f"{what} malformed"] += 1
+                values = [convert(row[index]) for _, index, convert in columns]
+            except (ValueError, KeyError, OverflowError):  # which one, and is it needed?
+                values = convert_each(row, f"{path.name} line {reader.line_num}")
+            if values and values[0] in rows:
+                tally.add(f"{what} duplicated", f"{path.name} line {reader.line_num}: {values[0]}")
+            elif values:
+                rows[values[0]] = values if len(values) == len(columns) else None
+    for name in {"ecg_time", "recording_date"} & lost.keys():
+        at = [*required, *optional].index(name)
+        if all(row is None or row[at] is None for row in rows.values()):
+            raise InputError(f"{lost[name]} is no time, nor is any other of that column; wanted: such "
+                             "as '2180-07-23 08:44:00'; without times there are no pairs")
+    return rows, listed
+
+
+def row_values(subject_id, ecg_time, study_id, fold, split, ecg_no, stay, age, sex, codes) -> tuple:
+    """Values of COLUMNS in order, with what is unknown (None) as it is stored."""
+    return (subject_id, -1 if ecg_time is None else ecg_time, study_id, fold, split, ecg_no,
+            -1 if stay is None else stay, math.nan if age is None else age,
+            -1 if sex is None else sex, len(codes) > 0)
 
 
 def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable,
-               patients: int | None, rejected: collections.Counter) -> dict:
+               patients: int | None, tally: Tally) -> dict:
     """Rows (values of COLUMNS, codes, path) -> {column: array, "label", "path", ...}, sorted.
 
     Leaves out rows without a header file, then all but the first `patients` by subject_id. Raises
@@ -658,24 +842,54 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
         if a[0] == b[0] and a[3] != b[3]:
             raise InputError(f"patient {a[0]} lies in folds {a[3]} and {b[3]} (study_id {a[2]}, "
                              f"{b[2]}); a patient may be in one fold only: correct the fold column")
-    found = [row for row in rows if os.path.exists(f"{root}/{row[2]}.hea")]
-    rejected["header file missing"] = len(rows) - len(found)
-    if patients is not None:
-        chosen = set(sorted({row[0][0] for row in found})[:patients])
-        found = [row for row in found if row[0][0] in chosen]
+    found = []
+    for row in rows:
+        if os.path.exists(header := f"{root}/{row[2]}.hea"):
+            found.append(row)
+        else:
+            tally.add("header file missing", header)
     if not found:
-        example = f"{root}/{rows[0][2]}.hea" if rows else "rows that can be read"
-        raise InputError(f"{root}: found none of the {len(rows):,} records of the CSV files, left "
-                         f"out {dict(+rejected)}; wanted: {example}")
-    values, codes, path = zip(*found)
+        raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
+                         f"soundly; left out: {told(tally, tally.examples)}; wanted: their files "
+                         "below --root")
+    chosen = found
+    if patients is not None:
+        first = set(sorted({row[0][0] for row in found})[:patients])
+        chosen = [row for row in found if row[0][0] in first]
+    values, codes, path = zip(*chosen)
     table = {name: np.array(column, dtype)
              for (name, dtype), column in zip(COLUMNS.items(), zip(*values))}
     position = {name: k for k, name in enumerate(class_name)}
-    table["label"] = np.zeros((len(found), len(class_name)), np.uint8)
+    table["label"] = np.zeros((len(chosen), len(class_name)), np.uint8)
     for label, own in zip(table["label"], codes):
         label[[position[class_of(code)] for code in own if class_of(code) in position]] = 1
     table["code_count"] = np.array([len(own) for own in codes])
-    return table | dict(class_name=class_name, path=list(path), rejected=rejected)
+    return table | dict(class_name=class_name, path=list(path), rejected=tally, flaws=tally.flaws,
+                        examples=tally.examples, not_chosen=len(found) - len(chosen))
+
+
+def check_codes(column: str, rows: list[tuple], makes_class: Callable, foreign: Callable,
+                wanted: str, tally: Tally, most: float = 1.0) -> None:
+    """InputError where the labels, (place, codes) of each row, are of another coding system.
+
+    They would be zero for all patients or for some, without a word: fewer than 1 % of the rows have
+    a code that makes a class, or more than `most` of them one that is foreign. Those are counted.
+    """
+    reason = f"code that is not of {wanted.partition(',')[0]}"
+    distinct = set().union(*(codes for _, codes in rows))
+    classes, odd_ones = set(filter(makes_class, distinct)), set(filter(foreign, distinct))
+    strange = [(place, code) for place, codes in rows if not odd_ones.isdisjoint(codes)
+               for code in codes if code in odd_ones]
+    for place, code in strange:
+        tally.add(reason, f"{place}: {code!r}", kept=True)
+    usual = sum(not classes.isdisjoint(codes) for _, codes in rows)
+    odd = len({place for place, _ in strange})
+    if rows and (usual < 0.01 * len(rows) or odd > most * len(rows)):
+        shown = strange or [(place, code) for place, codes in rows for code in codes]
+        shown = ", ".join(f"{code!r} ({place})" for place, code in shown[:3]) or "no code at all"
+        raise InputError(f"{column}: {usual:,} of {len(rows):,} rows carry a code that makes a "
+                         f"class, {odd:,} one that is not of the system; found: {shown}; wanted: "
+                         f"codes of {wanted}; translate them first")
 
 
 def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
@@ -685,39 +899,38 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
     the classes are those of the whole CSV, so that a partial download has them all. Folds 0 to 17
     train, 18 validates, 19 tests. Source: A, section 4.1 and Appendix A.
     """
-    def label_row(study_id, subject_id, codes, fold, ecg_no, hospital, ed, age, gender, ecg_time):
-        codes, fold, ecg_no = parse_codes(codes), number(fold), number(ecg_no, -1)
-        if not (0 <= fold <= 19 and -1 <= ecg_no < 2**15):
-            raise ValueError(fold, ecg_no)
-        stay = number(hospital, -1)
-        stay = number(ed, -1) if stay == -1 else stay
-        sex = {"F": 0, "M": 1}.get(gender.strip().upper(), -1)
-        return (number(subject_id), seconds(ecg_time), study_id, fold, max(fold - 17, 0), ecg_no,
-                stay, float(age or "nan"), sex, len(codes) > 0), codes
-
-    rejected, rows = collections.Counter(), []
-    required = ("study_id", "subject_id", "all_diag_all", "fold", "ecg_no_within_stay")
-    optional = ("hosp_hadm_id", "ed_stay_id", "age", "gender", "ecg_time")
-    known, _ = read_rows(labels, required, optional, label_row, "label row", rejected)
+    tally, rows, clock = Tally(), [], one_clock()
+    known, _ = read_rows(labels, {
+        "study_id": number, "subject_id": number, "all_diag_all": parse_codes,
+        "fold": within(0, 19), "ecg_no_within_stay": within(-1, 2**15 - 1, missing=-1),
+    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years, "gender": SEX.__getitem__,
+        "ecg_time": clock}, "label row", tally)
     entries, listed = read_rows(
-        root / "record_list.csv", ("study_id", "subject_id", "path"), ("ecg_time",),
-        lambda study_id, subject_id, path, ecg_time: (number(subject_id), seconds(ecg_time),
-                                                      path.strip()), "record_list row", rejected)
-    entries = {study_id: entry for study_id, entry in entries.items() if entry}
-    rejected["label row without a listed record"] = len(known.keys() - entries)
-    for study_id, (subject_id, ecg_time, path) in entries.items():
+        root / "record_list.csv", {"study_id": number, "subject_id": number, "path": record_path},
+        {"ecg_time": clock}, "record_list row", tally)
+    for study_id in known.keys() - {study_id for study_id, entry in entries.items() if entry}:
+        tally.add("label row without a listed record", f"study_id {study_id}")
+    for entry in filter(None, entries.values()):
+        study_id, subject_id, path, ecg_time = entry
         if study_id not in known:
-            rejected["no label row"] += 1
+            tally.add("no label row", f"study_id {study_id}")
         elif known[study_id] is not None:  # None: counted as malformed already
-            values, codes = known[study_id]
-            if values[0] != subject_id:
-                rejected["subject_id differs between the CSV files"] += 1
+            _, patient, codes, fold, ecg_no, hospital, ed, age, sex, at = known[study_id]
+            if patient != subject_id:
+                tally.add("subject_id differs between the CSV files",
+                          f"study_id {study_id}: {subject_id} and {patient}")
                 continue
-            ecg_time = ecg_time if ecg_time >= 0 else values[1]
-            rows.append(((subject_id, ecg_time, *values[2:]), codes, path))
-    distinct = set().union(*{row[1] for row in known.values() if row})
-    classes = sorted({code[:3] for code in distinct if code.startswith("I") and len(code) >= 3})
-    table = make_table(root, rows, classes, lambda code: code[:3], patients, rejected)
+            ecg_time = at if ecg_time is None else ecg_time
+            rows.append((row_values(subject_id, ecg_time, study_id, fold, max(fold - 17, 0), ecg_no,
+                                    ed if hospital is None else hospital, age, sex, codes),
+                         tuple(map(icd10, codes)), path))
+    told_of = [(f"study_id {row[0]}", tuple(map(icd10, row[2]))) for row in known.values() if row]
+    distinct = set().union(*(codes for _, codes in told_of))
+    classes = sorted({code[:3] for code in distinct if re.match(r"I[0-9][0-9A-Z]", code)})
+    table = make_table(root, rows, classes, lambda code: code[:3], patients, tally)
+    check_codes(f"{labels.name}, all_diag_all", told_of, re.compile(r"I[0-9][0-9A-Z]").match,
+                lambda code: not re.match(r"[A-Z][0-9][0-9A-Z]", code),
+                "ICD-10, such as 'I4891' of chapter IX", tally, most=0.01)
     return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
 
 
@@ -729,15 +942,16 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
 def make_pairs(table: dict) -> dict:
     """Consecutive records of one patient as transitions; rows sorted by (subject, time, study).
 
-    Returns: pair (P, 2) int32 rows; action (P, K) int8 in {-1, 0, 1}; gap_days (P,) float32, NaN
-    where a time is missing; pair_kind (P,) uint8: 2 touches a record without any code, else 0 same
+    Without both times no order is known, and no pair is made.
+    Returns: pair (P, 2) int32 rows; action (P, K) int8 in {-1, 0, 1}; gap_days (P,) float32;
+    pair_kind (P,) uint8: 2 touches a record without any code, else 0 same
     stay (stable by construction: codes belong to a stay), else 1 between stays.
     """
-    a = np.flatnonzero(table["subject_id"][1:] == table["subject_id"][:-1])
-    b = a + 1
     label, stay, time_s = table["label"].astype(np.int8), table["stay"], table["ecg_time"]
+    same = table["subject_id"][1:] == table["subject_id"][:-1]
+    a = np.flatnonzero(same & (time_s[:-1] >= 0) & (time_s[1:] >= 0))
+    b = a + 1
     gap_days = (time_s[b] - time_s[a]) / 86400
-    gap_days[(time_s[a] < 0) | (time_s[b] < 0)] = np.nan
     kind = np.where((stay[a] == stay[b]) & (stay[a] >= 0), 0, 1)
     kind[~(table["has_label"][a] & table["has_label"][b])] = 2
     return {"pair": np.stack([a, b], axis=1).astype(np.int32),  # (P, 2)
@@ -776,7 +990,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
         begun = plan.exists()
-        if begun and (differs := difference(json.loads(plan.read_text()), identity)):
+        if begun and (differs := difference(read_json(plan), identity)):
             raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
                              "repeat the command that began it, or delete that folder")
         need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
@@ -889,7 +1103,9 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     codes = {"distinct": table["distinct_codes"],
              "per_record": float(table["code_count"][keep].mean())}
     attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes, leads=LEADS,
-                                   normal_codes=table["normal_codes"], rejected=rejected)
+                                   normal_codes=table["normal_codes"], rejected=rejected,
+                                   rejected_examples=table["examples"], flaws=table["flaws"],
+                                   not_chosen=table["not_chosen"])
     temporary = folder / "cohort.h5"
     with h5py.File(temporary, "w") as file:
         for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
@@ -906,6 +1122,7 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
             # lists and dicts as JSON text: every HDF5 reader can show it
             plain = isinstance(value, (bool, int, float, str))
             file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
+        file.attrs["crc32"] = json.dumps(content_crc(file))
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, out)
@@ -916,20 +1133,59 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
 # Cohort: the reader of the file
 # ----------------------------------------------------------------------------------------------
 
-CONTENT = (  # datasets, then attributes
-    *COLUMNS, "label", "quality", "pair", "action", "gap_days", "pair_kind", "class_name", "signal",
-    "signal_crc32", "fs", "leads", "unit", "source", "synthetic", "normal_codes", "format_version",
-    "arguments", "csv_sha256", "records_sha256", "rejected", "listed", "codes")
+SHAPES = {  # dataset -> type, shape in N records, K classes, P pairs, C checksums, T samples
+    **{name: (np.dtype(dtype), "N") for name, dtype in COLUMNS.items()},
+    "label": (np.dtype("u1"), "NK"), "state": (np.dtype("u1"), "NK"),
+    "quality": (np.dtype("<u2"), "N"), "class_name": (None, "K"),
+    "pair": (np.dtype("<i4"), "P2"), "action": (np.dtype("i1"), "PK"),
+    "gap_days": (np.dtype("<f4"), "P"), "pair_kind": (np.dtype("u1"), "P"),
+    "signal": (np.dtype("<f2"), "NLT"), "signal_crc32": (np.dtype("<u4"), "C")}
+ATTRIBUTES = {
+    "fs": int, "leads": list, "unit": str, "source": str, "synthetic": bool, "normal_codes": list,
+    "format_version": int, "arguments": dict, "csv_sha256": dict, "records_sha256": str,
+    "rejected": dict, "listed": int, "codes": dict,
+    "rejected_examples": dict, "flaws": dict, "not_chosen": int, "crc32": dict}
+LATER = {"state", "rejected_examples", "flaws", "not_chosen", "crc32"}  # a file may lack these
+LIMITS = {"label": (0, 1), "state": (0, 1), "action": (-1, 1), "split": (0, 2), "sex": (-1, 1),
+          "pair_kind": (0, 2), "fold": (0, 127), "ecg_no_within_stay": (-1, 2**15 - 1)}
 
 
 def what_is(path: Path) -> str:
     """Say what a file that is no readable cohort is instead."""
-    if not path.is_file():
-        return "is a folder" if path.exists() else "does not exist"
-    start = path.open("rb").read(4)
+    with open(path, "rb") as handle:
+        start = handle.read(4)
     if start == b"PK\x03\x04":
         return "is a checkpoint or another zip file"
     return "is truncated or damaged" if start == b"\x89HDF" else "is no HDF5 file"
+
+
+def mapped(file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset that lies in the file as one block, so that it is no larger than the file.
+
+    Raises: InputError for links out of the file, data kept elsewhere, compressed or never written.
+    """
+    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise InputError(f"{name} is no dataset of its own (a link, a group, or kept in another file)")
+    if dataset.chunks is not None or (dataset.size and dataset.id.get_offset() is None):
+        raise InputError(f"{name} is compressed, chunked or empty, as a repacked copy has it; wanted: "
+                         "one block, to be memory-mapped: `h5repack -l CONTI -f NONE OLD NEW` "
+                         "restores it")
+    return dataset
+
+
+def content_crc(file: h5py.File) -> dict[str, int]:
+    """CRC-32 of every dataset but `signal`, which has its own, and of the attributes together."""
+    crc = {name: zlib.crc32(np.ascontiguousarray(mapped(file, name)[()]))
+           for name in SHAPES if name in file and name != "signal"}
+    text = "".join(f"{name}={value!r};" for name, value in plain_attributes(file) if name != "crc32")
+    return crc | {"attributes": zlib.crc32(text.encode())}
+
+
+def plain_attributes(file: h5py.File) -> list[tuple]:
+    """(name, value) of the attributes in order, as Python's own types."""
+    return [(name, value.item() if isinstance(value, np.generic) else value)
+            for name, value in sorted(file.attrs.items())]
 
 
 class Cohort:
@@ -939,42 +1195,98 @@ class Cohort:
     label (N, K) uint8; quality (N,) uint16, bits of QUALITY; pair (P, 2) int32 rows; action (P, K)
     int8; gap_days (P,) float32; pair_kind (P,) uint8; the (N,) columns of COLUMNS; state (N, K)
     uint8, what the simulator truly expressed, or None; class_name, leads, normal_codes lists of
-    str; fs Hz; rejected, arguments, csv_sha256, codes dicts. Beside them path, name (file stem),
-    sha256 (hex, over all of it; the signal enters through its checksums, so this is quick).
-    Raises: InputError for anything but a whole cohort file.
+    str; fs Hz; rejected, rejected_examples, flaws, arguments, csv_sha256, codes dicts. Beside them path,
+    name (file stem), sha256 (hex, over all of it; the signal enters through its checksums, so this
+    is quick), changed (what differs from its stored checksum; None: an older file has none).
+    Raises: InputError for anything but a whole cohort file. Nothing outside the file is read, and
+    no more memory is taken than the file is long.
     """
 
     state = None
 
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), Path(path).stem
-        digest, wanted = hashlib.sha256(), "wanted: a cohort .h5, as prepare_data.py writes it"
+        self.rejected_examples, self.flaws, self.not_chosen, self.crc32 = {}, {}, 0, None
+        wanted = "wanted: a cohort .h5, as prepare_data.py writes it"
         try:
-            with h5py.File(self.path, "r") as file:
-                content = {*file, *file.attrs}
-                if lacking := [name for name in CONTENT if name not in content]:
-                    raise InputError(f"{path} is an HDF5 file without {', '.join(lacking[:4])}; "
-                                     f"{wanted}")
-                for name, value in sorted(file.attrs.items()):
-                    value = value.item() if isinstance(value, np.generic) else value
-                    digest.update(f"{name}={value!r};".encode())
-                    is_json = isinstance(value, str) and value[:1] in ("[", "{")
-                    setattr(self, name, json.loads(value) if is_json else value)
-                for name, dataset in sorted(file.items()):
-                    digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
-                    if name != "signal":
-                        setattr(self, name, dataset[()])
-                        digest.update(getattr(self, name).tobytes())
-                signal = file["signal"]
-                where = dict(offset=signal.id.get_offset(), shape=signal.shape, dtype=signal.dtype)
-        except (OSError, KeyError, AttributeError) as error:
+            open(path, "rb").close()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            what = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+            raise InputError(f"{path} {what}; {wanted}") from None
+        except OSError as error:
+            raise InputError(system_error(error, path)) from None
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:  # it is complete: no one writes
+                self._read(file, wanted)
+        except InputError as error:
+            raise InputError(f"{path}: {error}" if not str(error).startswith(str(path)) else
+                             str(error)) from None
+        except Exception as error:  # h5py lets whatever a damaged file causes escape
             raise InputError(f"{path} {what_is(self.path)}; {wanted}") from error
+        if faults := self._value_faults():
+            raise InputError(f"{path}: {'; '.join(faults[:3])}; build it anew")
+
+    def _read(self, file: h5py.File, wanted: str) -> None:
+        digest, size = hashlib.sha256(), os.path.getsize(self.path)
+        content = {*file, *file.attrs}
+        if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | LATER]:
+            raise InputError(f"{self.path} is an HDF5 file without {', '.join(lacking[:4])}; {wanted}")
+        for name, value in plain_attributes(file):
+            digest.update(f"{name}={value!r};".encode())
+            value = json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
+            if name in ATTRIBUTES and type(value) is not ATTRIBUTES[name]:
+                raise InputError(f"attribute {name} is {str(value)[:40]!r}; wanted: "
+                                 f"{ATTRIBUTES[name].__name__}")
+            if name in ATTRIBUTES:
+                setattr(self, name, value)
         if self.format_version != FORMAT_VERSION:
-            raise InputError(f"{path} has format version {self.format_version}, {FORMAT_VERSION} "
-                             "is wanted; build it anew")
+            raise InputError(f"{self.path} has format version {self.format_version}, "
+                             f"{FORMAT_VERSION} is wanted; build it anew")
+        datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
+        letters = {"2": 2, "L": len(LEADS), "T": SECONDS * self.fs,
+                   "N": (datasets["study_id"].shape or (0,))[0],
+                   "K": (datasets["class_name"].shape or (0,))[0],
+                   "P": (datasets["pair"].shape or (0,))[0]}
+        letters["C"] = -(-letters["N"] // CRC_ROWS)
+        for name, dataset in datasets.items():
+            dtype, axes = SHAPES[name]
+            shape, found = tuple(letters[axis] for axis in axes), (dataset.dtype, dataset.shape)
+            if found != (dtype or dataset.dtype, shape) or dataset.dtype.hasobject:
+                raise InputError(f"{name} is {found[0]} {found[1]}, wanted "
+                                 f"{dtype or 'strings'} {shape}")
+            if dataset.size and dataset.id.get_offset() + dataset.nbytes > size:
+                raise InputError(f"{self.path} is truncated: {name} reaches beyond its end; {wanted}")
+            digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
+            if name != "signal":
+                setattr(self, name, dataset[()])
+                digest.update(np.ascontiguousarray(getattr(self, name)).data)
         self.class_name = [name.decode() for name in self.class_name]
         self.sha256 = digest.hexdigest()
-        self.signal = np.memmap(self.path, mode="r", **where)
+        self.changed = None if self.crc32 is None else [
+            name for name, crc in content_crc(file).items() if self.crc32.get(name) != crc]
+        signal = datasets["signal"]
+        self.signal = np.memmap(self.path, mode="r", offset=signal.id.get_offset(),
+                                shape=signal.shape, dtype=signal.dtype) if signal.size else \
+            np.empty(signal.shape, signal.dtype)
+
+    def _value_faults(self) -> list[str]:
+        """What no cohort may hold: values out of range, pairs of other rows or patients."""
+        faults = []
+        for name, (low, high) in LIMITS.items():
+            values = getattr(self, name)
+            if values is not None and values.size and (bad := (values < low) | (values > high)).any():
+                row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
+                faults.append(f"{name} holds {values[bad][0]} in row {row}; wanted: {low} to {high}")
+        if self.pair.size and not (0 <= self.pair.min() and self.pair.max() < len(self)):
+            faults.append(f"pair holds row {self.pair.max()} or {self.pair.min()}; wanted: 0 to "
+                          f"{len(self) - 1}")
+        if len(set(self.class_name)) < len(self.class_name) or "" in self.class_name:
+            faults.append("class_name holds a name twice or an empty one")
+        if self.leads != list(LEADS) or self.unit != "mV":
+            faults.append(f"leads {self.leads} in {self.unit}; wanted: {' '.join(LEADS)} in mV")
+        if not len(self):
+            faults.append("it holds no record")
+        return faults
 
     def __len__(self) -> int:
         return len(self.study_id)
@@ -997,11 +1309,9 @@ class Cohort:
 
 def check_cohort(cohort: Cohort) -> None:
     """Verify a file against itself: checksums, shapes, order, folds, pairs. InputError if not."""
-    n, k = len(cohort), len(cohort.class_name)
-    shapes = dict.fromkeys((*COLUMNS, "quality"), (n,)) | dict.fromkeys(("label", "state"), (n, k))
-    shapes["signal"] = (n, len(LEADS), SECONDS * cohort.fs)
-    faults = [f"{name} has shape {array.shape}, wanted {wanted}" for name, wanted in shapes.items()
-              if (array := getattr(cohort, name)) is not None and array.shape != wanted]
+    n, faults = len(cohort), []
+    if cohort.changed:
+        faults.append(f"the checksum of {', '.join(cohort.changed)} differs")
     progress, crc = Progress(n, "records", "checking:"), []
     for first in range(0, n, CRC_ROWS):
         block = np.array(cohort.signal[first:first + CRC_ROWS])
@@ -1077,6 +1387,7 @@ def count(cohort: Cohort) -> dict[str, float]:
         "records per patient, median": np.median(records),
         "records per patient, max": records.max(),
         "pairs": len(change),
+        "no pair, for a time is missing": len(cohort) - len(records) - len(change),
         "stable pairs": (change == 0).sum(),
         "changed pairs": (change > 0).sum(),
         "patients with a changed pair": changing,
@@ -1109,7 +1420,7 @@ def count(cohort: Cohort) -> dict[str, float]:
     if len(change):
         counts["Jaccard, mean"] = (1 - change / np.maximum(either, 1)).mean()
     if cohort.source != "ptbxl":
-        counts |= {"pairs of gap 0": (gap == 0).sum(), "pairs of unknown gap": np.isnan(gap).sum()}
+        counts["pairs of gap 0"] = (gap == 0).sum()
         if not np.isnan(gap).all():
             counts["gap in days, median"] = np.nanmedian(gap)
     counts |= {f"quality: {name}": ((cohort.quality & bit) > 0).sum()
@@ -1162,28 +1473,26 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
         found = ", ".join(path.name for path in root.glob("records*")) or "nothing"
         raise InputError(f"{root}: found: {found}; wanted: a folder records100 or records500 at a "
                          f"multiple of {fs} Hz")
-
-    def label_row(ecg_id, patient_id, codes, fold, path, date, age, sex):
-        codes, fold = parse_codes(codes), number(fold)
-        if not 1 <= fold <= 10:
-            raise ValueError(fold)
-        age = min(float(age or "nan"), 90)  # the release writes 300 for "above 89"
-        sex = {0: 1, 1: 0}.get(number(sex, -1), -1)  # the release: 0 male, 1 female
-        return (number(patient_id), seconds(date), ecg_id, fold, max(fold - 8, 0), -1, -1, age,
-                sex, len(codes) > 0), codes, path.strip()
-
-    rejected, database = collections.Counter(), root / "ptbxl_database.csv"
-    classes, _ = read_rows(root / "scp_statements.csv", ("",), (), str, "statement", rejected, str)
-    classes = sorted(filter(None, classes))  # the column of codes has no name
+    tally, database = Tally(), root / "ptbxl_database.csv"
+    statements, _ = read_rows(root / "scp_statements.csv", {"": str.strip}, {}, "statement", tally)
+    classes = sorted(filter(None, statements))
     file_name = "filename_lr" if min(usable) == 100 else "filename_hr"
-    required = ("ecg_id", "patient_id", "scp_codes", "strat_fold", file_name)
-    known, listed = read_rows(database, required, ("recording_date", "age", "sex"), label_row,
-                              "label row", rejected)
-    rows = [row for row in known.values() if row]
-    distinct = set().union(*{codes for _, codes, _ in rows})
-    if unknown := sorted(distinct - set(classes)):
-        print(f"{database.name}: codes that scp_statements.csv lacks make no class: {unknown}")
-    table = make_table(root, rows, classes, lambda code: code, patients, rejected)
+    known, listed = read_rows(database, {
+        "ecg_id": number, "patient_id": number, "scp_codes": parse_codes,
+        "strat_fold": within(1, 10), file_name: record_path,
+    }, {"recording_date": one_clock(), "age": years,
+        "sex": {"0": 1, "1": 0, "0.0": 1, "1.0": 0}.__getitem__},  # the release: 0 male, 1 female
+        "label row", tally)
+    known = {ecg_id: row for ecg_id, row in known.items() if row}
+    rows = [(row_values(patient_id, date, ecg_id, fold, max(fold - 8, 0), -1, None, age, sex, codes),
+             codes, path)
+            for ecg_id, patient_id, codes, fold, path, date, age, sex in known.values()]
+    distinct = set().union(*(codes for _, codes, _ in rows))
+    table = make_table(root, rows, classes, lambda code: code, patients, tally)
+    check_codes(f"{database.name}, scp_codes",
+                [(f"ecg_id {ecg_id}", row[2]) for ecg_id, row in known.items()],
+                set(classes).__contains__, lambda code: code not in classes,
+                f"scp_statements.csv, such as {', '.join(classes[:3])}", tally)
     normal = [code for code in ("NORM", "SR") if code in classes]
     return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=normal)
 
@@ -1628,18 +1937,31 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     Records already there are kept, so a killed run goes on where it stopped. Raises: InputError
     where `root` holds a demo of other knobs, or anything else.
     """
-    root, identity = Path(root), Path(root) / "demo.json"
-    stamp = json.dumps(dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance),
-                            seed=int(seed), folds=FOLDS))
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--root {root}: {error.strerror}; name a folder to write into") from None
-    if not any(root.iterdir()):
-        replace_file(identity, stamp.encode())
-    if (found := identity.read_text() if identity.exists() else "other files") != stamp:
-        raise InputError(f"--root {root}: found: a folder of {found}; wanted: an empty one, or the "
-                         f"demo of {stamp}; nothing there was touched")
+    root = Path(root)
+    identity, own = root / "demo.json", json.dumps(dict(
+        label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed),
+        folds=FOLDS))
+
+    def is_new() -> bool:
+        names = {file.name for file in root.iterdir()} - {"lock"} if root.is_dir() else set()
+        there = "other files" if names else own
+        if identity.exists():
+            there = identity.read_text(errors="replace")
+        if there != own:
+            raise InputError(f"--root {root}: found: a folder of {there[:200]}; wanted: an empty "
+                             f"one, or the demo of {own}; nothing there was touched")
+        return not names
+
+    is_new()  # before the folder gets a lock
+    with locked(root, f"--root {root}: another process writes the demo there; wait for it"):
+        if is_new():
+            replace_file(identity, own.encode())
+        _write_demo(root, patients, label_fidelity, nuisance, seed, workers)
+
+
+def _write_demo(root: Path, patients: int, label_fidelity: float, nuisance: float, seed: int,
+                workers: int) -> None:
+    """Records and CSV files of write_demo, in a folder that is held."""
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
     rows, progress = [], Progress(patients, "patients", "simulating")
@@ -1659,13 +1981,19 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
         replace_file(root / name, text.getvalue().encode())
 
 
-def fold_note(cohort: Cohort) -> str:
-    """One line on a demo cohort that was built before FOLDS, with few test patients; else ""."""
-    if cohort.source != "demo" or "folds" in cohort.arguments:
-        return ""
-    train, val, test = (np.unique(cohort.subject_id[cohort.split == s]).size for s in range(3))
-    return (f"{cohort.path}: a demo cohort with the older folds, of {train:,} training, {val:,} "
-            f"validation, {test:,} test patients; one built now has {FOLDS} %")
+def notes(cohort: Cohort) -> list[str]:
+    """What is to be said of a file beside its numbers: changed, of an older version, few tests."""
+    out = []
+    if cohort.changed:
+        out.append(f"{cohort.path}: {', '.join(cohort.changed)} changed since it was built "
+                   f"(checksum): `python prepare_data.py --check {shlex.quote(str(cohort.path))}`")
+    if cohort.changed is None:
+        out.append(f"{cohort.path}: an older file, where the signal alone has checksums")
+    if cohort.source == "demo" and "folds" not in cohort.arguments:
+        train, val, test = (np.unique(cohort.subject_id[cohort.split == s]).size for s in range(3))
+        out.append(f"{cohort.path}: a demo cohort with the older folds, of {train:,} training, "
+                   f"{val:,} validation, {test:,} test patients; one built now has {FOLDS} %")
+    return out
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1688,7 +2016,25 @@ def summary(cohort: Cohort) -> str:
     for name, number_text, share in rows:
         name = name.replace("first in stay", "first in stay (triage)")
         out.append(f"  {name:<54}{number_text:>11}{share:>8}".rstrip())
-    return "\n".join(filter(None, [*out, *golden_lines(cohort, counts), fold_note(cohort)]))
+    out += [f"  {reason}: {cohort.rejected.get(reason, cohort.flaws.get(reason)):,}, e.g. {example}"
+            for reason, example in sorted(cohort.rejected_examples.items())]
+    return "\n".join([*out, *golden_lines(cohort, counts), *notes(cohort)])
+
+
+def loss_line(cohort: Cohort) -> str:
+    """What to say last where more than 5 % of the listed records are lost, else "".
+
+    Measured against the lines of the CSV file that lists them; --patients loses nothing.
+    """
+    unread = sum(cohort.rejected.get(reason, 0) for reason in REASONS)
+    tried = len(cohort) + unread
+    lines = cohort.listed - cohort.not_chosen - tried  # lost before a record was looked at
+    share = 1 - (1 - lines / max(1, cohort.listed)) * len(cohort) / tried
+    if share <= 0.05:
+        return ""
+    return (f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} of "
+            f"{cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the reasons stand "
+            "above, each with an example")
 
 
 def refuse_other(out: Path, identity: dict) -> None:
@@ -1753,9 +2099,9 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         table = read_mimic(root, files[1], patients)
     if source == "demo":
         files.append(root / "demo_state.csv")
-        state, _ = read_rows(files[2], ("study_id", "state"), (), lambda _, text: parse_codes(text),
-                             "state row", table["rejected"])
-        table["state"] = np.array([[name in state[study_id] for name in table["class_name"]]
+        state, _ = read_rows(files[2], {"study_id": number, "state": parse_codes}, {}, "state row",
+                             table["rejected"])
+        table["state"] = np.array([[name in state[study_id][1] for name in table["class_name"]]
                                    for study_id in table["study_id"]], np.uint8)
     identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments,
                 "csv_sha256": {file.name: sha256_of(file) for file in files},
@@ -1768,7 +2114,8 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         with workspace(out, table["path"], identity) as (folder, status):
             run_workers(folder, root, fs, status, workers)
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
-    print(summary(Cohort(out)))
+    cohort = Cohort(out)
+    print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")
     return out
 
 
@@ -1809,7 +2156,7 @@ def main(argv: list[str] | None = None) -> int:
             build(**args)
         else:
             check_cohort(cohort := Cohort(check))
-            print(summary(cohort), "ok", sep="\n")
+            print(summary(cohort), "ok", *filter(None, [loss_line(cohort)]), sep="\n")
 
     return run_script(work, "interrupted; the same command goes on where it stopped")
 

@@ -10,6 +10,7 @@ import collections
 import copy
 import csv
 import functools
+import gzip
 import hashlib
 import itertools
 import json
@@ -869,7 +870,7 @@ def prepare_mimic(root, optional=" file_name ecg_time ed_stay_id hosp_hadm_id ge
     of = {int(float(row["study_id"])): row for row in labels}
     labels += [of[2], dict(of[44]),  # twice: the first counts, sound or not
                dict(of[2], study_id=777, all_diag_all="['I99', 'I210']"),  # not listed
-               dict(of[2], study_id=778, all_diag_all="['I10' 'I98']"),  # Python would join these
+               dict(of[2], study_id=778, all_diag_all="['I10', 'I98 I97']"),  # two in one
                {}, [], ["888", "1"]]  # blank; too short
     of[44]["all_diag_all"], of[45]["subject_id"] = "['I48'", 7
     listed += [dict(listed[-1], ecg_time="2181-01-01 00:00:00"), ["?", "99", "99", "", ""],
@@ -976,6 +977,8 @@ def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
     wanted["label row malformed"] += 3  # 778, a row of blanks, a row of two fields
     wanted["label row without a listed record"] += 2
     assert cohort.rejected == dict(wanted)
+    assert cohort.flaws == {"gender unreadable, stored as missing": 8}
+    assert {*cohort.flaws, "label row malformed"} <= cohort.rejected_examples.keys()
     assert cohort.listed == len(fate) + 3
     prepare_data.check_cohort(cohort)
 
@@ -1010,6 +1013,126 @@ def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
     assert cohort.study_id.tolist() == [1, 2, 3, 4, 5]  # the first two patients
     assert not (cohort.pair_kind == 0).any()  # two records without a stay do not share one
     assert capsys.readouterr().out.count("no column hosp_hadm_id, ed_stay_id, age, gender") == 1
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("[]", ()), ("['I10', 'I4891']", ("I10", "I4891")), ('["I10","I48"]', ("I10", "I48")),
+    ("['I10',\n 'I48',]", ("I10", "I48")), ("('I10',)", ("I10",)), ("{'I10', 'I48'}", ("I10", "I48")),
+    ("['I10' 'I48'\n 'I50']", ("I10", "I48", "I50")),  # NumPy; Python would join these to one
+    ("[np.str_('I10'), np.str_('I4891')]", ("I10", "I4891")), ("[' I48.91 ']", ("I48.91",)),
+    ("{'NORM': 100.0, 'SR': 0.0}", ("NORM", "SR")), ("{}", ()), ("{'(AV)': 1e1}", ("(AV)",))])
+def test_codes_are_read_as_python_numpy_and_json_write_them(text, wanted):
+    assert prepare_data.parse_codes(text) == wanted
+
+
+@pytest.mark.parametrize("text", [
+    "", "nan", "I10", "['I10, I48']", "['I10 I48']", "['I10', 'I48'", "['I10', I48]", "['']", "[,]",
+    "['I10',, 'I48']", "['I10'; 'I48']", "['I10' ... 'I48']", "[['I10']]", "['I1\\x30']", "[0, 1]",
+    "['I10'] + ['I48']", "{'I10': open('x')}", "[__import__('os').getcwd()]", "array(['I10'])",
+    "['I10', *['I48']]", "[f'I10']", "[b'I10']", "{'NORM' 'SR': 1}", "{'NORM': 1 'SR': 2}"])
+def test_other_texts_give_no_codes_rather_than_some(text):
+    with pytest.raises(ValueError):
+        prepare_data.parse_codes(text)
+
+
+def prepare_small(root, edit=lambda row, i: None, columns=None, times=True):
+    """Six patients of two records each; edit(row of the label CSV, position)."""
+    rows = []
+    for i in range(12):
+        rows.append(dict(
+            subject_id=100 + i // 2, study_id=1000 + i, path=f"files/{i}", fold=i // 2 + 14,
+            ecg_time=f"2180-01-{i % 2 + 1:02d} 08:00:00" if times else "", age=50, gender="F",
+            hosp_hadm_id=i, all_diag_all="['I10']", ecg_no_within_stay=0))
+        prepare_write(root / f"files/{i}", prepare_adc(i, 1000), fs=100)
+    prepare_csv(root / "record_list.csv", "subject_id study_id path", rows)
+    for i, row in enumerate(rows):
+        edit(row, i)
+    prepare_csv(root / "records_w_diag_icd10.csv", columns or " ".join(set(rows[0]) - {"path"}), rows)
+    return root
+
+
+@pytest.mark.parametrize("column, text, wanted", [
+    ("study_id", "1.00E+03", r"line 2: study_id '1.00E\+03' is a rounded number"),
+    ("hosp_hadm_id", "2.1e7", "line 2: hosp_hadm_id '2.1e7' is a rounded number"),
+    ("all_diag_all", "['42731']", "0 of 12 rows carry a code that makes a class.*'42731'"),
+    ("all_diag_all", "['E119']", "0 of 12 rows carry a code that makes a class.*'E119'"),
+    ("ecg_time", "03/02/2150 10:00", "ecg_time '03/02/2150 10:00' is no time"),
+    ("fold", "20", "left out: 12 label row malformed .*line 2: fold '20'")])
+def test_a_column_of_another_meaning_is_named_with_row_and_text(column, text, wanted, tmp_path):
+    prepare_small(tmp_path, lambda row, i: row.update({column: text}))
+    with pytest.raises(InputError, match=wanted):
+        prepare_data.build("mimic", tmp_path, tmp_path / "c.h5", fs=100, workers=1)
+    assert not (tmp_path / "c.h5").exists() and not (tmp_path / "c.h5.partial").exists()
+
+
+def test_icd9_in_a_part_of_the_rows_and_times_of_two_kinds_are_refused(tmp_path):
+    prepare_small(tmp_path, lambda row, i: row.update(all_diag_all="['4280']" if i == 3 else "['I10']"))
+    read = functools.partial(prepare_data.read_mimic, tmp_path, tmp_path / "records_w_diag_icd10.csv")
+    with pytest.raises(InputError, match="1 one that is not of the system; found: '4280'"):
+        read(None)
+    prepare_small(tmp_path, lambda row, i: row.update(ecg_time=row["ecg_time"] + "+05:00" * (i == 3)))
+    with pytest.raises(InputError, match="with a UTC offset and .* without one"):
+        read(None)
+
+
+def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counted(tmp_path, capsys):
+    ages, sexes = ["> 89", "90+", "63.5", "old", "-3", "nan", ""], ["F", "male", "?", "", "NA"]
+    prepare_small(tmp_path, lambda row, i: row.update(
+        age=ages[i % 7], gender=sexes[i % 5], all_diag_all="['i10', ' I48.91']",
+        ecg_time="soon" if i == 4 else row["ecg_time"]))
+    cohort = prepare_data.Cohort(
+        prepare_data.build("mimic", tmp_path, tmp_path / "c.h5", fs=100, workers=1))
+    assert len(cohort) == 12 and cohort.class_name == ["I10", "I48"] and cohort.label.all()
+    np.testing.assert_array_equal(cohort.age[:7], [90, 90, 63.5, *[np.nan] * 4])
+    assert cohort.sex[:5].tolist() == [0, 1, -1, -1, -1] and cohort.ecg_time[4] == -1
+    assert cohort.flaws == {"age unreadable, stored as missing": 4,
+                            "gender unreadable, stored as missing": 2,
+                            "ecg_time unreadable, stored as missing": 1}
+    assert cohort.pair.tolist() == [[0, 1], [2, 3], [6, 7], [8, 9], [10, 11]]  # no order without time
+    assert "age unreadable, stored as missing: 4, e.g. records_w_diag" in capsys.readouterr().out
+
+
+def test_utc_offsets_order_records_and_without_times_there_are_no_pairs(tmp_path):
+    def late_first(row, i):
+        row["ecg_time"] = f"2150-03-01 {'09:00:00-05:00' if i % 2 == 0 else '10:00:00+05:00'}"
+    prepare_small(tmp_path / "a", late_first)
+    table = prepare_data.read_mimic(tmp_path / "a", tmp_path / "a/records_w_diag_icd10.csv", None)
+    assert table["study_id"][:4].tolist() == [1001, 1000, 1003, 1002]
+    assert (prepare_data.make_pairs(table)["gap_days"] == 0.375).all()  # 9 h
+    prepare_small(tmp_path / "b", times=False)
+    table = prepare_data.read_mimic(tmp_path / "b", tmp_path / "b/records_w_diag_icd10.csv", None)
+    assert len(table["study_id"]) == 12 and len(prepare_data.make_pairs(table)["pair"]) == 0
+
+
+def test_tables_are_read_gzipped_and_in_utf_16_and_spreadsheets_named(tmp_path):
+    labels = prepare_small(tmp_path) / "records_w_diag_icd10.csv"
+    text, wanted = labels.read_text(), prepare_data.read_mimic(tmp_path, labels, None)
+    for content in (gzip.compress(text.encode()), text.encode("utf-16")):
+        labels.write_bytes(content)
+        found = prepare_data.read_mimic(tmp_path, labels, None)
+        assert found["path"] == wanted["path"] and (found["label"] == wanted["label"]).all()
+    for content, message in ((b"PK\x03\x04", "a spreadsheet; wanted: a CSV"),
+                             (gzip.compress(text.encode())[:-20], "damaged after"),
+                             (text.replace(",", ";").encode(), "separated by ';', commas"),
+                             (text.replace("fold", "study_id").encode(), "no column fold")):
+        labels.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            prepare_data.read_mimic(tmp_path, labels, None)
+
+
+def test_more_than_five_percent_lost_is_said_last(tmp_path, capsys):
+    prepare_small(tmp_path, lambda row, i: row.update(fold="?" if i == 5 else row["fold"]))
+    arguments = ["--source", "mimic", "--root", str(tmp_path), "--out", str(tmp_path / "c.h5"),
+                 "--workers", "1"]
+    assert prepare_data.main([*arguments, "--fs", "100"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("LOST: 8.3% of the listed records") and "1 of 12 lines" in last
+    assert prepare_data.main(["--check", str(tmp_path / "c.h5")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["ok", last]
+    (tmp_path / "c.h5").unlink()
+    prepare_small(tmp_path)
+    assert prepare_data.main([*arguments, "--fs", "50", "--patients", "2"]) == 0
+    assert "LOST" not in capsys.readouterr().out  # what was not asked for is not lost
 
 
 def test_a_patient_in_two_folds_is_named(tmp_path):
@@ -1486,11 +1609,12 @@ def test_a_demo_is_written_neither_over_another_one_nor_among_other_files(
 
 
 def test_older_folds_are_told_from_new_ones(demo_root, demo_cohort):
-    assert prepare_data.fold_note(demo_cohort) == ""
+    assert prepare_data.notes(demo_cohort) == []
     older = {name: value for name, value in demo_cohort.arguments.items() if name != "folds"}
     with h5py.File(demo_cohort.path, "r+") as file:
         file.attrs["arguments"] = json.dumps(older)
-    note = prepare_data.fold_note(prepare_data.Cohort(demo_cohort.path))
+    changed, note = prepare_data.notes(prepare_data.Cohort(demo_cohort.path))
+    assert "attributes changed since it was built" in changed
     patients = [len(set(demo_cohort.subject_id[demo_cohort.split == s])) for s in range(3)]
     assert [int(n) for n in re.findall(r"(\d+) (?:training|validation|test)", note)] == patients
     with pytest.raises(InputError, match="differs in folds"):

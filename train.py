@@ -1378,11 +1378,11 @@ def open_cohort(path: str | None) -> Cohort:
 
 
 def cohort_lines(cohort: Cohort, device: torch.device) -> str:
-    """What a cohort is, and that its folds are old where they are."""
-    note = prepare_data.fold_note(cohort)
-    return (f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, "
-            f"{cohort.source}), {len(cohort):,} records, {len(cohort.class_name)} classes, "
-            f"{cohort.fs} Hz; device {device}") + (f"\nnote: {note}" if note else "")
+    """What a cohort is, and what is to be said of its file."""
+    return "\n".join([
+        f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, {cohort.source}), "
+        f"{len(cohort):,} records, {len(cohort.class_name)} classes, {cohort.fs} Hz; device {device}",
+        *(f"note: {note}" for note in prepare_data.notes(cohort))])
 
 
 def pick_device(name: str) -> torch.device:
