@@ -719,8 +719,12 @@ ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # by the first two b
 
 def open_table(path: Path, columns: str):
     """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
-    with system_errors(path), open(path, "rb") as handle:
-        start = handle.read(4)
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(4)
+    except OSError as error:
+        raise InputError(f"{system_error(error, path)}; wanted: a CSV file with the columns "
+                         f"{columns}") from None
     if start == b"PK\x03\x04":
         raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with the "
                          f"columns {columns}: unpack it, or export it as CSV")
@@ -739,7 +743,7 @@ def table_header(reader, path: Path, required: dict, optional: dict) -> list[str
     lacking = [name for name in required if name and name not in header]
     if lacking or not header:
         mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
-        raise InputError(f"{path}: no column {', '.join(lacking)}; found: "
+        raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
                          f"{', '.join(header)[:200] or 'an empty file'}"
                          + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
     if twice := [name for name in required | optional if header.count(name) > 1]:
@@ -2051,7 +2055,8 @@ def check_arguments(source, root, fs, labels, workers, patients, label_fidelity,
     if source not in SOURCES:
         raise InputError(f"--source {source}: wanted one of {', '.join(SOURCES)}")
     if source != "demo" and not (root and Path(root).is_dir()):
-        raise InputError(f"--root {root}: wanted: the folder that holds the CSV files of {source}")
+        raise InputError(f"--root: found {root or 'nothing'}; wanted: the folder that holds the CSV "
+                         f"files of {source}")
     most = SPACING if source == "demo" else 10**9  # patients
     for name, value, low, high in (
             ("fs", fs, 1, 10_000), ("workers", workers, 1, 10_000), ("patients", patients, 1, most),
