@@ -24,9 +24,10 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -996,54 +997,101 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
-    """One worker: claim CHUNK rows at a time, read them into the shared maps, send nothing back."""
+def serve(call: Callable, pipe: multiprocessing.connection.Connection) -> None:
+    """A worker process: answer the jobs in the pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (job := pipe.recv()) is not None:
+            try:
+                answer = job[0], call(job[1])
+            except OSError as error:
+                answer = job[0], error
+            pipe.send(answer)
+
+
+def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[int, object]]:
+    """Yield (position, call(job)) as jobs are done, by worker processes, or in this one if 1.
+
+    Each worker has a pipe of its own: no semaphores, which sandboxes without /dev/shm lack. Raises
+    InputError where a worker is killed or cannot be started; an OSError of a job as it is.
+    """
+    if workers == 1:
+        yield from ((position, call(job)) for position, job in enumerate(jobs))
+        return
+    context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
+    queue, busy = iter(enumerate(jobs)), {}
+    try:
+        with without_main(), system_errors(f"--workers {workers}"):
+            for job in itertools.islice(queue, workers):
+                pipe, theirs = context.Pipe()
+                busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
+                busy[pipe].start()
+                theirs.close()  # so that the end of the worker is the end of the pipe
+                pipe.send(job)
+        while busy:
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                try:
+                    position, answer = pipe.recv()
+                    pipe.send(job := next(queue, None))
+                except (EOFError, ConnectionError):
+                    busy[pipe].join()
+                    code = busy[pipe].exitcode
+                    if code >= 0:
+                        raise RuntimeError(f"a worker ended early, exit code {code}") from None
+                    raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as "
+                                     "when memory runs out: close other programs or take fewer "
+                                     "--workers; the same command goes on") from None
+                if isinstance(answer, OSError):
+                    raise answer
+                yield position, answer
+                if job is None:
+                    busy.pop(pipe).join()
+    finally:
+        for process in busy.values():
+            process.terminate()
+            process.join()
+
+
+def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
+    """Read CHUNK rows from `first` on into the maps of the workspace; returns how many it tried."""
     path, signal, quality, status = (
         np.load(f"{folder}/{name}.npy", mmap_mode="r" if name == "path" else "r+")
         for name in ("path", "signal", "quality", "status"))
-    while os.getppid() == parent:
-        with next_row.get_lock():
-            first = next_row.value
-            next_row.value += CHUNK
-        if first >= len(path):
-            return
-        chunk = np.array(status[first:first + CHUNK])
-        for row in np.flatnonzero(chunk != KEPT) + first:
-            try:
-                signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
-                chunk[row - first] = KEPT
-            except Rejected as error:
-                chunk[row - first] = 2 + REASONS.index(error.reason)
-        signal.flush()  # before the status, so that a power cut leaves no row done but empty
-        quality.flush()
-        status[first:first + CHUNK] = chunk
+    chunk = np.array(status[first:first + CHUNK])
+    rows = np.flatnonzero(chunk != KEPT) + first
+    for row in rows:
+        try:
+            signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
+            chunk[row - first] = KEPT
+        except Rejected as error:
+            chunk[row - first] = 2 + REASONS.index(error.reason)
+    signal.flush()  # before the status, so that a power cut leaves no row done but empty
+    quality.flush()
+    status[first:first + CHUNK] = chunk
+    return len(rows)
 
 
-def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: int) -> None:
-    """Start the workers, show progress from the status file, end when all rows are done."""
-    context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
-    arguments = (str(folder), str(root), fs, context.Value("q", 0), os.getpid())
-    workers = min(workers, -(-len(status) // CHUNK))
-    processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
-    done = np.count_nonzero(status)
-    progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
+def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
+                workers: int) -> dict[str, str]:
+    """Read all rows that are not KEPT, with progress; returns an example of each rejection."""
+    todo = np.unique(np.flatnonzero(status != KEPT) // CHUNK) * CHUNK
+    workers = max(1, min(workers, len(todo)))
+    progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
     try:
-        with without_main():
-            for process in processes:
-                process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.05)
-            progress.update(np.count_nonzero(status) - done - progress.count)
+        call = functools.partial(read_chunk, str(folder), str(root), fs)
+        for _, tried in in_workers(call, todo.tolist(), workers):
+            progress.update(tried)
     finally:
-        for process in processes:
-            if process.pid:
-                process.terminate()
-                process.join()
-        progress.update(np.count_nonzero(status) - done - progress.count, last=True)
-    if np.count_nonzero(status) < len(status):
-        codes = [process.exitcode for process in processes]
-        raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+        progress.close()
+    path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
+    for code in set(status[status > KEPT].tolist()):
+        name, reason = path[np.flatnonzero(status == code)[0]].decode(), REASONS[code - 2]
+        examples[reason] = name
+        try:
+            read_record(f"{root}/{name}", fs)  # once more, for what was found there
+        except Rejected as error:
+            examples[reason] += f": {error.found}" * (error.reason == reason)
+    return examples
 
 
 def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
@@ -1053,34 +1101,45 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     keep = np.flatnonzero(status == KEPT)
     rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
         REASONS[code - 2] for code in status[status > KEPT].tolist())
+    examples = {reason: text for reason, text in table.get("examples", {}).items()
+                if reason in rejected}
     if not len(keep):
-        shutil.rmtree(folder)  # nothing in it is worth going on with
-        raise InputError(f"{out}: no record could be read; left out: {dict(rejected)}")
+        shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
+        why = "; ".join(f"{n:,} {reason} ({examples.get(reason, 'no example')})"
+                        for reason, n in rejected.most_common())
+        raise InputError(f"{out}: no record could be read; left out: {why}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
     codes = {"distinct": table["distinct_codes"],
              "per_record": float(table["code_count"][keep].mean())}
     attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes, leads=LEADS,
-                                   normal_codes=table["normal_codes"], rejected=rejected)
+                                   normal_codes=table["normal_codes"], rejected=rejected,
+                                   rejected_examples=examples)
     temporary = folder / "cohort.h5"
-    with h5py.File(temporary, "w") as file:
-        for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
-            file[name] = array
-        file["class_name"] = np.array([name.encode() for name in table["class_name"]])
-        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
-        crc = []
-        for first in range(0, len(keep), CRC_ROWS):
-            block = signal[keep[first:first + CRC_ROWS]]  # (4096, 12, T)
-            stored[first:first + CRC_ROWS] = block
-            crc.append(zlib.crc32(block))
-        file["signal_crc32"] = np.array(crc, np.uint32)
-        for name, value in attributes.items():
-            # lists and dicts as JSON text: every HDF5 reader can show it
-            plain = isinstance(value, (bool, int, float, str))
-            file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, out)
-    shutil.rmtree(folder)
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
+                file[name] = array
+            file["class_name"] = np.array([name.encode() for name in table["class_name"]])
+            stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
+            crc = []  # the dataset is contiguous
+            for first in range(0, len(keep), CRC_ROWS):
+                block = signal[keep[first:first + CRC_ROWS]]  # (4096, 12, T)
+                stored[first:first + CRC_ROWS] = block
+                crc.append(zlib.crc32(block))
+            file["signal_crc32"] = np.array(crc, np.uint32)
+            for name, value in attributes.items():
+                # lists and dicts as JSON text: every HDF5 reader can show it
+                plain = isinstance(value, (bool, int, float, str))
+                file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, out)
+    except BaseException:  # a full disk, say: what was read stays, for the same command to go on
+        temporary.unlink(missing_ok=True)
+        raise
+    # The cohort is whole. Network file systems keep files that are still open, under other names.
+    del status, signal, quality
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1813,15 +1872,12 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
                          f"demo of {stamp}; nothing there was touched")
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
-    rows, progress = [], Progress(patients, "patients", "simulating")
-    with without_main():  # the workers ignore Ctrl-C, which is the parent's to handle
-        pool = multiprocessing.get_context("spawn").Pool(
-            workers, signals.signal, (signals.SIGINT, signals.SIG_IGN))
-    with pool:
-        for own in pool.imap(_write_patient, jobs, chunksize=4):
-            rows += own
-            progress.update()
+    histories, progress = {}, Progress(patients, "patients", "simulating")
+    for i, own in in_workers(_write_patient, jobs, workers):
+        histories[i] = own
+        progress.update()
     progress.close()
+    rows = [row for i in sorted(histories) for row in histories[i]]
     for name, columns in DEMO_FILES.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
@@ -1937,7 +1993,8 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
-            run_workers(folder, root, fs, status, workers)
+            examples = run_workers(folder, root, fs, status, workers)
+            table["examples"] = table.get("examples", {}) | examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
     print(summary(Cohort(out)))
     return out
