@@ -388,7 +388,7 @@ def whole(text: str | None, what: str) -> int:
 
 def open_regular(folder: str, name: str, missing: str) -> io.FileIO:
     """Open a file in or below the record's folder; Rejected (`missing` if it is not there)."""
-    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+    if os.path.isabs(name) or ".." in name and ".." in re.split(r"[/\\]", name):
         raise Rejected("unreadable", f"{name!r} is not in the record's folder")
     path = os.path.join(folder, name)
     try:
@@ -489,7 +489,7 @@ def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> 
     """Raise Rejected where the sum of a signal's own samples is not the header's, modulo 2^16."""
     for i, found in zip(signals_read, sums):
         stated = header.checksum[i]  # signed in MIMIC's, in others not; or not stated
-        if stated is not None and not (re.fullmatch(r"-?\d{1,9}", stated)
+        if stated is not None and not (stated.lstrip("-").isdecimal() and len(stated) < 19
                                        and (int(stated) ^ found) & 0xFFFF == 0):
             raise Rejected("checksum differs", f"{(header.name[i] or '?')}: {stated} "
                                                f"stated, {(found + 2**15) % 2**16 - 2**15} found")
@@ -1053,22 +1053,27 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
 
 
 def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
-    """Read CHUNK rows from `first` on into the maps of the workspace; returns how many it tried."""
+    """Read CHUNK rows from `first` on into the workspace's files; returns how many it tried."""
     path, signal, quality, status = (
-        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name == "path" else "r+")
+        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name in ("path", "signal") else "r+")
         for name in ("path", "signal", "quality", "status"))
-    chunk = np.array(status[first:first + CHUNK])
-    rows = np.flatnonzero(chunk != KEPT) + first
-    for row in rows:
+    chunk, stored = np.array(status[first:first + CHUNK]), signal[first:first + CHUNK]
+    todo = np.flatnonzero(chunk != KEPT)
+    block = np.zeros_like(stored) if len(todo) == len(chunk) else np.array(stored)
+    for i in todo:
         try:
-            signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
-            chunk[row - first] = KEPT
+            block[i], quality[first + i] = read_record(f"{root}/{path[first + i].decode()}", fs)
+            chunk[i] = KEPT
         except Rejected as error:
-            chunk[row - first] = 2 + REASONS.index(error.reason)
-    signal.flush()  # before the status, so that a power cut leaves no row done but empty
-    quality.flush()
+            chunk[i] = 2 + REASONS.index(error.reason)
+    with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
+        handle.seek(signal.offset + first * block[0].nbytes)
+        handle.write(block)
+        handle.flush()
+        os.fsync(handle.fileno())  # before the status, so that a power cut leaves no row done but
+    quality.flush()                # empty
     status[first:first + CHUNK] = chunk
-    return len(rows)
+    return len(todo)
 
 
 def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
@@ -1123,9 +1128,12 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
             stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
             crc = []  # the dataset is contiguous
             for first in range(0, len(keep), CRC_ROWS):
-                block = signal[keep[first:first + CRC_ROWS]]  # (4096, 12, T)
-                stored[first:first + CRC_ROWS] = block
-                crc.append(zlib.crc32(block))
+                at, rows = first, keep[first:first + CRC_ROWS]
+                crc.append(0)
+                for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+                    block = signal[run[0]:run[-1] + 1]  # straight from the map
+                    stored[at:at + len(run)], at = block, at + len(run)
+                    crc[-1] = zlib.crc32(block, crc[-1])
             file["signal_crc32"] = np.array(crc, np.uint32)
             for name, value in attributes.items():
                 # lists and dicts as JSON text: every HDF5 reader can show it
