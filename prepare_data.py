@@ -24,18 +24,21 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shlex
 import shutil
 import signal as signals  # "signal" is the ECG in this project
+import stat
 import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -55,10 +58,11 @@ QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samp
     "shorter than 10 s, zero-padded": 32,
 }
 INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
-# Why a record with a header is rejected; position + 2 is its code in the status file. A checksum
+# Why a record is rejected; position + 2 is its code in the status file. A checksum
 # that differs tells of a flipped bit: such a signal is not silently learned from.
 REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
-           "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16")
+           "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16",
+           "header file missing")
 MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 FLOAT16_MAX = 65504.0
 FORMAT_VERSION = 1
@@ -73,7 +77,15 @@ class InputError(ValueError):
 
 
 class Rejected(Exception):
-    """One record cannot enter the cohort; the argument is one of REASONS."""
+    """One record cannot enter the cohort: `reason`, one of REASONS, and what was `found`."""
+
+    def __init__(self, reason: str, found: str = ""):
+        found = "".join(c if c.isprintable() else "?" for c in found[:200])  # a file's own words
+        super().__init__(reason, found)
+        self.reason, self.found = reason, found
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.found}" if self.found else self.reason
 
 
 class Progress:
@@ -233,9 +245,9 @@ def available_memory() -> float:
     for group, limit, usage in (("", "memory.max", "memory.current"),
                                 ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            for most, used, stat in limits_of(group, limit, usage, "memory.stat"):
+            for most, used, counts in limits_of(group, limit, usage, "memory.stat"):
                 if (text := most.read_text().strip()) != "max":  # the page cache gives way
-                    cache = int(stat.read_text().split("inactive_file ")[1].split()[0])
+                    cache = int(counts.read_text().split("inactive_file ")[1].split()[0])
                     free = min(free, int(text) - int(used.read_text()) + cache)
     return free if math.isfinite(free) else 0.0
 
@@ -362,119 +374,267 @@ def scratch(role: str, shape: tuple, dtype: str) -> np.ndarray:
 fresh = scratch.__wrapped__  # the same without memory: an array of the caller's own
 
 
-@functools.lru_cache(maxsize=1024)
-def lead_order(names: tuple[str, ...]) -> list[int]:
-    """Positions of LEADS in names, whatever the case; further signals are left out."""
-    names = [name.strip().lower() for name in names]
-    if any(names.count(lead.lower()) != 1 for lead in LEADS):
-        raise Rejected("lead missing or twice")
-    return [names.index(lead.lower()) for lead in LEADS]
+MAX_HEADER = 2**20  # bytes; a header of MIMIC has some 700
+MAX_SAMPLES = 2**26  # of all signals of a record: 12 leads at 500 Hz for three hours
+MAX_FS = 100_000
+FORMATS = {  # signal(5): bytes of 6 samples (None: compressed), the code of a missing sample
+    8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 61: (12, -2**15),
+    80: (6, -2**7), 160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
+    508: (None, -2**7), 516: (None, -2**15), 524: (None, -2**23)}
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
+FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
+                          re.ASCII)
+GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?/?(.*)", re.ASCII)
+COMMENT = re.compile(r"(?:^|\s)#.*")
+
+# A header's record line, then its signal lines by column; what a line lacks is None
+Header = collections.namedtuple("Header", "fs samples segments file format gain resolution zero "
+                                          "initial checksum block name")
 
 
-def millivolts(x: np.ndarray, gains, baselines, units, order: list[int]) -> np.ndarray:
-    """ADC units (12, n) in the order of LEADS -> mV, in place; the other fields in file order."""
-    scale = [MILLIVOLTS.get(unit.lower()) for unit in units]
-    if any(scale[i] is None for i in order):
-        raise Rejected("unit unknown")
-    if any(baselines[i] for i in order):
-        x -= np.array([baselines[i] for i in order], np.float32)[:, None]
-    x *= np.array([scale[i] / gains[i] for i in order], np.float32)[:, None]
+def whole(text: str | None, what: str) -> int:
+    """A header's field that must be a whole number, 0 or more."""
+    if text is None or not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise Rejected("unreadable", f"{what} {text!r}")
+    return int(text)
+
+
+def open_regular(folder: str, name: str, missing: str) -> io.FileIO:
+    """Open a file in or below the record's folder; Rejected (`missing` if it is not there)."""
+    if os.path.isabs(name) or ".." in name and ".." in re.split(r"[/\\]", name):
+        raise Rejected("unreadable", f"{name!r} is not in the record's folder")
+    path = os.path.join(folder, name)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe might wait for ever
+            raise Rejected("unreadable", f"{name} is no regular file")
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        reason = missing if isinstance(error, FileNotFoundError) else "unreadable"
+        raise Rejected(reason, f"{name}: {error.strerror}") from None
+
+
+def read_header(folder: str, record: str) -> Header:
+    """The one reader of headers. Fields that are not needed to read the signal are not looked at.
+
+    Source: PhysioNet header(5). Differs: a line may end in a comment; names hold anything.
+    """
+    with open_regular(folder, record + ".hea", "header file missing") as handle:
+        raw = handle.read(MAX_HEADER + 1)
+    if len(raw) > MAX_HEADER:
+        raise Rejected("unreadable", f"{record}.hea: more than {MAX_HEADER:,} bytes")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
+    first, *rows = [row for line in text.split("\n") if (row := line.split(None, 8))] or [[]]
+    name, signals_stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
+    rate_of = RATE_FIELD.fullmatch(rate)
+    if rate_of is None or not 0 < float(rate_of[1]) <= MAX_FS:
+        raise Rejected("unreadable", f"sampling frequency {rate!r}")
+    count, samples = whole(signals_stated, "number of signals"), whole(samples, "number of samples")
+    segments = ()
+    if name.rpartition("/")[2] == str(len(rows)) and all(len(row) == 2 for row in rows):
+        segments = tuple((row[0], whole(row[1], "length of a segment")) for row in rows)
+    elif count != len(rows) or not rows:
+        raise Rejected("unreadable", f"{count} signals stated, {len(rows)} described")
+    columns = zip(*(row + [None] * (9 - len(row)) for row in rows))
+    return Header(float(rate_of[1]), samples, segments, *columns)
+
+
+@functools.lru_cache(maxsize=64)
+def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
+                  leads: tuple) -> tuple[list[int], list[tuple], np.ndarray | None, np.ndarray]:
+    """A header's columns -> order, layout, baseline, scale.
+
+    Returns: positions of the leads among the signals, whatever the case of the names; of each
+    signal (format, samples per frame, skew, offset), format 0 if its text is none; baseline
+    (leads, 1) in ADC units, None where all are 0; scale (leads, 1) mV per ADC unit.
+    """
+    names = [(name or "").strip().lower() for name in names]
+    if wrong := [lead for lead in leads if names.count(lead.lower()) != 1]:
+        raise Rejected("lead missing or twice", f"{', '.join(wrong)}; the header names "
+                                                f"{', '.join(names)}")
+    order, layout, baseline, scale = [names.index(lead.lower()) for lead in leads], [], [], []
+    for text in formats:
+        parts = FORMAT_FIELD.fullmatch(text or "")
+        kind, frame, skew, offset = map(int, parts.groups("0")) if parts else [0] * 4
+        layout.append((kind, frame or 1, skew, offset))
+    for i in order:
+        gain, base, unit = GAIN_FIELD.fullmatch(gains[i] or "").groups()
+        if (unit.lower() or "mv") not in MILLIVOLTS:
+            raise Rejected("unit unknown", f"{gains[i]!r}")
+        base = base or zeros[i] or "0"
+        if not re.fullmatch(NUMBER, base, re.ASCII):
+            raise Rejected("unreadable", f"ADC zero {base!r}")
+        baseline.append(float(base))
+        scale.append(MILLIVOLTS[unit.lower() or "mv"] / (float(gain or 0) or 200.0))
+        if not (1e-30 < abs(scale[-1]) < 1e30 and abs(baseline[-1]) < 1e10):
+            raise Rejected("unreadable", f"gain {gains[i]!r}, baseline {base}")
+    baseline = np.array(baseline)[:, None] if any(baseline) else None
+    return order, layout, baseline, np.array(scale, np.float32)[:, None]
+
+
+def locate(handle: io.FileIO, kind: int, offset: int, frame: int, samples: int,
+           width: int) -> tuple[int, int]:
+    """Go to a signal file's first sample; returns its samples per signal, and the bytes they take.
+
+    frame: samples that all signals of the file have in one frame; width: those of the whole record.
+    samples: as the header states, 0 = as many as are there. A damaged header may ask for any amount
+    of memory: nothing is taken for what is not in the file.
+    """
+    per_six, size = FORMATS[kind][0], os.fstat(handle.fileno()).st_size
+    if per_six is None:  # the offset is one of samples; the file's size tells nothing
+        needed, offset = 4 * MAX_SAMPLES, 0
+    else:
+        samples = samples or max(size - offset, 0) * 6 // per_six // frame
+        needed = -(-samples * frame * per_six // 6)
+        if offset + needed > size:
+            raise Rejected("signal file truncated", f"{os.path.basename(handle.name)}: "
+                                                    f"{size:,} of {offset + needed:,} bytes")
+    if not 0 < samples * width <= MAX_SAMPLES:
+        raise Rejected("unreadable", f"{samples:,} samples a signal")
+    handle.seek(offset)
+    return samples, needed
+
+
+def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> None:
+    """Raise Rejected where the sum of a signal's own samples is not the header's, modulo 2^16."""
+    for i, found in zip(signals_read, sums):
+        stated = header.checksum[i]  # signed in MIMIC's, in others not; or not stated
+        if stated is not None and not (stated.lstrip("-").isdecimal() and len(stated) < 19
+                                       and (int(stated) ^ found) & 0xFFFF == 0):
+            raise Rejected("checksum differs", f"{(header.name[i] or '?')}: {stated} "
+                                               f"stated, {(found + 2**15) % 2**16 - 2**15} found")
+
+
+def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) -> np.ndarray:
+    """The leads by wfdb, whatever format, frames, skew and files: (leads, n) float64 ADC units.
+
+    wfdb gets copies of the files and a header that we write: so a header has one meaning. Samples
+    of one frame are averaged and cut to a whole number, as wfdb does.
+    """
+    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
+
+    signals_read, lines, samples = [], [], header.samples
+    with tempfile.TemporaryDirectory() as copies:
+        for k, file in enumerate(dict.fromkeys(header.file[i] for i in sorted(order))):
+            own = [i for i, name in enumerate(header.file) if name == file]
+            (kind, _, _, offset), frame = layout[own[0]], sum(layout[i][1] for i in own)
+            if kind not in FORMATS or any(layout[i][0] != kind for i in own):
+                formats = dict.fromkeys(str(header.format[i]) for i in own)
+                raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
+            with open_regular(folder, file, "signal file missing") as handle:
+                samples, needed = locate(handle, kind, offset, frame, samples,
+                                         sum(part[1] for part in layout))
+                copy = handle.read(needed)
+            if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
+                kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
+            Path(copies, f"{k}.dat").write_bytes(copy)
+            offset = offset if kind > 500 else 0  # the copy begins there
+            for i in own:
+                initial = int(header.initial[i] or 0) if kind == 8 else 0
+                lines.append(f"{k}.dat {kind}x{layout[i][1]}+{offset} 200 16 0 {initial} 0 0 s")
+            signals_read += own
+        lines.insert(0, f"r {len(lines)} 500 {samples}")
+        Path(copies, "r.hea").write_text("\n".join(lines) + "\n")
+        try:
+            record = wfdb.rdrecord(f"{copies}/r", physical=False, smooth_frames=False,
+                                   ignore_skew=True, return_res=32)
+        except Exception as error:  # wfdb lets whatever a bad file causes escape
+            raise Rejected("unreadable", f"{type(error).__name__}: {error}".replace(
+                copies + os.sep, "")) from error
+    verify(header, signals_read, (int(raw.sum(dtype=np.int64)) for raw in record.e_d_signal))
+    x = np.full((len(order), samples), np.nan)
+    for i, raw in zip(signals_read, record.e_d_signal):
+        if i in order:
+            kind, frame, skew, _ = layout[i]
+            raw = raw.reshape(samples, frame)
+            mean = np.trunc(raw.sum(axis=1, dtype=np.int64) / frame)
+            mean[(raw == FORMATS[kind][1]).any(axis=1)] = np.nan
+            x[order.index(i), :max(samples - skew, 0)] = mean[skew:]
     return x
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_gain(text: str, adc_zero: str) -> tuple[float, float, str]:
-    """`200.0(0)/mV` -> gain in ADC units per unit, baseline, unit; ValueError if not that plain."""
-    gain, _, unit = text.partition("/")
-    gain, _, baseline = gain.partition("(")
-    if not math.isfinite(float(gain)) or float(gain) <= 0 or (baseline and baseline[-1] != ")"):
-        raise ValueError(text)
-    return float(gain), float(baseline[:-1] or adc_zero), unit or "mV"
-
-
-def plain_header(path: str) -> tuple | None:
-    """Parse a header of the common kind: one segment, one format-16 file, one sample per frame.
-
-    Returns: (file, fs, samples, names, gains, baselines, checksums, units), or None for any other
-    header, which is then wfdb's to read. Source: PhysioNet header(5).
-    """
-    try:
-        with open(path, "rb", buffering=0) as handle:
-            lines = handle.read().decode().splitlines()
-        lines = [line for line in lines if line and line[0] != "#"]
-        name, leads, fs, samples = lines[0].split()[:4]
-        fields = [line.split(None, 8) for line in lines[1:]]
-        leads, fs, samples = int(leads), float(fs), int(samples)
-        file = fields[0][0]
-        if not (samples > 0 and fs > 0 and len(fields) == leads) or "/" in name:
-            return None
-        if any(field[0] != file or field[1] != "16" or field[7] != "0" for field in fields):
-            return None
-        # MIMIC's checksums are signed, others are not: both mean the low 16 bits
-        checksums = np.array([int(field[6]) & 0xFFFF for field in fields])
-        names = tuple(field[8].strip() for field in fields)
-        gains, baselines, units = zip(*(parse_gain(field[2], field[4]) for field in fields))
-        return file, fs, samples, names, gains, baselines, checksums, units
-    except (ValueError, IndexError, OSError):
-        return None
-
-
-def read_with_wfdb(path: str) -> tuple[np.ndarray, float]:
-    """read_signal for records that are not plain: other formats, several files or segments."""
-    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
-
-    try:
-        record = wfdb.rdrecord(path, physical=False)
-        missing = np.isnan(record.dac())  # (n, signals); each format has its code for "missing"
-        stored, found = record.checksum, record.calc_checksum()
-        raw, names = record.d_signal, record.sig_name
-    except FileNotFoundError:
-        raise Rejected("signal file missing") from None
-    except Exception as error:  # wfdb lets whatever a bad file causes escape
-        raise Rejected("unreadable") from error
-    order = lead_order(tuple(names))
-    if not raw.size:
-        raise Rejected("unreadable")
-    if any(a is not None and (a ^ int(b)) & 0xFFFF for a, b in zip(stored or [], found)):
-        raise Rejected("checksum differs")
-    x = np.ascontiguousarray(raw.T[order]).astype(np.float32)
-    x[np.ascontiguousarray(missing.T[order])] = np.nan
-    return millivolts(x, record.adc_gain, record.baseline, record.units, order), float(record.fs)
-
-
-def read_signal(path: str | Path, empty: Callable = fresh) -> tuple[np.ndarray, float]:
-    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs."""
-    path = str(path)
-    plain = plain_header(path + ".hea")
-    if plain is None:
-        return read_with_wfdb(path)
-    file, fs, samples, names, gains, baselines, checksums, units = plain
-    order = lead_order(names)
-    try:
-        with open(os.path.join(os.path.dirname(path), file), "rb", buffering=0) as handle:
-            # the size first: a damaged header may ask for any amount of memory
-            if os.fstat(handle.fileno()).st_size < 2 * samples * len(names):
-                raise Rejected("signal file truncated")
-            raw = empty("raw", (samples, len(names)), "<i2")
-            handle.readinto(raw)
-    except FileNotFoundError:
-        raise Rejected("signal file missing") from None
-    except OSError:
-        raise Rejected("unreadable") from None
+def read_plain(folder: str, header: Header, order: list[int], offset: int,
+               empty: Callable) -> np.ndarray:
+    """The leads of one format-16 file, a sample a frame: (leads, n) float32 ADC units."""
+    width = len(header.file)
+    with open_regular(folder, header.file[0], "signal file missing") as handle:
+        samples, needed = locate(handle, 16, offset, width, header.samples, width)
+        empty = empty if needed < 2**22 else fresh  # what is kept for the next record stays small
+        raw = empty("raw", (samples, width), "<i2")
+        if handle.readinto(raw) != needed:
+            raise Rejected("signal file truncated", header.file[0])
     # The checksum is the sum in int16 that wraps. Two steps: first over rows of 50 samples, which
     # the CPU adds at full width.
     rows = 50 if samples % 50 == 0 else 1
-    sums = raw.reshape(-1, rows * len(names)).sum(axis=0, dtype=np.int16)
-    sums = sums.reshape(rows, len(names)).sum(axis=0, dtype=np.int16)
-    if ((sums ^ checksums) & 0xFFFF).any():
-        raise Rejected("checksum differs")
-    x = empty("stored", (len(names), samples), "<f4")
+    sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
+    verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
+    x = empty("stored", (width, samples), "<f4")
     x[...] = raw.T
-    if names != LEADS:
-        x = x.take(order, axis=0, out=empty("x", (12, samples), "<f4"), mode="clip")
+    if order != list(range(width)):
+        x = x.take(order, axis=0, out=empty("x", (len(order), samples), "<f4"), mode="clip")
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
-    return millivolts(x, gains, baselines, units, order), fs
+    return x
+
+
+def read_leads(folder: str, header: Header, leads: tuple, empty: Callable,
+               plain: bool = True) -> np.ndarray:
+    """The leads of a record of one segment: (leads, n) float32 mV, NaN = missing."""
+    order, layout, baseline, scale = parse_signals(header.format, header.gain, header.zero,
+                                                   header.name, leads)
+    alike = {*header.file} == {header.file[0]} and layout.count(layout[0]) == len(layout)
+    if plain and alike and layout[0][:3] == (16, 1, 0):
+        x = read_plain(folder, header, order, layout[0][3], empty)
+    else:
+        x = read_with_wfdb(folder, header, order, layout)
+    if baseline is not None:
+        x -= baseline
+    x = x.astype(np.float32, copy=False)
+    x *= scale
+    return x
+
+
+def read_segments(folder: str, header: Header, plain: bool) -> np.ndarray:
+    """The leads of a record in segments, joined by name: (12, n) float32 mV, a gap is NaN."""
+    samples = sum(length for _, length in header.segments)
+    if not 0 < len(LEADS) * samples <= MAX_SAMPLES or header.samples not in (0, samples):
+        raise Rejected("unreadable", f"{header.samples:,} samples, {samples:,} in the segments")
+    x, known, stop = np.full((len(LEADS), samples), np.nan, np.float32), set(), 0
+    for name, length in header.segments:
+        start, stop = stop, stop + length
+        if name == "~":  # a gap
+            continue
+        part = read_header(folder, name)
+        if part.segments or part.fs != header.fs or part.samples not in (0, length):
+            raise Rejected("unreadable", f"segment {name}: {part.samples:,} samples at "
+                                         f"{part.fs:g} Hz in {len(part.segments)} segments")
+        names = {(signal_name or "").strip().lower() for signal_name in part.name}
+        leads = tuple(lead for lead in LEADS if lead.lower() in names)
+        known.update(leads)
+        if length and leads:  # a first segment of length 0 only lays out the names
+            rows = [LEADS.index(lead) for lead in leads]
+            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, fresh,
+                                             plain)
+    if wrong := [lead for lead in LEADS if lead not in known]:
+        raise Rejected("lead missing or twice", f"{', '.join(wrong)} in no segment")
+    return x
+
+
+def read_signal(path: str | Path, empty: Callable = fresh,
+                plain: bool = True) -> tuple[np.ndarray, float]:
+    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs.
+
+    plain=False reads through wfdb what would not need it.
+    """
+    folder, record = os.path.split(path)
+    header = read_header(folder, record)
+    if header.segments:
+        return read_segments(folder, header, plain), header.fs
+    return read_leads(folder, header, LEADS, empty, plain), header.fs
 
 
 def mend(x: np.ndarray, fs: float) -> int:
@@ -536,12 +696,24 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
 
     Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
     Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
-    Raises: Rejected with one of REASONS. Not thread-safe: it works in shared scratch arrays.
+    Raises: Rejected alone, whatever the files hold. Not thread-safe: it works in shared arrays.
     """
-    x, recorded_fs = read_signal(path, scratch)  # (12, n)
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is judged below
+            return mended(*read_signal(path, scratch), fs)
+    except Rejected:
+        raise
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror or str(error)) from error
+    except Exception as error:
+        raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]:
+    """A record as stored, (12, n) mV, changed in place -> what `read_record` returns."""
     q, samples, quality = round(recorded_fs / fs), SECONDS * fs, 0
     if q < 1 or abs(recorded_fs - q * fs) > 1e-6 * recorded_fs:
-        raise Rejected("fs not a multiple")
+        raise Rejected("fs not a multiple", f"{recorded_fs:g} Hz")
     if x.shape[1] > samples * q:
         quality |= CUT
         # as if cut after the filter, which reaches 10 output samples ahead
@@ -558,8 +730,8 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
     if max(high.max(), -low.min()) > LIMIT_MV:
         quality |= BEYOND
     x = decimate(x, q, scratch)[:, :samples]
-    if quality & BEYOND and np.abs(x).max() > FLOAT16_MAX:
-        raise Rejected("beyond float16")  # the header's gain or unit is wrong
+    if quality & BEYOND and not (largest := np.abs(x).max()) <= FLOAT16_MAX:
+        raise Rejected("beyond float16", f"{largest:.4g} mV")  # the gain or unit is wrong
     out = np.zeros((12, samples), "<f2")
     out[:, :x.shape[1]] = x
     return out, quality
@@ -1043,54 +1215,106 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
-    """One worker: claim CHUNK rows at a time, read them into the shared maps, send nothing back."""
+def serve(call: Callable, pipe: multiprocessing.connection.Connection) -> None:
+    """A worker process: answer the jobs in the pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
-    path, signal, quality, status = (
-        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name == "path" else "r+")
-        for name in ("path", "signal", "quality", "status"))
-    while os.getppid() == parent:
-        with next_row.get_lock():
-            first = next_row.value
-            next_row.value += CHUNK
-        if first >= len(path):
-            return
-        chunk = np.array(status[first:first + CHUNK])
-        for row in np.flatnonzero(chunk != KEPT) + first:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (job := pipe.recv()) is not None:
             try:
-                signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
-                chunk[row - first] = KEPT
-            except Rejected as reason:
-                chunk[row - first] = 2 + REASONS.index(str(reason))
-        signal.flush()  # before the status, so that a power cut leaves no row done but empty
-        quality.flush()
-        status[first:first + CHUNK] = chunk
+                answer = job[0], call(job[1])
+            except OSError as error:
+                answer = job[0], error
+            pipe.send(answer)
 
 
-def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: int) -> None:
-    """Start the workers, show progress from the status file, end when all rows are done."""
+def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[int, object]]:
+    """Yield (position, call(job)) as jobs are done, by worker processes, or in this one if 1.
+
+    Each worker has a pipe of its own: no semaphores, which sandboxes without /dev/shm lack. Raises
+    InputError where a worker is killed or cannot be started; an OSError of a job as it is.
+    """
+    if workers == 1:
+        yield from ((position, call(job)) for position, job in enumerate(jobs))
+        return
     context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
-    arguments = (str(folder), str(root), fs, context.Value("q", 0), os.getpid())
-    workers = min(workers, -(-len(status) // CHUNK))
-    processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
-    done = np.count_nonzero(status)
-    progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
+    queue, busy = iter(enumerate(jobs)), {}
     try:
-        with without_main():
-            for process in processes:
-                process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.05)
-            progress.update(np.count_nonzero(status) - done - progress.count)
+        with without_main(), system_errors(f"--workers {workers}"):
+            for job in itertools.islice(queue, workers):
+                pipe, theirs = context.Pipe()
+                busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
+                busy[pipe].start()
+                theirs.close()  # so that the end of the worker is the end of the pipe
+                pipe.send(job)
+        while busy:
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                try:
+                    position, answer = pipe.recv()
+                    pipe.send(job := next(queue, None))
+                except (EOFError, ConnectionError):
+                    busy[pipe].join()
+                    code = busy[pipe].exitcode
+                    if code >= 0:
+                        raise RuntimeError(f"a worker ended early, exit code {code}") from None
+                    raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as "
+                                     "when memory runs out: close other programs or take fewer "
+                                     "--workers; the same command goes on") from None
+                if isinstance(answer, OSError):
+                    raise answer
+                yield position, answer
+                if job is None:
+                    busy.pop(pipe).join()
     finally:
-        for process in processes:
-            if process.pid:
-                process.terminate()
-                process.join()
-        progress.update(np.count_nonzero(status) - done - progress.count, last=True)
-    if np.count_nonzero(status) < len(status):
-        codes = [process.exitcode for process in processes]
-        raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+        for process in busy.values():
+            process.terminate()
+            process.join()
+
+
+def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
+    """Read CHUNK rows from `first` on into the workspace's files; returns how many it tried."""
+    path, signal, quality, status = (
+        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name in ("path", "signal") else "r+")
+        for name in ("path", "signal", "quality", "status"))
+    chunk, stored = np.array(status[first:first + CHUNK]), signal[first:first + CHUNK]
+    todo = np.flatnonzero(chunk != KEPT)
+    block = np.zeros_like(stored) if len(todo) == len(chunk) else np.array(stored)
+    for i in todo:
+        try:
+            block[i], quality[first + i] = read_record(f"{root}/{path[first + i].decode()}", fs)
+            chunk[i] = KEPT
+        except Rejected as error:
+            chunk[i] = 2 + REASONS.index(error.reason)
+    with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
+        handle.seek(signal.offset + first * block[0].nbytes)
+        handle.write(block)
+        handle.flush()
+        os.fsync(handle.fileno())  # before the status, so that a power cut leaves no row done but
+    quality.flush()                # empty
+    status[first:first + CHUNK] = chunk
+    return len(todo)
+
+
+def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
+                workers: int) -> dict[str, str]:
+    """Read all rows that are not KEPT, with progress; returns an example of each rejection."""
+    todo = np.unique(np.flatnonzero(status != KEPT) // CHUNK) * CHUNK
+    workers = max(1, min(workers, len(todo)))
+    progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
+    try:
+        call = functools.partial(read_chunk, str(folder), str(root), fs)
+        for _, tried in in_workers(call, todo.tolist(), workers):
+            progress.update(tried)
+    finally:
+        progress.close()
+    path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
+    for code in set(status[status > KEPT].tolist()):
+        name, reason = path[np.flatnonzero(status == code)[0]].decode(), REASONS[code - 2]
+        examples[reason] = name
+        try:
+            read_record(f"{root}/{name}", fs)  # once more, for what was found there
+        except Rejected as error:
+            examples[reason] += f": {error.found}" * (error.reason == reason)
+    return examples
 
 
 def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
@@ -1101,8 +1325,9 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
         REASONS[code - 2] for code in status[status > KEPT].tolist())
     if not len(keep):
-        shutil.rmtree(folder)  # nothing in it is worth going on with
-        raise InputError(f"{out}: no record could be read; left out: {dict(rejected)}")
+        shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
+        raise InputError(f"{out}: no record could be read; left out: "
+                         f"{told(rejected, table['examples'])}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
     codes = {"distinct": table["distinct_codes"],
              "per_record": float(table["code_count"][keep].mean())}
@@ -1111,26 +1336,35 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
                                    rejected_examples=table["examples"], flaws=table["flaws"],
                                    not_chosen=table["not_chosen"])
     temporary = folder / "cohort.h5"
-    with h5py.File(temporary, "w") as file:
-        for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
-            file[name] = array
-        file["class_name"] = np.array([name.encode() for name in table["class_name"]])
-        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
-        crc = []
-        for first in range(0, len(keep), CRC_ROWS):
-            block = signal[keep[first:first + CRC_ROWS]]  # (4096, 12, T)
-            stored[first:first + CRC_ROWS] = block
-            crc.append(zlib.crc32(block))
-        file["signal_crc32"] = np.array(crc, np.uint32)
-        for name, value in attributes.items():
-            # lists and dicts as JSON text: every HDF5 reader can show it
-            plain = isinstance(value, (bool, int, float, str))
-            file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
-        file.attrs["crc32"] = json.dumps(content_crc(file))
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, out)
-    shutil.rmtree(folder)
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
+                file[name] = array
+            file["class_name"] = np.array([name.encode() for name in table["class_name"]])
+            stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
+            crc = []  # the dataset is contiguous
+            for first in range(0, len(keep), CRC_ROWS):
+                at, rows = first, keep[first:first + CRC_ROWS]
+                crc.append(0)
+                for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+                    block = signal[run[0]:run[-1] + 1]  # straight from the map
+                    stored[at:at + len(run)], at = block, at + len(run)
+                    crc[-1] = zlib.crc32(block, crc[-1])
+            file["signal_crc32"] = np.array(crc, np.uint32)
+            for name, value in attributes.items():
+                # lists and dicts as JSON text: every HDF5 reader can show it
+                plain = isinstance(value, (bool, int, float, str))
+                file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
+            file.attrs["crc32"] = json.dumps(content_crc(file))
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, out)
+    except BaseException:  # a full disk, say: what was read stays, for the same command to go on
+        temporary.unlink(missing_ok=True)
+        raise
+    # The cohort is whole. Network file systems keep files that are still open, under other names.
+    del status, signal, quality
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1968,15 +2202,12 @@ def _write_demo(root: Path, patients: int, label_fidelity: float, nuisance: floa
     """Records and CSV files of write_demo, in a folder that is held."""
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
-    rows, progress = [], Progress(patients, "patients", "simulating")
-    with without_main():  # the workers ignore Ctrl-C, which is the parent's to handle
-        pool = multiprocessing.get_context("spawn").Pool(
-            workers, signals.signal, (signals.SIGINT, signals.SIG_IGN))
-    with pool:
-        for own in pool.imap(_write_patient, jobs, chunksize=4):
-            rows += own
-            progress.update()
+    histories, progress = {}, Progress(patients, "patients", "simulating")
+    for i, own in in_workers(_write_patient, jobs, workers):
+        histories[i] = own
+        progress.update()
     progress.close()
+    rows = [row for i in sorted(histories) for row in histories[i]]
     for name, columns in DEMO_FILES.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
@@ -2117,7 +2348,8 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
-            run_workers(folder, root, fs, status, workers)
+            examples = run_workers(folder, root, fs, status, workers)
+            table["examples"] = table.get("examples", {}) | examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
     cohort = Cohort(out)
     print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")

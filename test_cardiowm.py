@@ -939,29 +939,281 @@ def test_each_kind_of_record_is_read_as_wfdb_and_scipy_would(prepare_folder, pre
         path = prepare_path(root, study_id)
         np.testing.assert_allclose(prepare_cohort.signal[row], prepare_oracle(path), err_msg=path,
                                    **PREPARE_FLOAT16)
-        assert (prepare_data.plain_header(path + ".hea") is None) == (study_id == 8), path
-        (a, fs_a), (b, fs_b) = prepare_data.read_signal(path), prepare_data.read_with_wfdb(path)
+        (a, fs_a), (b, fs_b) = (prepare_data.read_signal(path, plain=plain) for plain in (1, 0))
         assert fs_a == fs_b and a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     for study_id in (38, 39, 40, 46):
-        for read in (prepare_data.read_signal, prepare_data.read_with_wfdb):
+        for plain in (True, False):
             with pytest.raises(prepare_data.Rejected, match=fate[study_id]):
-                read(prepare_path(root, study_id))
+                prepare_data.read_signal(prepare_path(root, study_id), plain=plain)
 
 
-def test_other_formats_go_through_wfdb(tmp_path):
-    adc = prepare_adc(5) // 2
-    adc[30:40, 3] = -2048  # format 212's code for a missing sample
-    signals = []
-    for fmt, missing in (("16", -32768), ("212", -2048)):
-        wfdb.wrsamp(f"f{fmt}", 500, ["mV"] * 12, list(prepare_data.LEADS), fmt=[fmt] * 12,
-                    d_signal=np.where(adc == -2048, missing, adc).astype(int),
-                    adc_gain=[200.0] * 12, baseline=[3] * 12, write_dir=str(tmp_path))
-        signal, quality = prepare_data.read_record(tmp_path / f"f{fmt}", 100)
-        assert quality == prepare_data.INTERPOLATED
-        assert (prepare_data.plain_header(f"{tmp_path}/f{fmt}.hea") is None) == (fmt != "16")
-        signals.append(signal)
-    np.testing.assert_array_equal(*signals)
+def prepare_edited(path, edit=str, data=b"", encoding="utf-8", **file):
+    """The record of prepare_adc(1) with an edited header, `data` before its samples; its adc."""
+    prepare_write(path, adc := prepare_adc(1), **file)
+    path.with_suffix(".dat").write_bytes(data + path.with_suffix(".dat").read_bytes())
+    text = path.with_suffix(".hea").read_text()
+    path.with_suffix(".hea").write_bytes(edit(text).encode(encoding))
+    return adc
+
+
+def prepare_replaced(*texts):
+    """Edit of a header: pattern, replacement, pattern ..., each of which must be found."""
+    def edit(text):
+        for pattern, replacement in zip(texts[::2], texts[1::2]):
+            text, n = re.subn(pattern, replacement, text, flags=re.M)
+            assert n, pattern
+        return text
+    return edit
+
+
+LEGAL_HEADERS = {  # header(5), and what is met in the wild: edit of the plain header, options
+    "comment after a signal line": (prepare_replaced(r"aVF$", "aVF # a remark"), {}),
+    "comments and blank lines": (
+        lambda text: "# a\n\n " + text.replace("\n", "\n#b\n\n  # c\n"), {}),
+    "without a number of samples": (prepare_replaced(r"^x (.*) 5000 .*$", r"x \1"), {}),
+    "0 samples": (prepare_replaced(" 5000 ", " 0 "), {}),
+    "counter frequency": (prepare_replaced(" 500 ", " 500/1000.5(-7) "), {}),
+    "a fraction in the frequency": (prepare_replaced(" 500 ", " 500.000 "), {}),
+    "name with a folder": (prepare_replaced("^x 12", "p10/s40000005/40000005 12"), {}),
+    "name with an extension": (prepare_replaced("^x 12", "x.mat 12"), {}),
+    "date with a month's name": (prepare_replaced("09:36.*$", "04-Jan-2151 11:22:33"), {}),
+    "a year as date": (prepare_replaced("09:36.*$", "2006"), {}),
+    "no time, no date": (prepare_replaced(" 09:36.*$", ""), {}),
+    "carriage returns": (prepare_replaced("$", "\r"), {}),
+    "carriage returns alone": (lambda text: text.replace("\n", "\r"), {}),
+    "tabs": (lambda text: text.replace(" ", "\t"), {}),
+    "byte order mark": (lambda text: "\ufeff" + text, {}),
+    "Latin-1 comment": (lambda text: text + "# Jos\xe9\x85\n", dict(encoding="latin-1")),
+    "micro sign": (str, dict(gain="0.2(0)/\xb5V")),
+    "micro sign in Latin-1": (str, dict(gain="0.2(0)/\xb5V", encoding="latin-1")),
+    "Greek mu": (str, dict(gain="0.2(0)/\u03bcv")),
+    "nanovolts": (str, dict(gain="2e-4/nV")),
+    "volts": (str, dict(gain="200000/V")),
+    "no unit": (str, dict(gain="200")),
+    "gain 0": (str, dict(gain="0(0)/mV")),
+    "gain missing": (str, dict(gain="/mV")),
+    "lower case": (lambda text: text.lower(), {}),
+    "baseline before ADC zero": (prepare_replaced(" 16 0 ", " 16 99 "), {}),
+    "other fields are garbage": (prepare_replaced(r"mV 16 0 \S+ (\S+) 0", r"mV x ? ?? \1 -"), {}),
+    "unsigned checksums": (lambda text: re.sub(
+        r"(\S+)(?= 0 \S+$)", lambda m: str(int(m[1]) % 65536), text, flags=re.M), {}),
+    "one sample a frame, no skew": (prepare_replaced(r"dat 16", r"dat 16x1:0+0"), {}),
+    "an odd byte offset": (prepare_replaced(r"dat 16", r"dat 16+25"), dict(data=bytes(25))),
+    "a further signal in a missing file": (lambda text: prepare_replaced("^x 12", "x 13")(text)
+                                           + "b.dat 99 ?\n", {}),
+    "baseline of -7 as ADC zero": (
+        prepare_replaced("16 0 ", "16 -7 "), dict(gain="200/mV", add=-7)),
+    "negative gain": (str, dict(gain="-200(0)/mV", sign=-1)),
+}
+
+
+@pytest.mark.parametrize("case", LEGAL_HEADERS)
+def test_odd_but_legal_headers_give_the_signal_of_the_plain_one(case, tmp_path):
+    edit, options = LEGAL_HEADERS[case]
+    adc = prepare_edited(tmp_path / "x", edit, **{
+        name: value for name, value in options.items() if name not in ("add", "sign")})
+    order = [PREPARE_MIMIC_LEADS.index(lead) for lead in prepare_data.LEADS]
+    wanted = options.get("sign", 1) * (adc - options.get("add", 0)).T[order] / 200
+    for plain in (True, False):
+        x, fs = prepare_data.read_signal(tmp_path / "x", plain=plain)
+        assert fs == 500 and x.dtype == np.float32
+        np.testing.assert_allclose(x, wanted, rtol=3e-7)
+    np.testing.assert_array_equal(x, prepare_data.read_signal(tmp_path / "x")[0])
+
+
+BROKEN_HEADERS = {  # edit of the plain header -> reason, and what was found
+    "no description": (prepare_replaced(" 0 V6$", " 0"), "lead missing or twice", "V6; the"),
+    "empty": (lambda text: "", "unreadable", "signals"),
+    "comments alone": (lambda text: "# x\n", "unreadable", "signals"),
+    "fs nan": (prepare_replaced(" 500 ", " nan "), "unreadable", "'nan'"),
+    "fs 0": (prepare_replaced(" 500 ", " 0 "), "unreadable", "frequency '0'"),
+    "fs negative": (prepare_replaced(" 500 ", " -500 "), "unreadable", "'-500'"),
+    "fs infinite": (prepare_replaced(" 500 ", " 1e999 "), "unreadable", "'1e999'"),
+    "fs absurd": (prepare_replaced(" 500 ", " 5e12 "), "unreadable", "'5e12'"),
+    "fs no multiple": (prepare_replaced(" 500 ", " 257 "), "fs not a multiple", "257 Hz"),
+    "samples negative": (prepare_replaced(" 5000 ", " -5000 "), "unreadable", "'-5000'"),
+    "samples with a sign of digits": (prepare_replaced(" 5000 ", " 5_000 "), "unreadable", "5_000"),
+    "samples absurd": (prepare_replaced(" 5000 ", " 500000000000 "), "signal file truncated",
+                       "120,000 of 12,000,000,000,000 bytes"),
+    "samples of 5,000 digits": (prepare_replaced(" 5000 ", f" {'9' * 5000} "), "unreadable", "999"),
+    "a signal too few": (prepare_replaced("^x 12", "x 13"), "unreadable", "13 signals stated, 12"),
+    "a signal too many": (prepare_replaced("^x 12", "x 11"), "unreadable", "11 signals stated, 12"),
+    "format unknown": (prepare_replaced("dat 16", "dat 17"), "unreadable", "x.dat: format 17"),
+    "format garbage": (prepare_replaced("dat 16 ", "dat 16? "), "unreadable", "format 16[?]$"),
+    "two formats in a file": (prepare_replaced("dat 16 (.*) V1$", r"dat 212 \1 V1"), "unreadable",
+                              "format 16 and 212"),
+    "no sample a frame": (prepare_replaced("dat 16", "dat 16x0"), "unreadable", "16x0"),
+    "frames beyond the file": (prepare_replaced("dat 16", "dat 16x999999"), "signal file truncated",
+                               "bytes"),
+    "offset beyond the file": (prepare_replaced("dat 16", "dat 16+999999"), "signal file truncated",
+                               "bytes"),
+    "offset beyond the file, no length": (prepare_replaced(
+        "dat 16", "dat 16+999999", " 5000 ", " 0 "), "signal file truncated", "bytes"),
+    "compressed without a length": (lambda text: text.replace("dat 16", "dat 516")
+                                    .replace(" 5000 ", " 0 "), "unreadable", "0 samples"),
+    "no FLAC": (prepare_replaced("dat 16", "dat 516"), "unreadable", "not a FLAC file"),
+    "unit": (prepare_replaced("/mV", "/mmHg"), "unit unknown", "200.0.0./mmHg"),
+    "gain infinite": (prepare_replaced("200.0", "1e999"), "unreadable", "1e999"),
+    "gain next to 0": (prepare_replaced("200.0", "1e-320"), "unreadable", "1e-320"),
+    "gain absurd": (prepare_replaced("200.0", "1e-9"), "beyond float16", "mV"),
+    "baseline absurd": (prepare_replaced(r"\(0\)", "(1e300)"), "unreadable", "1e300"),
+    "ADC zero garbage and needed": (
+        prepare_replaced(r"\(0\)/mV 16 0", "/mV 16 x"), "unreadable", "'x'"),
+    "checksum": (prepare_replaced(r" \S+ 0 V2$", " 7 0 V2"), "checksum differs", "V2: 7 stated"),
+    "checksum garbage": (prepare_replaced(r" \S+ 0 V2$", " 7q 0 V2"), "checksum differs", "7q"),
+    "absolute path": (prepare_replaced("^x.dat", "/etc/passwd"), "unreadable", "'/etc/passwd'"),
+    "path out of the root": (prepare_replaced("^x.dat", "../x.dat"), "unreadable", "'../x.dat'"),
+    "path with a zero byte": (prepare_replaced("^x.dat", "x\0.dat"), "unreadable", "null"),
+    "no such file": (prepare_replaced("^x.dat", "y.dat"), "signal file missing", "y.dat: No such"),
+    "a name of control characters": (
+        prepare_replaced("^x.dat", "\x1b[2Jx"), "signal file missing", r"\?\[2Jx"),
+    "a folder as file": (prepare_replaced("^x.dat", "."), "unreadable", "no regular file"),
+    "a pipe as file": (prepare_replaced("^x.dat", "pipe"), "unreadable", "pipe is no regular"),
+    "a device as file": (prepare_replaced("^x.dat", "zero"), "unreadable", "zero is no regular"),
+    "header beyond 1 MB": (lambda text: text + "#" * 2**20, "unreadable", "more than 1,048,576"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_HEADERS)
+def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(case, tmp_path, recwarn):
+    edit, reason, found = BROKEN_HEADERS[case]
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    prepare_edited(tmp_path / "x", edit)
+    with pytest.raises(prepare_data.Rejected) as raised:
+        prepare_data.read_record(tmp_path / "x", 100)
+    assert re.fullmatch(reason, raised.value.reason) and re.search(found, raised.value.found)
+    assert str(raised.value) == f"{raised.value.reason}: {raised.value.found}" and not recwarn.list
+    assert len(str(raised.value)) < 300 and raised.value.found.isprintable()
+
+
+def test_a_header_that_is_no_file_is_rejected_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.hea")
+    (tmp_path / "folder.hea").mkdir()
+    for name, found in (("pipe", "no regular file"), ("folder", "no regular file"),
+                        ("none", "none.hea: No such file")):
+        with pytest.raises(prepare_data.Rejected, match=found):
+            prepare_data.read_record(tmp_path / name, 100)
+
+
+def test_mutated_headers_are_read_or_rejected_and_nothing_else(tmp_path, recwarn):
+    prepare_edited(tmp_path / "x")
+    plain, rng = (tmp_path / "x.hea").read_bytes(), np.random.default_rng(0)
+    outcomes = collections.Counter()
+    for _ in range(500):
+        text = bytearray(plain)
+        for _ in range(rng.integers(1, 4)):
+            at, kind = int(rng.integers(len(text))), rng.integers(4)
+            byte = int(rng.choice([*range(256), *b"0 \n/+x:#" * 9]))
+            if kind == 0:
+                text[at] = byte
+            elif kind == 1:
+                text.insert(at, byte)
+            else:
+                del text[at:at + (1 if kind == 2 else int(rng.integers(200)))]
+        (tmp_path / "x.hea").write_bytes(text)
+        try:
+            signal, _ = prepare_data.read_record(tmp_path / "x", 100)
+            assert signal.shape == (12, 1000) and np.isfinite(signal).all()
+            outcomes["read"] += 1
+        except prepare_data.Rejected as error:
+            outcomes[error.reason] += 1
+    assert outcomes["read"] > 25 and len(outcomes) > 5 and not recwarn.list
+
+
+def prepare_pack(kind, x):
+    """Samples (n,) as bytes of a format, n a multiple of 6. Source: signal(5)."""
+    x = x.astype(np.int64)
+    if kind == 212:  # 12 bits each: low byte, both high halves, low byte
+        a, b = (x & 0xFFF).reshape(-1, 2).T
+        x = np.stack([a & 255, a >> 8 | b >> 8 << 4, b & 255], axis=1)
+    elif kind == 310:  # two pairs of bytes: 5 bits of the third sample, 10 of their own, a 0
+        a, b, c = (x & 0x3FF).reshape(-1, 3).T
+        return np.stack([a << 1 | (c & 31) << 11, b << 1 | c >> 5 << 11], axis=1).astype("<u2")
+    elif kind == 311:
+        a, b, c = (x & 0x3FF).reshape(-1, 3).T
+        return (a | b << 10 | c << 20).astype("<u4")
+    elif kind == 24:
+        return np.ascontiguousarray(x.astype("<i4").view("u1").reshape(-1, 4)[:, :3])
+    elif kind in (80, 160):  # offset binary
+        x = x + (128 if kind == 80 else 2**15)
+    elif kind == 8:  # differences of 12 signals
+        x = np.diff(x.reshape(-1, 12), axis=0, prepend=x[None, :12])
+        assert np.abs(x).max() < 128
+    return x.astype({8: "i1", 16: "<i2", 32: "<i4", 61: ">i2", 160: "<u2"}.get(kind, "u1"))
+
+
+@pytest.mark.parametrize("kind", prepare_data.FORMATS)
+def test_every_format_gives_the_stored_samples(kind, tmp_path):
+    adc = np.clip(prepare_adc(5) // 16, -127, 127).astype(np.int64)
+    wanted, missing = (adc.T + 3) / 200, prepare_data.FORMATS[kind][1]
+    if missing is not None:
+        adc[30:40, 3], wanted[3, 30:40] = missing, np.nan
+    if kind > 500:
+        pytest.importorskip("soundfile")
+        wfdb.wrsamp("x", 500, ["mV"] * 12, list(prepare_data.LEADS), d_signal=adc,
+                    fmt=[str(kind)] * 12, adc_gain=[200.0] * 12, baseline=[-3] * 12,
+                    write_dir=str(tmp_path))
+    else:
+        prepare_pack(kind, adc.ravel()).tofile(tmp_path / "x.dat")
+        (tmp_path / "x.hea").write_text("\n".join(["x 12 500 0", *(
+            f"x.dat {kind} 200(-3)/mV 16 0 {adc[0, k]} {adc[:, k].sum() & 0xFFFF} 0 {lead}"
+            for k, lead in enumerate(prepare_data.LEADS))]))
+    x, fs = prepare_data.read_signal(tmp_path / "x")
+    assert fs == 500
+    np.testing.assert_allclose(x, wanted, rtol=3e-7)
+    header = re.sub(r"\S+( 0 V3)$", r"1\1", (tmp_path / "x.hea").read_text(), flags=re.M)
+    (tmp_path / "x.hea").write_text(header)
+    with pytest.raises(prepare_data.Rejected, match="checksum differs: V3: 1 stated"):
+        prepare_data.read_signal(tmp_path / "x")
+
+
+def test_frames_are_averaged_and_skewed_signals_shifted_with_the_sums_of_the_files_own_samples(
+        tmp_path):
+    adc = prepare_adc(6)
+    adc[100, 2] = -32768
+    frames = np.repeat(adc.T, 2, axis=1).astype(np.int64)  # (12, 10,000) two samples a frame
+    frames[:, ::2] += np.where(frames[:, ::2] > -32768, 4, 0)
+    sums = [int(row.sum()) & 0xFFFF for row in frames]
+    lines = [f"x.dat 16x2:{3 * (k == 5)} 200(0)/mV 16 0 0 {sums[k]} 0 {lead}"
+             for k, lead in enumerate(prepare_data.LEADS)]
+    (tmp_path / "x.hea").write_text("\n".join(["x 12 500 0", *lines]))
+    frames.reshape(12, 5000, 2).transpose(1, 0, 2).astype("<i2").tofile(tmp_path / "x.dat")
+    wanted = (adc + 2.0).T / 200
+    wanted[2, 100] = np.nan
+    wanted[5, :-3], wanted[5, -3:] = wanted[5, 3:].copy(), np.nan
+    x, _ = prepare_data.read_signal(tmp_path / "x")
+    np.testing.assert_allclose(x, wanted, rtol=3e-7)
+
+
+def test_segments_are_joined_by_lead_name_and_gaps_are_missing(tmp_path):
+    adc = prepare_adc(7)
+    order = [PREPARE_MIMIC_LEADS.index(lead) for lead in prepare_data.LEADS]
+    prepare_write(tmp_path / "a", adc[:2000])
+    prepare_write(tmp_path / "b", adc[2000:4000, ::-1], names=PREPARE_MIMIC_LEADS[::-1])
+    prepare_write(tmp_path / "c", adc[4500:, 2:], names=PREPARE_MIMIC_LEADS[2:])
+    header, wanted = tmp_path / "x.hea", adc.T[order] / 200
+    header.write_text("x/2 12 500 4000\na 2000\nb 2000\n")
+    for plain in (True, False):
+        x, fs = prepare_data.read_signal(tmp_path / "x", plain=plain)
+        np.testing.assert_allclose(x, wanted[:, :4000], rtol=3e-7)
+    (tmp_path / "layout.hea").write_text("\n".join(
+        ["layout 12 500 0", *(f"~ 0 200 16 0 0 0 0 {lead}" for lead in prepare_data.LEADS)]))
+    header.write_text("x/5 12 500 5000\nlayout 0\na 2000\nb 2000\n~ 500\nc 500\n")
+    wanted[:, 4000:4500], wanted[:2, 4500:] = np.nan, np.nan
+    np.testing.assert_allclose(prepare_data.read_signal(tmp_path / "x")[0], wanted, rtol=3e-7)
+    for text, found in (("x/2 12 500\na 2000\nb 1999", "segment b: 2,000 samples"),
+                        ("x/2 12 500 9\na 2000\nb 2000", "9 samples, 4,000 in the segments"),
+                        ("x/2 12 100\na 2000\nb 2000", "at 500 Hz"),
+                        ("x/2 12 500\na 2000\n../b 2000", "not in the record's folder"),
+                        ("x/2 12 500\na 2000\nx 2000", "in 2 segments"),
+                        ("x/2 12 500\nc 500\n~ 99999999", "samples"),
+                        ("x/2 12 500\nc 500\n~ 500", "lead missing or twice: I, II in no"),
+                        ("x/2 12 500\na 2000\nd 2000", "header file missing: d.hea")):
+        header.write_text(text)
+        with pytest.raises(prepare_data.Rejected, match=found):
+            prepare_data.read_record(tmp_path / "x", 100)
 
 
 def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
@@ -978,7 +1230,7 @@ def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
     wanted["label row without a listed record"] += 2
     assert cohort.rejected == dict(wanted)
     assert cohort.flaws == {"gender unreadable, stored as missing": 8}
-    assert {*cohort.flaws, "label row malformed"} <= cohort.rejected_examples.keys()
+    assert cohort.rejected_examples.keys() == wanted.keys() | cohort.flaws.keys()
     assert cohort.listed == len(fate) + 3
     prepare_data.check_cohort(cohort)
 
