@@ -18,6 +18,8 @@ of its runs. Tables (.md, .csv) and figures (.png) go to --out; no run is change
 trained but the linear read-outs and ridges that a model is judged against.
 """
 
+from __future__ import annotations  # an older Python shall reach the line that names it
+
 import argparse
 import csv
 import difflib
@@ -38,7 +40,8 @@ from pathlib import Path
 import numpy as np
 
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
-                          count_rows, golden_lines, replace_file, resimulate, without_signature)
+                          count_rows, golden_lines, replace_file, resimulate, run_script,
+                          wait_passively, without_signature)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
@@ -2853,20 +2856,17 @@ def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 2 after one line on stderr for what the user can mend."""
+    """Run the command line; returns the exit code of `run_script`."""
     p = parser()
     args = p.parse_args(argv)
-    try:
+
+    def work() -> None:
         check_arguments(args, p)
         MODES[args.mode][0](args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_script(work, "interrupted; no file is half-written: run the same command again")
 
 
 if __name__ == "__main__":
+    wait_passively()
     sys.exit(main())

@@ -247,10 +247,11 @@ def wait_passively() -> None:
     torchrun's. The number of threads stays: results depend on it.
     """
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"} & os.environ.keys()
-    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in sys.orig_argv:
+    argv = getattr(sys, "orig_argv", ())  # Python 3.9 has none
+    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in argv:
         return  # the last two: a debugger, a notebook
     with contextlib.suppress(OSError):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {
+        os.execve(sys.executable, [sys.executable, *argv[1:]], os.environ | {
             "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPIN_COUNT)})
 
 

@@ -16,6 +16,8 @@ evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a syn
 epochs, batch size and rate take a laptop preset, which is printed (--paper keeps the papers').
 """
 
+from __future__ import annotations  # an older Python shall reach the line that names it
+
 import argparse
 import contextlib
 import copy
@@ -37,6 +39,12 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
+
+import prepare_data
+
+if __name__ == "__main__":
+    prepare_data.wait_passively()  # starts this script again, so before torch, which takes longest
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,7 +52,6 @@ from torch.nn import functional as F
 
 import cardiowm
 import evaluate
-import prepare_data
 from evaluate import (CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc,
                       recalibrate)
 from prepare_data import Cohort, InputError, Progress, replace_file
@@ -1677,7 +1684,7 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
                   "≥ 6.7× (15 % of an epoch)", 1, scale=len(y) / order.size)
 
 
-def bench(args: argparse.Namespace) -> None:
+def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """--mode bench: print each row when it is there; write bench.md and bench.csv."""
     folder, device, quick = own_folder(args, "bench"), pick_device(args.device), args.quick
     torch.manual_seed(args.seed)
@@ -1914,28 +1921,23 @@ def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, 2 after one line for bad input, 130 interrupted."""
+    """Run the command line; returns the exit code of `run_script`."""
     parser = build_parser()
     args = parser.parse_args(argv)
+
+    def work() -> None:
+        try:
+            check_arguments(args, parser)
+            {"bench": bench, "reproduce": reproduce}.get(args.mode, train)(args, parser)
+        except InputError as error:
+            raise InputError(f"rank {rank()}: {error}" if rank() else str(error)) from error
+
     try:
-        check_arguments(args, parser)
-        if args.mode == "bench":
-            bench(args)
-        elif args.mode == "reproduce":
-            reproduce(args, parser)
-        else:
-            train(args, parser)
-    except InputError as error:
-        where = f" (rank {rank()})" if rank() else ""
-        print(f"error{where}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return prepare_data.run_script(
+            work, "interrupted; the same command goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
