@@ -2957,8 +2957,7 @@ def test_signals_are_the_same_wherever_they_are_held(tiny, monkeypatch, capsys):
     raw = train.Signals(tiny, cpu, "ram", "none")
     assert torch.equal(raw.ready(raw.read(rows)), wanted.float())
     # auto: 4 times the cohort is free, of which a process may take 40 % of its share
-    pages = {"SC_AVPHYS_PAGES": tiny.signal.nbytes // 1024, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(prepare_data, "available_memory", lambda: 4 * tiny.signal.nbytes)
     for processes, held in ((1, "ram"), (2, "disk")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         train.Signals(tiny, cpu, "auto", "zscore")
@@ -3119,7 +3118,7 @@ distributed.destroy_process_group = lambda: None
 # leave out what ranks do not share, or what hides a factor: dropout, clipping to one norm and, on
 # CPUs, batch norm in train mode: it keeps the statistics that it has before the first step
 nn.Dropout.forward = lambda self, x: x
-nn.utils.clip_grad_norm_ = lambda *a: None
+nn.utils.clip_grad_norm_ = lambda parameters, norm: parameters[0].new_zeros(())
 recalibrate, fit, mode_of = train.recalibrate, train.fit, nn.Module.train
 nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: mode_of(self, mode and not frozen)
 train.recalibrate = lambda *a: None if frozen or not job["freeze"] else recalibrate(*a)
@@ -3272,7 +3271,7 @@ def test_two_ranks_refuse_bad_input_in_one_line_each(ranks, name, message):
     for rank, found in enumerate(ranks.both[name]):
         assert found["code"] == 2
         (line,) = found["stderr"].strip().splitlines()
-        assert line.startswith(f"error (rank {rank}): " if rank else "error: ") and message in line
+        assert line.startswith("error: " + f"rank {rank}: " * rank) and message in line
         assert not [w for w in found["written"] if "runs" in Path(w).parts]
 
 
@@ -3682,7 +3681,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file", "found a file"),
-    ("pretrain --run runs/file/x --allow-tiny", "name a folder that can be"),
+    ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
     ("pretrain --seed 1 2", "--seed: found 1 2, wanted one seed"),
     ("finetune --init nosuchrun", "nosuchrun"),
