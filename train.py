@@ -14,6 +14,8 @@
 Every run writes runs/NAME/{config.json, log.jsonl, last.pt, best.pt, predictions_{val,test}.npz};
 evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort
 epochs, batch size and rate take a laptop preset, which is printed (--paper keeps the papers').
+Stopped by whatever, a run goes on when its command is given again, on a CPU to the same bytes;
+previous.pt is the checkpoint before last.pt, lock keeps a second process out.
 """
 
 from __future__ import annotations  # an older Python shall reach the line that names it
@@ -429,7 +431,7 @@ def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
     for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
         step, items, terms = unchecked[bad]
         found = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
-        raise Diverged(f"step {step} is not finite: {found}; {culprit(items)}")
+        raise Diverged(f"step {step}: loss or gradient not finite ({found}); {culprit(items)}")
     unchecked.clear()
 
 
@@ -459,6 +461,7 @@ class Loop:
             self.at = {key: run.state[key] for key in self.at}
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace, self.slowed = self.began, [], [], False
+        self.may_wait = not args.device.startswith("cuda")  # for the values of each step
 
     def save(self, name: str, epoch: int) -> None:
         """A checkpoint to go on from at this epoch, within it where its steps are not all done."""
@@ -482,7 +485,7 @@ class Loop:
         step, stop = self.at["step"], self.run.asked if world_size() == 1 else 0
         save = stop or time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
         log = step % self.log_every == 0 or step == self.total or "grad_ratio" in terms
-        if log or save or step % self.per_epoch == 0 or loss.device.type != "cuda":
+        if log or save or step % self.per_epoch == 0 or self.may_wait:
             check_finite(self.unchecked, self.culprit)
         if log:
             found = [v() if callable(v) else v for v in terms.values()]
