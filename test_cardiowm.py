@@ -9,8 +9,10 @@ import ast
 import collections
 import copy
 import csv
+import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -3530,32 +3533,178 @@ def test_equal_compute_is_that_of_the_finetuned_run_and_its_pretraining(pretrain
 # The life cycle of a run
 
 
+def clock_free(run):
+    ends = ("_seconds", "_per_second", "_fraction")
+    return [{k: v for k, v in row.items() if not k.endswith(ends)} for row in log_of(run)]
+
+
+def assert_same_run(one, other):
+    """The same weights, log but for the clock, and predictions."""
+    for name in ("last.pt", "best.pt"):
+        a, b = (state_of(run, name) for run in (one, other))
+        assert a["step"] == b["step"] and a["log_rows"] == b["log_rows"]
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    one, other = Path("runs") / one, Path("runs") / other
+    assert clock_free(one) == clock_free(other)
+    with np.load(one / "predictions_test.npz") as a, np.load(other / "predictions_test.npz") as b:
+        assert all(np.array_equal(a[k], b[k]) for k in a.files)
+
+
 @pytest.mark.parametrize("flags", [
     "--mode pretrain --epochs 2 --batch-size 40 --allow-tiny",
     "--mode finetune --init scratch --epochs 2 --batch-size 64",
     "--mode probe --init base --head mlp --epochs 4 --batch-size 64",
 ])
-def test_a_resumed_run_equals_the_uninterrupted_one(pretrained, monkeypatch, flags):
-    flags += f" --checkpoint-minutes 0 --run {{}}-{flags.split()[1]}"
+def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
+    pretrained, monkeypatch, capsys, flags
+):
+    kind = flags.split()[1]
+    flags += f" --run {{}}-{kind}"
     assert run_train(flags.format("whole")) == 0
-    stop_at(monkeypatch, 3, 5)  # in the middle of an epoch, twice
-    for _ in range(2):
+    pulled = {2: signal.SIGTERM, 5: signal.SIGINT}  # in the middle of an epoch; 4 of them: SIGKILL
+    steps, descend, threads = itertools.count(1), train.descend, torch.get_num_threads()
+
+    def pull(*args):
+        step = next(steps)
+        if step in pulled:
+            os.kill(os.getpid(), pulled[step])
+        elif step == 4:
+            raise Stop
+        return descend(*args)
+
+    monkeypatch.setattr(train, "descend", pull)
+    parts = flags.format("parts") + " --checkpoint-minutes 0"
+    assert run_train(parts) == 143
+    path = f"runs/parts-{kind}/last.pt"
+    assert last_line(capsys) == (
+        f"SIGTERM: stopped at step 2, which {path} holds; the same command goes on from there")
+    assert state_of(f"parts-{kind}")["step"] == 2
+    try:
+        torch.set_num_threads(threads + 1)
         with pytest.raises(Stop):
-            run_train(flags.format("parts"))
-    assert run_train(flags.format("parts")) == 0
-    one, parts = (Path("runs") / flags.format(name).split()[-1] for name in ("whole", "parts"))
-    for name in ("last.pt", "best.pt"):
-        a, b = (state_of(run.name, name) for run in (one, parts))
-        assert a["step"] == b["step"]
-        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+            run_train(parts)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    n = sum(len(state_of(f"parts-{kind}").get(k, ())) for k in ("model", "online_probe"))
+    assert f"threads: {threads}, as when this run began" in out
+    assert f"{n} of {n} tensors loaded from {path}" in out
+    assert run_train(parts) == 130 and last_line(capsys).startswith("SIGINT: stopped at step 4")
+    assert run_train(parts) == 0
+    assert_same_run(f"whole-{kind}", f"parts-{kind}")
+    config = json.loads(Path(path).with_name("config.json").read_text())
+    assert config["speed"]["threads"] == threads
 
-    def clock_free(run):
-        ends = ("_seconds", "_per_second", "_fraction")
-        return [{k: v for k, v in row.items() if not k.endswith(ends)} for row in log_of(run)]
 
-    assert clock_free(one) == clock_free(parts)
-    with np.load(one / "predictions_test.npz") as a, np.load(parts / "predictions_test.npz") as b:
-        assert all(np.array_equal(a[k], b[k]) for k in a.files)
+def test_a_second_interrupt_ends_at_once_and_a_real_kill_costs_nothing(workplace, monkeypatch):
+    """From another process: Ctrl-C twice within one step, then SIGKILL."""
+    flags = "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 16 --run {}"
+    assert run_train(flags.format("unkilled")) == 0
+    command = [sys.executable, HERE / "train.py", "--data", "data/tiny.h5", "--device", "cpu",
+               *flags.format("killed").split(), "--checkpoint-minutes", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "descend", lambda *a: [os.kill(os.getpid(), 2) for _ in range(2)])
+        assert run_train(flags.format("killed")) == 130
+    for rows in (1, 3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+            log = Path("runs/killed/log.jsonl")
+            while not log.exists() or len(log.read_bytes().splitlines()) < rows:
+                assert run.poll() is None
+                time.sleep(0.002)
+            run.kill()
+    assert run_train(flags.format("killed")) == 0
+    assert_same_run("unkilled", "killed")
+
+
+def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offered(
+    pretrained, monkeypatch, capsys
+):
+    flags = "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 16 --run"
+    assert run_train(flags, "unspoilt") == 0
+    Path("runs/un spoilt").mkdir()
+    words = flags.split() + ["runs/un spoilt", "--data", "data/tiny.h5", "--device", "cpu"]
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, 6)
+        train.main([*words, "--checkpoint-minutes", "0"])
+    folder = Path("runs/un spoilt")
+    last, previous = ((folder / name).read_bytes() for name in ("last.pt", "previous.pt"))
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.name != "last.pt"}
+    state = torch.load(io.BytesIO(last), weights_only=True)
+    assert state["step"] == 5
+    assert torch.load(io.BytesIO(previous), weights_only=True)["step"] == 4
+    some = next(iter(state["model"]))
+    changes = {"another run, with seed = 7, this one has 0": {"args": state["args"] | {"seed": 7}},
+               "holds a probe, wanted a classifier": {"kind": "probe"},
+               "tensors fit; w is not wanted": {"model": state["model"] | {"w": torch.ones(1)}},
+               f"tensors fit; {some} is (1,)": {"model": state["model"] | {some: torch.ones(1)}},
+               f"tensors fit; {some} holds a NaN": {
+                   "model": state["model"] | {some: state["model"][some] * math.nan}},
+               "optimizer, parameter 0": {"optimizer": state["optimizer"] | {"state": {0: {}}}},
+               "TypeError: step is 'x'": {"step": "x"}, "truncated": None}
+    for message, change in changes.items():
+        if change is None:
+            (folder / "last.pt").write_bytes(last[:len(last) // 2])
+        else:
+            torch.save(state | change, folder / "last.pt")
+        assert train.main(words) == 2
+        line = last_line(capsys)
+        assert message in line and "The checkpoint before it is whole, at step 4" in line
+        assert before == {file: file.read_bytes() for file in before}
+    offered = shlex.split(re.search("`(mv .*)`", line)[1])
+    assert subprocess.run(offered).returncode == 0 and train.main(words) == 0
+    shutil.copytree(folder, "runs/spoilt")
+    assert_same_run("unspoilt", "spoilt")
+    # a kill between the two renames: only the checkpoint before is there
+    (folder / "predictions_test.npz").unlink()
+    (folder / "last.pt").rename(folder / "previous.pt")
+    assert train.main(words) == 0 and "last.pt is missing" in capsys.readouterr().out
+    (folder / "predictions_test.npz").unlink()
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_text("x")
+    assert train.main(words) == 2 and "start anew with --overwrite" in last_line(capsys)
+
+
+def test_a_run_whose_disk_is_full_at_any_write_goes_on_when_there_is_space(
+    workplace, monkeypatch, capsys
+):
+    flags, folder = "--mode finetune --init scratch --frac 0.2 --epochs 2 --run", Path("runs/tight")
+    assert run_train(flags, "roomy") == 0
+    fsync, files = os.fsync, []
+    for fails in itertools.count(1):
+        calls = itertools.count(1)
+
+        def full(handle):
+            if next(calls) == fails:
+                raise OSError(errno.ENOSPC, "as a full disk does")
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", full)
+        capsys.readouterr()
+        code = run_train(flags, "tight")
+        if code == 0:
+            break
+        line = last_line(capsys)
+        assert code == 2 and "No space left on device; free some space" in line
+        files.append(re.match(r"error: runs/tight/(\S+):", line)[1])
+        assert not list(folder.glob("*.tmp"))
+    assert {"config.json", "log.jsonl", "best.pt", "last.pt", "predictions_test.npz"} <= set(files)
+    monkeypatch.undo()
+    assert_same_run("roomy", "tight")
+
+
+def test_a_second_process_is_kept_out_of_a_run_and_of_a_study(workplace, capsys):
+    flags = "--mode finetune --init scratch --frac 0.2 --epochs 1 --run held"
+    study = "--mode reproduce --quick --run held-study"
+    for run, words in ((flags, "another process trains in that folder"),
+                       (study, "another process works in that folder")):
+        with prepare_data.locked(Path("runs") / run.split()[-1], "no"):
+            for more in ("", " --overwrite" if run == flags else " --resume"):
+                assert run_train(run + more) == 2 and words in last_line(capsys)
+    assert run_train(flags) == 0
+    with prepare_data.locked(Path("runs/held"), "no"):  # for a finished run nobody needs to wait
+        assert run_train(flags, "--resume") == 0 and run_train(flags, "--overwrite") == 2
+    assert not list(Path("runs").glob("held.old*"))
 
 
 def test_a_finished_run_is_never_overwritten(pretrained, capsys):
