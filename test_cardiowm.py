@@ -1746,12 +1746,18 @@ def test_load_checkpoint_returns_what_was_saved_and_names_what_it_found(tmp_path
     assert got["class_name"] == ["I10"] and torch.equal(got["model"]["w"], torch.arange(3.0))
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.arange(3.0).numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", bytes(10**7))
     for name, words in (
             ("absent.pt", "no such file"), ("cohort", "HDF5"), ("a.npz", "npz"),
             ("text", "text file"), ("binary", "binary"), ("empty", "empty"), ("zip", "zip"),
             ("future.pt", "cardiowm-9"), ("other.pt", "another project"),
             ("objects.pt", "tensors and plain values"), ("short.pt", "without leads"),
-            ("cut.pt", "truncated"), (".", "folder")):
+            ("cut.pt", "truncated"), ("flipped.pt", "checksum of last/data/0"),
+            ("bomb.pt", "members claim 10,000,000, so not unpacked"), (".", "folder")):
         with pytest.raises(InputError, match=words) as error:
             evaluate.load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value) and "wanted" in str(error.value)
@@ -3755,6 +3761,64 @@ def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained
                     new | {"step": log_of(run)[-1]["step"]}]
 
 
+def test_a_pipe_without_a_reader_does_not_end_the_training(workplace):
+    command = shlex.join([sys.executable, str(HERE / "train.py"), *shlex.split(
+        "--mode finetune --init scratch --frac 0.2 --epochs 2 --run piped --data data/tiny.h5")])
+    done = subprocess.run(["bash", "-c", command + " 2>&1 | head -1; exit ${PIPESTATUS[0]}"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert Path("runs/piped/predictions_test.npz").exists()
+
+
+@pytest.mark.parametrize("own, wanted", [
+    ({}, ["None", "passive"]), ({"LOCAL_RANK": "0"}, ["None"]),
+    ({"GOMP_SPINCOUNT": "9"}, ["None"]), ({"OMP_WAIT_POLICY": "active"}, ["active"])])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_script_starts_once_more_to_wait_passively_unless_it_is_told_how(
+    tmp_path, script, own, wanted
+):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, HERE / script, "--mode", "cohort"], text=True,
+                          env=env | own | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    started = done.stderr.split()
+    assert done.returncode == 2 and started[:len(wanted)] == wanted
+    assert started[len(wanted)] in ("usage:", "error:")
+
+
+def test_steps_that_become_slow_are_noted_once(capsys):
+    loop = types.SimpleNamespace(pace=[], slowed=False, args=types.SimpleNamespace(device="cpu"))
+    for seconds in [9.0] * 5 + [0.1] * 20 + [0.28] * 20 + [0.1, 0.5] * 4:
+        train.Loop.watch_pace(loop, seconds)
+    assert capsys.readouterr().out == ""
+    for _ in range(20):
+        train.Loop.watch_pace(loop, 0.5)
+    note = capsys.readouterr().out
+    assert note.startswith("note: a step takes 0.5 s now, 0.1 s when this run started: ")
+    assert note.count("note: ") == 1 and "OMP_NUM_THREADS=1" in note
+
+
+def test_a_fraction_leaves_the_judged_records_alone_and_constant_classes_are_named(
+    workplace, tiny, capsys
+):
+    flags = "--mode probe --init random --epochs 1 --frac {0:g} --run share-{0:g}"
+    found = []
+    for frac in (1, 0.2):
+        assert run_train(flags.format(frac)) == 0
+        rows = train.training_rows(tiny, frac, 0, False)
+        constant = tiny.label[rows].min(axis=0) == tiny.label[rows].max(axis=0)
+        names = [name for name, same in zip(tiny.class_name, constant) if same]
+        assert (f"note: {len(names)} of {len(constant)} classes are constant among the training "
+                f"records, nothing is learned of them: {', '.join(names[:10])}"
+                + f" and {len(names) - 10} more" * (len(names) > 10) + "\n"
+                ) in capsys.readouterr().out
+        for split in ("val", "test"):
+            with np.load(f"runs/share-{frac:g}/predictions_{split}.npz") as file:
+                found.append([file[key].tolist() for key in ("study_id", "y_true")])
+    assert found[:2] == found[2:]
+
+
 def test_a_run_is_named_by_what_differs_from_the_defaults():
     parser = train.build_parser()
     for flags, name in (
@@ -3791,16 +3855,20 @@ def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_se
 @pytest.fixture(scope="module")
 def oddities(pretrained, workplace):
     """Cohorts and runs that differ from data/tiny.h5 and runs/base in one thing each."""
-    for name in ("other", "stateless", "novalidation"):
+    for name in ("other", "stateless", "novalidation", "crossing"):
         shutil.copy(workplace / "data/tiny.h5", workplace / f"data/{name}.h5")
         with h5py.File(workplace / f"data/{name}.h5", "r+") as f:
             if name == "other":  # another vocabulary
                 f["class_name"][0] = b"X99"
             elif name == "stateless":
                 del f["state"]
+            elif name == "crossing":
+                row = f["pair"][0, 1]  # of a patient with an earlier record
+                f["split"][row] = (f["split"][row] + 1) % 3
             else:
                 f["split"][f["split"][()] == 1] = 0
     changes = {"leads": {"leads": ["I"]}, "shape": {"model_args": {"num_classes": 3}},
+               "huge": {"model_args": {"num_classes": 10**15}},
                "fine-scratch": {"kind": "classifier"}}
     for name, change in changes.items():
         shutil.copytree(pretrained, workplace / "runs" / name, dirs_exist_ok=True)
@@ -3823,6 +3891,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --data runs", "runs"),
     ("pretrain --data data/stateless.h5 --action state", "no true states"),
     ("pretrain --data data/novalidation.h5", "no val record"),
+    ("pretrain --data data/crossing.h5", "wanted in one fold alone; see `python prepare_data.py"),
     ("pretrain --lam 1.5", "--lam: found 1.5"),
     ("pretrain --device tpu", "--device tpu"),
     ("pretrain --cache gpu", "the device is the CPU"),
@@ -3843,7 +3912,8 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("probe --init scratch", "random"),
     ("probe --init random:x", "random:x"),
     ("probe --init leads", "leads"),
-    ("probe --init shape", "another architecture"),
+    ("probe --init shape", "another architecture (the model: "),
+    ("probe --init huge", "another architecture"),
     ("probe --init base --augment dynamics", "--head mlp"),
     ("probe --init base --min-count 5", "means nothing with --augment none"),
     (f"{MLP} --min-count 100000", "no combination"),
