@@ -161,10 +161,10 @@ def system_errors(what: str | Path = "") -> Iterator[None]:
         raise InputError(system_error(error, what)) from error
 
 
-def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
+def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") -> None:
     """Write a file whole or not at all; `sync` also outlives a power cut. InputError if it cannot.
 
-    The one place where a file is put under its final name.
+    The one place where a file is put under its final name. keep: what the old one is called then.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -174,6 +174,8 @@ def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
             if sync:
                 os.fsync(handle.fileno())
         with system_errors(path):
+            if keep and path.exists():
+                os.replace(path, path.with_name(keep))
             os.replace(temporary, path)
     except BaseException:  # of whatever kind: nothing half-written stays
         with contextlib.suppress(OSError):
@@ -202,6 +204,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
             why = os.strerror(error.errno) if isinstance(error, OSError) else "no flock"
             print(f"note: {folder}: this file system has no locks ({why}): take care that no other "
                   "process works in that folder")
+            handle.close()
         yield
 
 
@@ -260,10 +263,11 @@ def wait_passively() -> None:
     torchrun's. The number of threads stays: results depend on it.
     """
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"} & os.environ.keys()
-    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in sys.orig_argv:
+    argv = getattr(sys, "orig_argv", ())  # Python 3.9 has none
+    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in argv:
         return  # the last two: a debugger, a notebook
     with contextlib.suppress(OSError):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {
+        os.execve(sys.executable, [sys.executable, *argv[1:]], os.environ | {
             "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPIN_COUNT)})
 
 
@@ -309,7 +313,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
     """The frame of every `main`: run `work`; returns the exit code.
 
     0; 2 after one last line on stderr for an InputError or an error of the system; 130 and 143
-    after Ctrl-C and SIGTERM, with the line `interrupted`. Anything else is a bug: its traceback.
+    after Ctrl-C and SIGTERM, with the line `interrupted` or a text that the exception carries.
+    Anything else is a bug: its traceback.
     """
     before = None
     streams = sys.stdout, sys.stderr
@@ -330,7 +335,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Stopped) as error:
-        print(interrupted, file=sys.stderr)
+        told = [text for text in error.args if isinstance(text, str)]
+        print(*told or [interrupted], file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     finally:
         for stream in (sys.stdout, sys.stderr):
