@@ -4246,11 +4246,12 @@ def oddities(pretrained, workplace):
                 f["split"][f["split"][()] == 1] = 0
     changes = {"leads": {"leads": ["I"]}, "shape": {"model_args": {"num_classes": 3}},
                "huge": {"model_args": {"num_classes": 10**15}},
-               "fine-scratch": {"kind": "classifier"}}
+               "fine-scratch": {"kind": "classifier"}, "broken": {}}
     for name, change in changes.items():
         shutil.copytree(pretrained, workplace / "runs" / name, dirs_exist_ok=True)
         torch.save(state_of("base") | change, workplace / "runs" / name / "last.pt")
     (workplace / "runs/file").write_text("not a run")
+    (workplace / "runs/broken/config.json").write_text('{"args": ')
 
 
 MLP = "probe --init base --head mlp --augment dynamics"
@@ -4276,6 +4277,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file", "found a file"),
+    ("finetune --init broken", "runs/broken/config.json: damaged, or not by train.py"),
     ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
     ("pretrain --seed 1 2", "--seed: found 1 2, wanted one seed"),
