@@ -27,7 +27,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.connection
 import os
 import re
 import shutil
@@ -558,10 +557,8 @@ def read_plain(folder: str, header: Header, order: list[int], offset: int,
     rows = 50 if samples % 50 == 0 else 1
     sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
     verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
-    x = empty("stored", (width, samples), "<f4")
-    x[...] = raw.T
-    if order != list(range(width)):
-        x = x.take(order, axis=0, out=empty("x", (len(order), samples), "<f4"), mode="clip")
+    x = empty("x", (len(order), samples), "<f4")
+    x[...] = raw.T[order]
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
     return x
@@ -997,8 +994,8 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def serve(call: Callable, pipe: multiprocessing.connection.Connection) -> None:
-    """A worker process: answer the jobs in the pipe until None, or until the parent is no more."""
+def serve(call: Callable, pipe) -> None:
+    """A worker process: answer the jobs in its pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := pipe.recv()) is not None:
@@ -1018,6 +1015,8 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
     if workers == 1:
         yield from ((position, call(job)) for position, job in enumerate(jobs))
         return
+    import multiprocessing.connection  # here alone: one worker has no need of it
+
     context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
     queue, busy = iter(enumerate(jobs)), {}
     try:
