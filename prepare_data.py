@@ -1118,12 +1118,22 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes, leads=LEADS,
                                    normal_codes=table["normal_codes"], rejected=rejected,
                                    rejected_examples=examples)
-    temporary = folder / "cohort.h5"
+    # lists and dicts as JSON text: every HDF5 reader can show it
+    attributes = {name: value if isinstance(value, (bool, int, float, str)) else
+                  json.dumps(value, sort_keys=True) for name, value in attributes.items()}
+    rows |= make_pairs(rows) | {
+        "quality": quality[keep],
+        "class_name": np.array([name.encode() for name in table["class_name"]])}
+    temporary, row_bytes = folder / "cohort.h5", signal[0].nbytes
     try:
-        with h5py.File(temporary, "w") as file:
-            for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
+        h5py.File(temporary, "w").close()
+        if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
+            room = sum(array.nbytes for array in rows.values()) + len(keep) * row_bytes
+            with open(temporary, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
+        with h5py.File(temporary, "r+") as file:  # which gives back what it does not need
+            for name, array in rows.items():
                 file[name] = array
-            file["class_name"] = np.array([name.encode() for name in table["class_name"]])
             stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
             crc = []  # the dataset is contiguous
             for first in range(0, len(keep), CRC_ROWS):
@@ -1134,10 +1144,7 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
                     stored[at:at + len(run)], at = block, at + len(run)
                     crc[-1] = zlib.crc32(block, crc[-1])
             file["signal_crc32"] = np.array(crc, np.uint32)
-            for name, value in attributes.items():
-                # lists and dicts as JSON text: every HDF5 reader can show it
-                plain = isinstance(value, (bool, int, float, str))
-                file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
+            file.attrs.update(attributes)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, out)
