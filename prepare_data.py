@@ -1083,8 +1083,9 @@ def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
     progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
     try:
         call = functools.partial(read_chunk, str(folder), str(root), fs)
-        for _, tried in in_workers(call, todo.tolist(), workers):
-            progress.update(tried)
+        with contextlib.closing(in_workers(call, todo.tolist(), workers)) as chunks:
+            for _, tried in chunks:
+                progress.update(tried)
     finally:
         progress.close()
     path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
@@ -1887,9 +1888,9 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
     histories, progress = {}, Progress(patients, "patients", "simulating")
-    for i, own in in_workers(_write_patient, jobs, workers):
-        histories[i] = own
-        progress.update()
+    with contextlib.closing(in_workers(_write_patient, jobs, workers)) as done:
+        for i, histories[i] in done:
+            progress.update()
     progress.close()
     rows = [row for i in sorted(histories) for row in histories[i]]
     for name, columns in DEMO_FILES.items():
