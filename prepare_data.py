@@ -370,7 +370,7 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
 FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
                           re.ASCII)
-GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?/?(.*)", re.ASCII)
+GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?(?:/(.*))?", re.ASCII)
 COMMENT = re.compile(r"(?:^|\s)#.*")
 
 # A header's record line, then its signal lines by column; what a line lacks is None
@@ -420,7 +420,7 @@ def read_header(folder: str, record: str) -> Header:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
     count, samples = whole(signals_stated, "number of signals"), whole(samples, "number of samples")
     segments = ()
-    if name.rpartition("/")[2] == str(len(rows)) and all(len(row) == 2 for row in rows):
+    if rows and name.endswith(f"/{len(rows)}") and all(len(row) == 2 for row in rows):
         segments = tuple((row[0], whole(row[1], "length of a segment")) for row in rows)
     elif count != len(rows) or not rows:
         raise Rejected("unreadable", f"{count} signals stated, {len(rows)} described")
@@ -447,7 +447,8 @@ def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
         kind, frame, skew, offset = map(int, parts.groups("0")) if parts else [0] * 4
         layout.append((kind, frame or 1, skew, offset))
     for i in order:
-        gain, base, unit = GAIN_FIELD.fullmatch(gains[i] or "").groups()
+        parts = GAIN_FIELD.fullmatch(gains[i] or "")
+        gain, base, unit = parts.groups("") if parts else ["?"] * 3
         if (unit.lower() or "mv") not in MILLIVOLTS:
             raise Rejected("unit unknown", f"{gains[i]!r}")
         base = base or zeros[i] or "0"

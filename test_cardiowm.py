@@ -831,7 +831,7 @@ def prepare_records():
         46: ("lead missing or twice", dict(signals=11), dict(names=PREPARE_MIMIC_LEADS[1:])),
         39: ("checksum differs", {}, dict(checksum=7)),
         40: ("unit unknown", {}, dict(gain="200/mmHg")),
-        42: ("unit unknown", {}, dict(gain="x")),  # to wfdb this is a unit without a gain
+        42: ("unit unknown", {}, dict(gain="uV")),  # to wfdb a unit without a gain
         41: ("beyond float16", {}, dict(gain="0.001/mV")),
         43: ("no label row", {}, {}),
         44: ("label row malformed", {}, {}),
@@ -1116,6 +1116,8 @@ def test_mutated_headers_are_read_or_rejected_and_nothing_else(tmp_path, recwarn
         (tmp_path / "x.hea").write_bytes(text)
         try:
             signal, _ = prepare_data.read_record(tmp_path / "x", 100)
+            np.testing.assert_array_equal(
+                *(prepare_data.read_signal(tmp_path / "x", plain=plain)[0] for plain in (1, 0)))
             assert signal.shape == (12, 1000) and np.isfinite(signal).all()
             outcomes["read"] += 1
         except prepare_data.Rejected as error:
