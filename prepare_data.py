@@ -671,7 +671,10 @@ def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
     padded[:, :start], padded[:, start:stop], padded[:, stop:] = 0, x, 0
     padded = padded.reshape(leads, blocks + 1, 20 * q)
     y = empty("blocks", (leads, blocks + 1, 40), "<f4")
-    np.matmul(padded, decimation_matrix(q), out=y)  # (leads, ., 20 q) @ (20 q, 40)
+    rows = max(1, 2**18 // (800 * q))  # of so small a product that BLAS takes one thread for it:
+    for i in range(0, blocks + 1, rows):  # the bits may not depend on the number of threads
+        part = slice(i, i + rows)
+        np.matmul(padded[:, part], decimation_matrix(q), out=y[:, part])  # @ (20 q, 40)
     return (y[:, :-1, :20] + y[:, 1:, 20:]).reshape(leads, -1)[:, :outputs]
 
 
