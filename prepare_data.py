@@ -1129,29 +1129,9 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     rows |= make_pairs(rows) | {
         "quality": quality[keep],
         "class_name": np.array([name.encode() for name in table["class_name"]])}
-    temporary, row_bytes = folder / "cohort.h5", signal[0].nbytes
+    temporary = folder / "cohort.h5"
     try:
-        h5py.File(temporary, "w").close()
-        if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
-            room = sum(array.nbytes for array in rows.values()) + len(keep) * row_bytes
-            with open(temporary, "r+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
-        with h5py.File(temporary, "r+") as file:  # which gives back what it does not need
-            for name, array in rows.items():
-                file[name] = array
-            stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
-            crc = []  # the dataset is contiguous
-            for first in range(0, len(keep), CRC_ROWS):
-                at, rows = first, keep[first:first + CRC_ROWS]
-                crc.append(0)
-                for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
-                    block = signal[run[0]:run[-1] + 1]  # straight from the map
-                    stored[at:at + len(run)], at = block, at + len(run)
-                    crc[-1] = zlib.crc32(block, crc[-1])
-            file["signal_crc32"] = np.array(crc, np.uint32)
-            file.attrs.update(attributes)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        write_hdf5(temporary, rows, signal, keep, attributes)
         os.replace(temporary, out)
     except BaseException:  # a full disk, say: what was read stays, for the same command to go on
         temporary.unlink(missing_ok=True)
@@ -1159,6 +1139,32 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     # The cohort is whole. Network file systems keep files that are still open, under other names.
     del status, signal, quality
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
+               attributes: dict) -> None:
+    """Write datasets, the kept rows of the signal with their checksums, and attributes; sync."""
+    h5py.File(path, "w").close()
+    if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
+        room = sum(array.nbytes for array in rows.values()) + len(keep) * signal[0].nbytes
+        with open(path, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
+    with h5py.File(path, "r+") as file:  # which gives back what it does not need
+        for name, array in rows.items():
+            file[name] = array
+        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
+        crc = []
+        for first in range(0, len(keep), CRC_ROWS):
+            at, block_rows = first, keep[first:first + CRC_ROWS]
+            crc.append(0)
+            for run in np.split(block_rows, np.flatnonzero(np.diff(block_rows) > 1) + 1):
+                block = signal[run[0]:run[-1] + 1]  # straight from the map
+                stored[at:at + len(run)], at = block, at + len(run)
+                crc[-1] = zlib.crc32(block, crc[-1])
+        file["signal_crc32"] = np.array(crc, np.uint32)
+        file.attrs.update(attributes)
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 # ----------------------------------------------------------------------------------------------
