@@ -27,7 +27,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.connection
 import os
 import re
 import shlex
@@ -391,7 +390,7 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
 FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
                           re.ASCII)
-GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?/?(.*)", re.ASCII)
+GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?(?:/(.*))?", re.ASCII)
 COMMENT = re.compile(r"(?:^|\s)#.*")
 
 # A header's record line, then its signal lines by column; what a line lacks is None
@@ -441,7 +440,7 @@ def read_header(folder: str, record: str) -> Header:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
     count, samples = whole(signals_stated, "number of signals"), whole(samples, "number of samples")
     segments = ()
-    if name.rpartition("/")[2] == str(len(rows)) and all(len(row) == 2 for row in rows):
+    if rows and name.endswith(f"/{len(rows)}") and all(len(row) == 2 for row in rows):
         segments = tuple((row[0], whole(row[1], "length of a segment")) for row in rows)
     elif count != len(rows) or not rows:
         raise Rejected("unreadable", f"{count} signals stated, {len(rows)} described")
@@ -468,7 +467,8 @@ def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
         kind, frame, skew, offset = map(int, parts.groups("0")) if parts else [0] * 4
         layout.append((kind, frame or 1, skew, offset))
     for i in order:
-        gain, base, unit = GAIN_FIELD.fullmatch(gains[i] or "").groups()
+        parts = GAIN_FIELD.fullmatch(gains[i] or "")
+        gain, base, unit = parts.groups("") if parts else ["?"] * 3
         if (unit.lower() or "mv") not in MILLIVOLTS:
             raise Rejected("unit unknown", f"{gains[i]!r}")
         base = base or zeros[i] or "0"
@@ -578,10 +578,8 @@ def read_plain(folder: str, header: Header, order: list[int], offset: int,
     rows = 50 if samples % 50 == 0 else 1
     sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
     verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
-    x = empty("stored", (width, samples), "<f4")
-    x[...] = raw.T
-    if order != list(range(width)):
-        x = x.take(order, axis=0, out=empty("x", (len(order), samples), "<f4"), mode="clip")
+    x = empty("x", (len(order), samples), "<f4")
+    x[...] = raw.T[order]
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
     return x
@@ -693,7 +691,10 @@ def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
     padded[:, :start], padded[:, start:stop], padded[:, stop:] = 0, x, 0
     padded = padded.reshape(leads, blocks + 1, 20 * q)
     y = empty("blocks", (leads, blocks + 1, 40), "<f4")
-    np.matmul(padded, decimation_matrix(q), out=y)  # (leads, ., 20 q) @ (20 q, 40)
+    rows = max(1, 2**18 // (800 * q))  # of so small a product that BLAS takes one thread for it:
+    for i in range(0, blocks + 1, rows):  # the bits may not depend on the number of threads
+        part = slice(i, i + rows)
+        np.matmul(padded[:, part], decimation_matrix(q), out=y[:, part])  # @ (20 q, 40)
     return (y[:, :-1, :20] + y[:, 1:, 20:]).reshape(leads, -1)[:, :outputs]
 
 
@@ -1221,8 +1222,8 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def serve(call: Callable, pipe: multiprocessing.connection.Connection) -> None:
-    """A worker process: answer the jobs in the pipe until None, or until the parent is no more."""
+def serve(call: Callable, pipe) -> None:
+    """A worker process: answer the jobs in its pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := pipe.recv()) is not None:
@@ -1242,6 +1243,8 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
     if workers == 1:
         yield from ((position, call(job)) for position, job in enumerate(jobs))
         return
+    import multiprocessing.connection  # here alone: one worker has no need of it
+
     context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
     queue, busy = iter(enumerate(jobs)), {}
     try:
@@ -1308,8 +1311,9 @@ def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
     progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
     try:
         call = functools.partial(read_chunk, str(folder), str(root), fs)
-        for _, tried in in_workers(call, todo.tolist(), workers):
-            progress.update(tried)
+        with contextlib.closing(in_workers(call, todo.tolist(), workers)) as chunks:
+            for _, tried in chunks:
+                progress.update(tried)
     finally:
         progress.close()
     path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
@@ -1341,29 +1345,15 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
                                    normal_codes=table["normal_codes"], rejected=rejected,
                                    rejected_examples=table["examples"], flaws=table["flaws"],
                                    not_chosen=table["not_chosen"])
+    # lists and dicts as JSON text: every HDF5 reader can show it
+    attributes = {name: value if isinstance(value, (bool, int, float, str)) else
+                  json.dumps(value, sort_keys=True) for name, value in attributes.items()}
+    rows |= make_pairs(rows) | {
+        "quality": quality[keep],
+        "class_name": np.array([name.encode() for name in table["class_name"]])}
     temporary = folder / "cohort.h5"
     try:
-        with h5py.File(temporary, "w") as file:
-            for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
-                file[name] = array
-            file["class_name"] = np.array([name.encode() for name in table["class_name"]])
-            stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
-            crc = []  # the dataset is contiguous
-            for first in range(0, len(keep), CRC_ROWS):
-                at, rows = first, keep[first:first + CRC_ROWS]
-                crc.append(0)
-                for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
-                    block = signal[run[0]:run[-1] + 1]  # straight from the map
-                    stored[at:at + len(run)], at = block, at + len(run)
-                    crc[-1] = zlib.crc32(block, crc[-1])
-            file["signal_crc32"] = np.array(crc, np.uint32)
-            for name, value in attributes.items():
-                # lists and dicts as JSON text: every HDF5 reader can show it
-                plain = isinstance(value, (bool, int, float, str))
-                file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
-            file.attrs["crc32"] = json.dumps(content_crc(file))
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        write_hdf5(temporary, rows, signal, keep, attributes)
         os.replace(temporary, out)
     except BaseException:  # a full disk, say: what was read stays, for the same command to go on
         temporary.unlink(missing_ok=True)
@@ -1371,6 +1361,33 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     # The cohort is whole. Network file systems keep files that are still open, under other names.
     del status, signal, quality
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
+               attributes: dict) -> None:
+    """Write datasets, the kept rows of the signal with their checksums, and attributes; sync."""
+    h5py.File(path, "w").close()
+    if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
+        room = sum(array.nbytes for array in rows.values()) + len(keep) * signal[0].nbytes
+        with open(path, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
+    with h5py.File(path, "r+") as file:  # which gives back what it does not need
+        for name, array in rows.items():
+            file[name] = array
+        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
+        crc = []
+        for first in range(0, len(keep), CRC_ROWS):
+            at, block_rows = first, keep[first:first + CRC_ROWS]
+            crc.append(0)
+            for run in np.split(block_rows, np.flatnonzero(np.diff(block_rows) > 1) + 1):
+                block = signal[run[0]:run[-1] + 1]  # straight from the map
+                stored[at:at + len(run)], at = block, at + len(run)
+                crc[-1] = zlib.crc32(block, crc[-1])
+        file["signal_crc32"] = np.array(crc, np.uint32)
+        file.attrs.update(attributes)
+        file.attrs["crc32"] = json.dumps(content_crc(file))
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2242,9 +2259,9 @@ def _write_demo(root: Path, patients: int, label_fidelity: float, nuisance: floa
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
     histories, progress = {}, Progress(patients, "patients", "simulating")
-    for i, own in in_workers(_write_patient, jobs, workers):
-        histories[i] = own
-        progress.update()
+    with contextlib.closing(in_workers(_write_patient, jobs, workers)) as done:
+        for i, histories[i] in done:
+            progress.update()
     progress.close()
     rows = [row for i in sorted(histories) for row in histories[i]]
     for name, columns in DEMO_FILES.items():
