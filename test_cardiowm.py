@@ -1478,7 +1478,7 @@ def test_where_no_record_can_be_read_the_reasons_and_examples_are_told(tmp_path)
     prepare_write(tmp_path / "a/1", prepare_adc(1, 900), fs=257)
     prepare_csv(tmp_path / "record_list.csv", PREPARE_LIST, [[1, 1, 1, "2180-01-01", "a/1"]])
     prepare_csv(tmp_path / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [[1, 1, "['I10']", 0, 0]])
-    with pytest.raises(InputError, match=r"1 fs not a multiple \(a/1: 257 Hz\)"):
+    with pytest.raises(InputError, match=r"1 fs not a multiple \(e.g. a/1: 257 Hz\)"):
         prepare_data.build("mimic", tmp_path, tmp_path / "none.h5", fs=100, workers=1)
     assert not list(tmp_path.glob("none*"))
 
