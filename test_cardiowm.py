@@ -1567,7 +1567,7 @@ def test_cohort_signal_is_a_read_only_memory_map_of_the_file(prepare_cohort):
 
 
 @pytest.mark.parametrize("name, fault", [
-    ("signal", "checksum"), ("label", "label"), ("fold", "fold"), ("pair", "pair"),
+    ("signal", "checksum"), ("fold", "fold"), ("pair", "pair"),
     ("age", "the checksum of age"), ("stay", "the checksum of stay")])
 def test_check_finds_a_changed_value(name, fault, prepare_cohort, tmp_path, capsys):
     path = shutil.copy(prepare_cohort.path, tmp_path / "c.h5")
