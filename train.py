@@ -531,6 +531,15 @@ class Loop:
         if average(torch.tensor(float(self.run.asked), device=self.args.device)):
             self.run.end(self.at["step"])
 
+    @staticmethod
+    def finish(path: Path, modules: dict[str, nn.Module]) -> None:
+        """Put the weights of a checkpoint into the modules, for use."""
+        state = on_first_rank(lambda: load_checkpoint(path))  # which has just written it
+        for name, module in modules.items():
+            evaluate.check_tensors(module.state_dict(), state[name], f"{path}: {name}")
+            module.load_state_dict(state[name])
+            module.eval()
+
 
 def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
         header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
@@ -584,11 +593,7 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
         print(f"note: {better[0]} was never defined (too few validation records or pairs); best.pt "
               "is the last epoch's")
         loop.save("best.pt", args.epochs)
-    state = on_first_rank(lambda: load_checkpoint(run.path / result))  # which has just written it
-    for name, module in modules.items():
-        evaluate.check_tensors(module.state_dict(), state[name], f"{run.path / result}: {name}")
-        module.load_state_dict(state[name])
-        module.eval()
+    loop.finish(run.path / result, modules)
 
 
 def checkpoint_header(args, cohort: Cohort, kind: str, model_args: dict) -> dict:
