@@ -7,6 +7,7 @@ Real-data tests run where the environment variable PTBXL_ROOT points at unpacked
 
 import ast
 import collections
+import contextlib
 import copy
 import csv
 import functools
@@ -18,12 +19,14 @@ import os
 import re
 import shlex
 import shutil
+import signal as signals
 import socket
 import subprocess
 import sys
 import time
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -4108,3 +4111,198 @@ def test_ptbxl_trains_and_refuses_too_few_pairs(tmp_path, monkeypatch, capsys):
         assert run_train(*flags.split(), data="ptbxl.h5") == 0
     assert evaluate.main("--mode score --runs probe --n-boot 20".split()) == 0
     assert "not defined" in capsys.readouterr().out  # no stays, so no triage
+
+
+# ----------------------------------------------------------------------------------------------
+# The fault campaign: kills at random moments and mutated files, against the unharmed truth
+# CARDIOWM_SLOW=1 python -m pytest -q -s -k campaign
+# ----------------------------------------------------------------------------------------------
+
+CAMPAIGN_SEED = 10
+
+
+def same(a, b):
+    """Equal in values, types and shapes, through dicts and lists; NaN equals NaN."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (np.ndarray, torch.Tensor)) and type(a) is type(b):
+        a, b = np.asarray(a), np.asarray(b)
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return type(a) is type(b) and (a == b or a != a and b != b)
+
+
+def tree_of(folder):
+    """{relative path: bytes} of the files under a folder, locks left out."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != "lock"}
+
+
+def run_until(command, cwd, seconds=600.0, beyond=None, signal=signals.SIGKILL):
+    """Exit code, output and life in seconds of a script that gets a signal after so many seconds.
+
+    beyond: a file; the seconds count from when it is there. Whatever the script started shall be
+    gone soon after it.
+    """
+    began = start = time.monotonic()
+    seen = beyond is None
+    log = Path(cwd) / "output.txt"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=cwd, stdout=output, stderr=output,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        if not seen:
+            seen, start = beyond.exists(), time.monotonic()
+        if seen and time.monotonic() - start >= seconds:
+            process.send_signal(signal)
+            break
+        time.sleep(0.001)
+    code, ended = process.wait(60), time.monotonic()
+    while left := [stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat")
+                   if group_of(stat) == process.pid]:
+        assert time.monotonic() - ended < 5, f"{left} outlive {command} ({code})"
+        time.sleep(0.02)
+    return code, log.read_text(errors="replace"), ended - began
+
+
+def group_of(stat):
+    """Process group of a living process, from its file in /proc; else None."""
+    with contextlib.suppress(OSError, ValueError):
+        state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+        return int(group) if state != "Z" else None
+
+
+def kill_again_and_again(name, command, cwd, kills, moments, finished):
+    """Kill a script `kills` times, in chains, each of which is then run to its end and checked.
+
+    moments: (file that is to be there or None, longest time after it). One chain more gets a
+    SIGTERM and a SIGINT. Returns a line of figures.
+    """
+    rng = np.random.default_rng([CAMPAIGN_SEED, *name.encode()])
+    hit, chains, early = 0, 0, 0
+
+    def strike(signal=signals.SIGKILL):
+        beyond, longest = moments[rng.integers(len(moments))]
+        code, output, _ = run_until(command, cwd, rng.uniform(0, longest), beyond, signal)
+        assert code in (0, -9) or signal != signals.SIGKILL, output
+        return code, output
+
+    while hit < kills:
+        code = None
+        for _ in range(int(rng.integers(1, 5))):
+            code, _ = strike()
+            hit, early = hit + (code == -9), early + (code == 0)
+            if code == 0 or hit == kills:
+                break
+        code, output, _ = run_until(command, cwd) if code else (0, "", 0)
+        assert code == 0, (name, hit, output)
+        finished(name)
+        chains += 1
+    for signal, wanted in ((signals.SIGTERM, 143), (signals.SIGINT, 130)):
+        beyond, longest = moments[-1]
+        code, output, _ = run_until(command, cwd, 0.3 * longest, beyond, signal)
+        assert code in (wanted, 0) and "Traceback" not in output, (name, code, output)
+        stopped = code == wanted
+        assert run_until(command, cwd)[0] == 0
+        finished(name)
+    return f"{name}: {hit} kills, {chains} ends equal the unkilled one, {early} ended before"
+
+
+def side_by_side(jobs):
+    """Print and return what these functions return, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        for line in pool.map(lambda job: job(), jobs):
+            print("  " + line)
+
+
+@slow
+def test_campaign_of_kills_of_preparation(tmp_path):
+    n, mimic = 1200, tmp_path / "mimic"
+    for k in range(n):
+        prepare_write(mimic / f"files/{k % 50}/{k}", prepare_adc(k, 2500))
+    prepare_csv(mimic / "record_list.csv", PREPARE_LIST, [
+        [k // 4, k, k, f"2180-01-01 00:00:{k % 60:02d}", f"files/{k % 50}/{k}"] for k in range(n)])
+    prepare_csv(mimic / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [
+        [k, k // 4, f"['I{10 + k % 5}']", k // 4 % 20, k % 4] for k in range(n)])
+    jobs = []
+    for source, workers in itertools.product(("mimic", "demo"), (1, 2)):
+        cwd = tmp_path / f"{source}-{workers}"
+        cwd.mkdir()
+        command = [prepare_data.__file__, "--source", source, "--workers", workers, "--fs", 100,
+                   "--out", "c.h5", "--root", mimic if source == "mimic" else "demo"]
+        command += ["--patients", 24] if source == "demo" else []
+        code, output, life = run_until(command, cwd)
+        assert code == 0, output
+        whole = tree_of(cwd)
+        shutil.rmtree(cwd)
+        cwd.mkdir()
+
+        def finished(name, cwd=cwd, whole=whole):
+            found = tree_of(cwd)
+            assert found.keys() == whole.keys(), name  # no .partial, no .tmp
+            assert all(found[file] == whole[file] for file in whole if file != "output.txt"), name
+            shutil.rmtree(cwd)
+            cwd.mkdir()
+
+        partial = cwd / "c.h5.partial"
+        moments = [(None, life), (None, life), (partial / "plan.json", life / 3),
+                   (partial / "cohort.h5", 0.02)]
+        moments += [(cwd / "demo/demo.json", life)] * (source == "demo")
+        moments += [(partial / "status.npy", life / 2)]
+        jobs.append(functools.partial(kill_again_and_again, cwd.name, command, cwd, 14, moments,
+                                      finished))
+    print("\nkills of preparation")
+    side_by_side(jobs)
+
+
+@slow
+def test_campaign_of_kills_of_training(tmp_path):
+    prepare_data.build("demo", root=tmp_path / "demo", out=tmp_path / "tiny.h5", patients=60,
+                       fs=20, workers=1)
+    base = [train.__file__, "--data", tmp_path / "tiny.h5", "--device", "cpu",
+            "--checkpoint-minutes", "0", "--run", "runs/run"]
+    modes = {"pretrain": "--mode pretrain --epochs 2 --batch-size 24 --allow-tiny",
+             "finetune": "--mode finetune --init scratch --epochs 4 --batch-size 16",
+             "probe": "--mode probe --init runs/base --head mlp --augment dynamics --min-count 2 "
+                      "--epochs 6 --batch-size 64"}
+    jobs = []
+    for name, flags in modes.items():
+        cwd, command = tmp_path / name, [*base, *flags.split()]
+        (cwd / "runs").mkdir(parents=True)
+        if name == "probe":  # begins with the first of these runs
+            shutil.copytree(tmp_path / "pretrained", cwd / "runs/base")
+        code, output, life = run_until(command, cwd)
+        assert code == 0, output
+        run = cwd / "runs/run"
+        if name == "pretrain":
+            shutil.copytree(run, tmp_path / "pretrained")
+        whole = campaign_run_of(run)
+        shutil.rmtree(run)
+
+        def finished(name, run=run, whole=whole):
+            found = campaign_run_of(run)
+            wrong = [file for file in whole if not same(found.get(file), whole[file])]
+            assert not wrong and found.keys() <= whole.keys() | {"previous.pt"}, (name, wrong)
+            shutil.rmtree(run)
+
+        moments = [(None, life), (run / "last.pt", life / 2), (run / "last.pt.tmp", 0.1)]
+        jobs.append(functools.partial(kill_again_and_again, name, command, cwd, 18, moments,
+                                      finished))
+    print("\nkills of training")
+    side_by_side(jobs)
+
+
+def campaign_run_of(run):
+    """What must not differ between a run that was killed and one that was not, by file."""
+    found = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "lock"}
+    for name in found.keys() & {"last.pt", "best.pt"}:
+        found[name] = torch.load(run / name, weights_only=True)
+        del found[name]["run_seconds"]
+    found["log.jsonl"] = [{k: v for k, v in row.items() if not k.endswith(
+        ("_seconds", "_per_second", "_fraction"))} for row in log_of(run)]
+    for name in found.keys() & {"predictions_val.npz", "predictions_test.npz"}:
+        with np.load(run / name) as file:
+            found[name] = dict(file)
+    return {name: value for name, value in found.items() if name not in ("previous.pt",)}
