@@ -12,11 +12,13 @@ import copy
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal as signals
@@ -24,9 +26,11 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 
 import h5py
@@ -4306,3 +4310,352 @@ def campaign_run_of(run):
         with np.load(run / name) as file:
             found[name] = dict(file)
     return {name: value for name, value in found.items() if name not in ("previous.pt",)}
+
+
+# Mutations: in a process of its own for each kind of file, with its memory bounded
+
+HOSTILE = (b"-1", b"0", b"7", b"1e400", b"nan", b"-inf", b"99999999999999999999", b"1e5", b"0x10",
+           b"", b"__import__('os').system('touch PWNED')", b"$(touch PWNED)", b"\0\0", b"\xb5V",
+           "µV".encode(), "Ⅷ٣".encode(), "I10".encode("utf-16"), b"../OUTSIDE", b"../OUTSIDE.dat",
+           b"/etc/passwd", b"s3://nowhere/x.dat", b"'I48' 'I10'", b"[['I10']]", b"250", b"I48")
+
+
+def mutate(rng, data, text):
+    """One random fault: its kind, and the changed bytes."""
+    at, n = int(rng.integers(len(data))), int(rng.integers(1, 9))
+    if text and rng.random() < 0.65:
+        words = re.split(rb"([ ,\n\"])", data)  # words at the even places
+        i, j = (int(k) * 2 for k in rng.integers((len(words) + 1) // 2, size=2))
+        kind = str(rng.choice(["word", "word", "word", "digit", "swap"]))
+        if kind == "word":
+            words[i] = HOSTILE[rng.integers(len(HOSTILE))]
+        elif kind == "digit":
+            words[i] = re.sub(rb"\d", b"%d" % rng.integers(10), words[i], count=1)
+        else:
+            words[i], words[j] = words[j], words[i]
+        return kind, b"".join(words)
+    if text and rng.random() < 0.3:
+        lines = data.splitlines(keepends=True)
+        i, kind = int(rng.integers(len(lines))), str(rng.choice(["twice", "lost", "utf-16"]))
+        if kind == "utf-16":
+            return kind, data.decode().encode("utf-16")
+        return kind, b"".join(lines[:i] + lines[i:i + 1] * 2 * (kind == "twice") + lines[i + 1:])
+    kind = str(rng.choice(["bit", "bytes", "insert", "delete", "cut", "zeros"]))
+    new = {"bit": bytes([data[at] ^ 1 << int(rng.integers(8))]), "bytes": rng.bytes(n),
+           "insert": rng.bytes(n) + data[at:at + 1], "zeros": bytes(n)}.get(kind, b"")
+    past = {"bit": 1, "insert": 1, "cut": len(data)}.get(kind, n)
+    return kind, data[:at] + new + data[at + past:]
+
+
+class HeaderFaults:
+    """read_record of records whose header is changed; what it should say is known from the ADC."""
+
+    def __init__(self, root):
+        self.adc, self.root = {}, root
+        edits = [(slice(100, 140), 2, -32768)]
+        for name, adc, more in (
+                ("plain", prepare_adc(1), {}), ("order", prepare_adc(2), dict(
+                    names=PREPARE_MIMIC_LEADS[::-1], gain="0.4(-30)/uV")),
+                ("gap", prepare_adc(3, edits=edits), dict(gain="1000")),
+                ("fast", prepare_adc(4, n=10_000), dict(fs=1000))):
+            prepare_write(root / name, adc, **more)
+            self.adc[name] = adc
+        self.files = [(root / f"{name}.hea", True) for name in self.adc]
+
+    def read(self, path):
+        return prepare_data.read_record(path.with_suffix(""), 50)
+
+    def judge(self, path, data, truth, got):
+        if got[1] & ~truth[1]:
+            return "flagged"
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # what is not strictly a header
+            said = self.said(path, data.decode("ascii"))
+            if said is not None and np.allclose(got[0], said, **PREPARE_FLOAT16):
+                return "legal change"
+        return "WRONG"
+
+    def said(self, path, text):
+        """Signal (12, 500) at 50 Hz that a strict header of one format-16 file describes."""
+        adc = self.adc[path.stem]
+        first, *lines = (line for line in text.splitlines() if line and line[0] != "#")
+        record = re.fullmatch(r"\S+\s+(\d+)\s+(\d+(?:\.0*)?)\s+(\d+)(\s.*)?", first)
+        leads, fs, samples = int(record[1]), float(record[2]), int(record[3])
+        columns = {}
+        for k, line in enumerate(lines[:leads]):
+            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(\d+\.?\d*(?:e[+-]?\d+)?)"
+                                 r"(?:\((-?\d+)\))?(?:/(mV|uV|µV|nV|V))?"
+                                 r"\s+\S+\s+(\S+)\s+\S+\s+(-?\d+)\s+\S+\s+(\S+)", line)
+            baseline = int(field[2] if field[2] is not None else field[4])
+            gain = float(field[1]) or 200  # 0: not calibrated, 200 may be assumed (header(5))
+            if (int(field[5]) - int(adc[:, k].astype(int).sum())) % 2**16:
+                return None
+            x = (adc[:, k] - float(baseline)) / gain
+            x[adc[:, k] == -32768] = np.nan
+            bad = np.isnan(x)
+            x[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), x[~bad])
+            columns[field[6].lower()] = x * {"uV": 1e-3, "µV": 1e-3, "V": 1e3, "nV": 1e-6}.get(
+                field[3], 1)
+        if samples != len(adc) or len(lines) != leads or fs % 50:
+            return None
+        x = np.array([columns[lead.lower()] for lead in prepare_data.LEADS], np.float32)
+        return prepare_data.decimate(x, round(fs / 50))[:, :500]
+
+
+class SignalFaults(HeaderFaults):
+    """read_record of records whose signal file is changed."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.files = [(path.with_suffix(".dat"), False) for path, _ in self.files]
+
+    def judge(self, path, data, truth, got):
+        adc = self.adc[path.stem]
+        found = np.frombuffer(data[:adc.nbytes], "<i2").reshape(adc.shape).sum(axis=0, dtype="<i2")
+        alike = (found == adc.sum(axis=0, dtype="<i2")).all()
+        return "same 16-bit sum" if alike else "flagged" if got[1] & ~truth[1] else "WRONG"
+
+
+class TableFaults:
+    """read_mimic of CSV files with changed cells, each row against a strict reading of the files."""
+
+    def __init__(self, root):
+        self.root = root
+        rows = [dict(
+            subject_id=100 + k // 3, study_id=k, path=f"files/s{k}/{k}", file_name="x",
+            ecg_time=f"2180-0{k % 3 + 1}-02 08:00:0{k % 10}", fold=k // 3 + 13, age=50 + k,
+            gender="FM"[k % 2], ecg_no_within_stay=k % 3 - 1, hosp_hadm_id=700 + k // 2,
+            ed_stay_id="", all_diag_all=[["I10", "I4891"], ["J18", "I2510"], [], ["I10"]][k % 4])
+            for k in range(1, 19)]
+        for row in rows:
+            prepare_write(root / row["path"], np.ones((1, 12)))
+        prepare_write(root.parent / "OUTSIDE", np.ones((1, 12)))
+        columns = " ecg_time hosp_hadm_id ed_stay_id gender age"
+        prepare_csv(root / "record_list.csv", PREPARE_LIST, rows)
+        prepare_csv(root / "labels.csv", PREPARE_REQUIRED + columns, rows)
+        self.files = [(root / "record_list.csv", True), (root / "labels.csv", True)] * 2
+        self.files += [(root / "labels.csv", True)]
+
+    def read(self, path):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            table = prepare_data.read_mimic(self.root, self.root / "labels.csv", None)
+        names = np.array(table["class_name"])
+        rows = {int(study_id): tuple(
+            [table[name][i].item() for name in prepare_data.COLUMNS]
+            + [frozenset(names[table["label"][i] > 0].tolist()), table["path"][i]])
+            for i, study_id in enumerate(table["study_id"])}
+        return rows, sum(table["rejected"].values()), output.getvalue()
+
+    def judge(self, path, data, truth, got):
+        (rows, lost, said), (true_rows, true_lost, true_said) = got, truth
+        noted = lost > true_lost or said != true_said
+        wrong = [study_id for study_id in rows if not same(rows[study_id], true_rows.get(study_id))]
+        listed, labels = (list(self.strict(self.root / name)) for name in (
+            "record_list.csv", "labels.csv"))
+        legal = "flagged"
+        for study_id in wrong:
+            fits = [self.fits(rows[study_id], a, b, noted) for a in listed for b in labels
+                    if a.get("study_id") == b.get("study_id") == study_id]
+            if not any(fits):
+                return "WRONG"
+            legal = "legal change"
+        here = {a["study_id"] for a in listed if a["study_id"] is not None}
+        if (true_rows.keys() & here) - rows.keys() and not noted:
+            return "WRONG"
+        return legal if wrong or noted else "legal change"  # a line less in both: a smaller file
+
+    @staticmethod
+    def strict(path):
+        """Rows of a CSV as {column: value, None where the text is not plainly one}."""
+        whole = r"\s*\d{1,15}(\.0*)?\s*"
+        header, *rows = csv_rows(path.read_bytes().decode("utf-8-sig", "replace"))
+        for row in (dict(zip(header, row)) for row in rows if len(row) == len(header)):
+            row = {name.strip(): text for name, text in row.items()}
+            found = {name: int(float(row[name])) if re.fullmatch(whole, row.get(name, "")) else None
+                     for name in ("study_id", "subject_id", "fold", "hosp_hadm_id", "ed_stay_id")}
+            text = row.get("ecg_no_within_stay", "").strip()
+            found["ecg_no_within_stay"] = int(float(text)) if re.fullmatch(
+                r"-1(\.0)?|\d{1,4}(\.0*)?", text) else -1 if text == "" else None
+            age = row.get("age", "").strip()
+            found["age"] = float(age) if re.fullmatch(r"\d{1,3}(\.\d*)?", age) else None
+            found["sex"] = {"F": 0, "M": 1}.get(row.get("gender", "").strip().upper()[:1])
+            with contextlib.suppress(ValueError):
+                when = datetime.fromisoformat(row.get("ecg_time", "").strip())
+                found["time"] = int(when.replace(tzinfo=timezone.utc).timestamp())
+            codes = row.get("all_diag_all", "").strip()
+            code = r"\s*(?:'[^']*'|\"[^\"]*\")\s*"
+            if re.fullmatch(rf"\[\s*({code}(,{code})*)?,?\s*\]", codes):
+                found["codes"] = [c.strip().replace(".", "").upper() for c in
+                                  re.findall(r"'([^']*)'|\"([^\"]*)\"", codes) for c in c if c]
+            yield found | {"path": row.get("path", "").strip()}
+
+    @staticmethod
+    def fits(row, a, b, noted):
+        """Whether a row of the table is what these two rows of the files say."""
+        subject, when, _, fold, split, ecg_no, stay, age, sex, has_label, classes, path = row
+        codes = b.get("codes")
+        stays = (b["hosp_hadm_id"], b["ed_stay_id"])
+        return (subject == a["subject_id"] == b["subject_id"] and path == a["path"]
+                and when in (a.get("time", b.get("time", -1)), -1 if noted else None)
+                and fold == b["fold"] and fold <= 19 and split == max(fold - 17, 0)
+                and codes is not None and has_label == bool(codes)
+                and classes == {c[:3] for c in codes if re.fullmatch(r"I\d[0-9A-Z]{1,5}", c)}
+                and ecg_no == b["ecg_no_within_stay"]
+                and stay in (next((s for s in stays if s is not None), -1), -1 if noted else None)
+                and (age == b["age"] or b["age"] is None and age != age)
+                and sex == (-1 if b["sex"] is None else b["sex"]))
+
+
+def csv_rows(text):
+    """Rows of a CSV text, those that break its rules left out."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    while True:
+        with contextlib.suppress(csv.Error):
+            if (row := next(reader, None)) is None:
+                return
+            yield row
+
+
+class CohortFaults:
+    """Cohort and check_cohort of a changed file: whatever passes equals the truth in all it holds."""
+
+    def __init__(self, root):
+        prepare_mimic(root)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            path = prepare_data.build("mimic", root, root / "c.h5", fs=2, workers=1)
+        self.files = [(path, False)]
+
+    def read(self, path):
+        cohort = prepare_data.Cohort(path)
+        with contextlib.redirect_stderr(io.StringIO()):
+            prepare_data.check_cohort(cohort)
+        return vars(cohort) | {"signal": np.array(cohort.signal)}
+
+    def judge(self, path, data, truth, got):
+        return "WRONG"
+
+
+class CheckpointFaults(CohortFaults):
+    """load_checkpoint of a changed file."""
+
+    def __init__(self, root):
+        path = root / "last.pt"
+        model = cardiowm.LinearProbe(8, 3)
+        optimizer = train.make_optimizer([model], 1e-3, 1e-4)
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+        torch.save(checkpoint_of(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                 args={"seed": 0, "lr": 1e-3}), path)
+        self.files = [(path, False)]
+        self.read = evaluate.load_checkpoint
+
+
+class RunFaults:
+    """load_run of a folder with a changed config, log or predictions."""
+
+    def __init__(self, root):
+        write_run(root, "run", init="base", objective="dynamics")
+        self.files = [(root / "run" / name, name[-1] != "z") for name in (
+            "config.json", "log.jsonl", "predictions_test.npz")]
+
+    def read(self, path):
+        return evaluate.load_run(path.parent)
+
+    def judge(self, path, data, truth, got):
+        """Legal: JSON whose values that are needed are of their types, and were read as they are."""
+        if path.suffix == ".npz":
+            return "WRONG"
+        needed = {"step": (int,)}
+        if path.name == "config.json":
+            needed = {"args": {"mode": (str,), "frac": (int, float), "seed": (int,)},
+                      "cohort": {"name": (str,), "path": (str,), "source": (str,),
+                                 "synthetic": (bool,), "sha256": (str,)}}
+        rows = [json.loads(data)] if path.name == "config.json" else [
+            json.loads(line) for line in data.splitlines()]
+        found = [got["config"]] if path.name == "config.json" else got["log"]
+        for row in found:
+            (row.get("init") or {}).pop("transfer", None)  # added by the reader
+        fits = all(self.has(row, needed) for row in rows) and same(rows, found)
+        return "legal change" if fits else "WRONG"
+
+    def has(self, row, needed):
+        return all(name in row and (self.has(row[name], kind) if isinstance(kind, dict)
+                                    else type(row[name]) in kind) for name, kind in needed.items())
+
+
+FAULTS = {HeaderFaults: 400, SignalFaults: 150, TableFaults: 450, CohortFaults: 300,
+          CheckpointFaults: 100, RunFaults: 200}
+
+
+def mutate_in_this_process(kind, root, n):
+    """Mutate, read, judge n times; one line of JSON each on stdout, before and after."""
+    faults, opened = globals()[kind](Path(root)), []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    rng = np.random.default_rng([CAMPAIGN_SEED, *kind.encode()])
+    truths = {path: faults.read(path) for path, _ in faults.files}
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
+    for i in range(n):
+        path, text = faults.files[rng.integers(len(faults.files))]
+        whole = path.read_bytes()
+        fault, data = mutate(rng, whole, text)
+        while data == whole:
+            fault, data = mutate(rng, whole, text)
+        print(json.dumps([i, fault]), flush=True)
+        path.write_bytes(data)
+        opened.clear()
+        signals.alarm(20)  # its default action ends the process, wherever it hangs
+        try:
+            got = faults.read(path)
+            outcome = "right" if same(got, truths[path]) else \
+                faults.judge(path, data, truths[path], got)
+            detail = ""
+        except (InputError, prepare_data.Rejected) as error:
+            outcome, detail = type(error).__name__.lower().replace("inputerror", "refused"), error
+        except BaseException as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            outcome, detail = "TRACEBACK", f"{error!r} {where.name}:{where.lineno}"
+        signals.alarm(0)
+        path.write_bytes(whole)
+        if any("OUTSIDE" in name or "passwd" in name for name in opened):
+            outcome = "READ OUTSIDE"
+        if outcome.isupper():
+            detail = f"{detail} {difference_of(whole, data)}"
+        print(json.dumps([i, fault, path.name, outcome, str(detail)[:700]]), flush=True)
+
+
+def difference_of(whole, data):
+    """Where two files differ first, with what stands there."""
+    at = next((k for k, (a, b) in enumerate(zip(whole, data)) if a != b),
+              min(len(whole), len(data)))
+    return f"byte {at}: {whole[max(0, at - 30):at + 40]!r} -> {data[max(0, at - 30):at + 40]!r}"
+
+
+@slow
+def test_campaign_of_mutations(tmp_path):
+    def mutated(kind, n):
+        root = tmp_path / kind / "root"
+        root.mkdir(parents=True)
+        code = f"import test_cardiowm as t; t.mutate_in_this_process({kind!r}, {str(root)!r}, {n})"
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                               cwd=root, timeout=400, env=os.environ | {
+                                   "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        lines = [json.loads(line) for line in child.stdout.splitlines() if line[:1] == "["]
+        done = [line for line in lines if len(line) > 2]
+        if len(done) < n:  # a hang (exit code -14), a crash
+            done.append([*(lines or [[0, "?"]])[-1], "", f"ENDED {child.returncode}",
+                         child.stderr[-1500:]])
+        bad = [line for line in done if line[3].upper() == line[3]]
+        examples = {line[3]: line for line in done}
+        outcomes[kind] = collections.Counter(line[3] for line in done), bad
+        counts = ", ".join(f"{name} {count}" for name, count in outcomes[kind][0].most_common())
+        return "\n    ".join([f"{kind}: {len(done)} mutations: {counts}",
+                              *(str(line)[:300] for line in (bad or examples.values()))])
+
+    outcomes = {}
+    print("\nmutations")
+    side_by_side([functools.partial(mutated, kind.__name__, n) for kind, n in FAULTS.items()])
+    total = sum((counts for counts, _ in outcomes.values()), collections.Counter())
+    print(f"  in all {total.total()}: {dict(total.most_common())}")
+    assert not list(tmp_path.rglob("PWNED")) and not (HERE / "PWNED").exists()
+    assert total.total() >= 1500 and not [line for _, bad in outcomes.values() for line in bad]
