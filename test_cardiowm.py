@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 import traceback
+import tracemalloc
 import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -4316,8 +4318,9 @@ def campaign_run_of(run):
 
 HOSTILE = (b"-1", b"0", b"7", b"1e400", b"nan", b"-inf", b"99999999999999999999", b"1e5", b"0x10",
            b"", b"__import__('os').system('touch PWNED')", b"$(touch PWNED)", b"\0\0", b"\xb5V",
-           "µV".encode(), "Ⅷ٣".encode(), "I10".encode("utf-16"), b"../OUTSIDE", b"../OUTSIDE.dat",
-           b"/etc/passwd", b"s3://nowhere/x.dat", b"'I48' 'I10'", b"[['I10']]", b"250", b"I48")
+           "µV".encode(), "\u2167\u0663".encode(), "I10".encode("utf-16"), b"../OUTSIDE",
+           b"../OUTSIDE.dat", b"/etc/passwd", b"s3://nowhere/x.dat", b"'I48' 'I10'", b"[['I10']]",
+           b"250", b"I48")
 
 
 def mutate(rng, data, text):
@@ -4416,7 +4419,7 @@ class SignalFaults(HeaderFaults):
 
 
 class TableFaults:
-    """read_mimic of CSV files with changed cells, each row against a strict reading of the files."""
+    """read_mimic of changed CSV files, each row against a strict reading of what they say."""
 
     def __init__(self, root):
         self.root = root
@@ -4517,7 +4520,7 @@ def csv_rows(text):
 
 
 class CohortFaults:
-    """Cohort and check_cohort of a changed file: whatever passes equals the truth in all it holds."""
+    """Cohort and check_cohort of a changed file: what passes equals the truth in all it holds."""
 
     def __init__(self, root):
         prepare_mimic(root)
@@ -4562,7 +4565,7 @@ class RunFaults:
         return evaluate.load_run(path.parent)
 
     def judge(self, path, data, truth, got):
-        """Legal: JSON whose values that are needed are of their types, and were read as they are."""
+        """Legal: JSON whose needed values are of their types, and were read as they are."""
         if path.suffix == ".npz":
             return "WRONG"
         needed = {"step": (int,)}
@@ -4659,3 +4662,255 @@ def test_campaign_of_mutations(tmp_path):
     print(f"  in all {total.total()}: {dict(total.most_common())}")
     assert not list(tmp_path.rglob("PWNED")) and not (HERE / "PWNED").exists()
     assert total.total() >= 1500 and not [line for _, bad in outcomes.values() for line in bad]
+
+
+# Files made to harm: refused at once by name, nothing run, nothing outside read, little memory
+
+
+class Harm:
+    """What a pickle may hold: to load it is to run a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
+
+
+def replaced(name, value=None, **how):
+    """An edit of a cohort file: the dataset anew, from a value or with h5py's `create_dataset`."""
+    def edit(file):
+        old = file[name][()] if value is None or callable(value) else None
+        del file[name]
+        if how:
+            file.create_dataset(name, **({"data": old} if "shape" not in how else {}) | how)
+        else:
+            file[name] = value(old) if callable(value) else value
+    return edit
+
+
+def changed(name, at, value):
+    """An edit of a cohort file: one value of a dataset, or a whole attribute."""
+    def edit(file):
+        if at is None:
+            file.attrs[name] = value
+        else:
+            file[name][at] = value
+    return edit
+
+
+def linked(name):
+    """Edits of a cohort file that make a dataset stand elsewhere."""
+    def virtual(file):
+        shape, dtype = file[name].shape, file[name].dtype
+        del file[name]
+        layout = h5py.VirtualLayout(shape, dtype)
+        layout[...] = h5py.VirtualSource("OUTSIDE.h5", name, shape)
+        file.create_virtual_dataset(name, layout)
+    return {"external link": replaced(name, h5py.ExternalLink("OUTSIDE.h5", name)),
+            "soft link": replaced(name, h5py.SoftLink("/fold")),
+            "endless link": replaced(name, h5py.SoftLink(f"/{name}")),
+            "virtual": virtual,
+            "external storage": replaced(name, shape=(14,), dtype="i8",
+                                         external=[("OUTSIDE", 0, 14 * 8)])}
+
+
+HOSTILE_COHORTS = {  # {(dataset or attribute, what is wrong): edit}
+    (name, what): edit
+    for name in (*prepare_data.COLUMNS, "label", "quality", "pair", "action", "gap_days",
+                 "pair_kind", "class_name", "signal", "signal_crc32")
+    for what, edit in {
+        "missing": lambda file, name=name: file.pop(name) and None,
+        "text": replaced(name, np.array([b"x"] * 14)),
+        "shorter": replaced(name, lambda old: old[:-1]),
+        "scalar": replaced(name, 7),
+        "enormous": replaced(name, shape=(10**12, 12, 1000) if name == "signal" else (10**12, 4),
+                             chunks=(1, 1, 1000) if name == "signal" else (1000, 4), dtype="u1"),
+        "a group": lambda file, name=name: replaced(name, 0)(file) or file.pop(name)
+        and file.create_group(name)}.items()} | {
+    (name, what): edit for name in ("study_id", "signal", "label")
+    for what, edit in linked(name).items()} | {
+    ("signal", "compressed"): replaced("signal", compression="gzip"),
+    ("signal", "without storage"): replaced("signal", shape=(14, 12, 1000), dtype="<f2"),
+    ("signal", "NaN"): changed("signal", (3, 2, 1), np.nan),
+    ("label", "2"): changed("label", (0, 1), 2),
+    ("action", "5"): changed("action", (0, 1), 5),
+    ("pair", "beyond"): changed("pair", (0, 1), 10**6), ("pair", "-1"): changed("pair", (0, 0), -1),
+    ("split", "3"): changed("split", 0, 3), ("sex", "7"): changed("sex", 0, 7),
+    ("fold", "-3"): changed("fold", 0, -3), ("pair_kind", "9"): changed("pair_kind", 0, 9),
+    ("class_name", "twice"): replaced("class_name", np.array([b"I10"] * 4)),
+    ("class_name", "no text"): replaced("class_name", np.array([b"\xff\xfe"] * 4)),
+    **{(name, str(value)[:12]): changed(name, None, value) for name, value in (
+        ("fs", "many"), ("fs", 0), ("fs", -5), ("fs", 10**9), ("fs", np.nan), ("leads", "[1"),
+        ("leads", '["I"]'), ("leads", 3.5), ("unit", "V"), ("unit", np.zeros(9)),
+        ("source", '["mimic"]'), ("synthetic", "perhaps"), ("normal_codes", "{"),
+        ("format_version", "two"), ("format_version", np.zeros(3)), ("arguments", "[" * 100_000),
+        ("csv_sha256", 7), ("rejected", '{"a": '), ("rejected", '["a"]'), ("listed", "all"),
+        ("codes", '{"distinct": "x"}'))}}
+
+
+@pytest.fixture
+def little_memory():
+    """Whoever takes more than 64 MB or 5 s, or runs a command, fails."""
+    def too_long(*_):
+        raise TimeoutError
+
+    before, began = signals.signal(signals.SIGALRM, too_long), time.monotonic()
+    signals.alarm(10)
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    signals.alarm(0)
+    signals.signal(signals.SIGALRM, before)
+    assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize("name, what", HOSTILE_COHORTS)
+def test_a_hostile_cohort_is_refused_by_file_and_dataset(
+        name, what, prepare_folder, tmp_path, monkeypatch, little_memory):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(prepare_folder[1], "OUTSIDE.h5")
+    Path("OUTSIDE").write_bytes(bytes(range(112)))
+    path = shutil.copy(prepare_folder[1], tmp_path / "c.h5")
+    with h5py.File(path, "r+") as file:
+        HOSTILE_COHORTS[name, what](file)
+    with pytest.raises(InputError) as error:
+        prepare_data.check_cohort(prepare_data.Cohort(path))
+    message = str(error.value)
+    assert str(path) in message and re.search(rf"\b{name}\b", message), message
+    assert "\n" not in message and len(message) < 600
+
+
+def hostile_zip(path, compression=zipfile.ZIP_STORED, **members):
+    """A zip file of these members, bytes each."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+
+
+def npy(shape, dtype, content=b""):
+    """The bytes of an .npy file that claims this shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {
+        "shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(
+            np.dtype(dtype))})
+    return buffer.getvalue() + content
+
+
+HOSTILE_ZIPS = {  # what a checkpoint and predictions may be: writes a path
+    "a folder": lambda path: path.mkdir(),
+    "empty": lambda path: path.touch(),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Harm())),
+    "a pickle in zip": lambda path: torch.save(checkpoint_of(x=Harm()), path),
+    "a pickle of older torch": lambda path: torch.save(
+        checkpoint_of(x=Harm()), path, _use_new_zipfile_serialization=False),
+    "a bomb": lambda path: hostile_zip(path, zipfile.ZIP_DEFLATED, **{
+        "x/data.pkl": bytes(10**8), "x/version": b"3", "y_true.npy": npy((10**8, 1), "u1",
+                                                                       bytes(10**8))}),
+    "enormous": lambda path: hostile_zip(path, **{
+        "x/data.pkl": pickle.dumps(1), "x/version": b"3", "y_true.npy": npy((10**12, 76), "u1")}),
+    "objects": lambda path: np.savez(path.open("wb"), **dict.fromkeys(
+        ("y_true", "y_score", "class_name", "study_id", "subject_id", "first_in_stay", "pair_first",
+         "has_label"), np.array([Harm()], object))),
+    "no zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)),
+    "a loop": lambda path: path.symlink_to(path)}
+
+
+@pytest.mark.parametrize("what", HOSTILE_ZIPS)
+@pytest.mark.parametrize("name, read", [
+    ("last.pt", lambda path: evaluate.load_checkpoint(path)),
+    ("predictions_test.npz", lambda path: evaluate.load_run(path.parent))])
+def test_a_hostile_checkpoint_or_prediction_is_refused_by_name(
+        name, read, what, tmp_path, monkeypatch, little_memory):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "run")
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    HOSTILE_ZIPS[what](path)
+    tracemalloc.reset_peak()
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", [  # of the record, then of a lead
+    "r -12 500 5000", "r 1000000000 500 5000", "r 12 500 -5000", "r 12 500 1000000000000000",
+    "r 12 inf 5000", "r 12 nan 5000", "r 12 0 5000", "r 12 -500 5000", "r 12 1e308 5000",
+    "r/1000000000 12 500 5000", "../OUTSIDE 12 500 5000", "r 12 500", "r", "r 12 500/1e400 5000",
+    "r.dat 16 nan/mV 16 0 0 0 0 I", "r.dat 16 1e-400/mV 16 0 0 0 0 I",
+    "r.dat 16 -200/mV 16 0 0 0 0 I", "r.dat 16x1000000000 200 16 0 0 0 0 I",
+    "r.dat 16:1000000000 200 16 0 0 0 0 I", "r.dat 16+1000000000000 200 16 0 0 0 0 I",
+    "r.dat 16+-2 200 16 0 0 0 0 I", "r.dat 999 200 16 0 0 0 0 I",
+    "../OUTSIDE.dat 16 200 16 0 0 0 0 I", "/etc/passwd 16 200 16 0 0 0 0 I",
+    "s3://nowhere/x.dat 16 200 16 0 0 0 0 I",
+    "r.dat 16 200(99999999999999999999)/mV 16 0 0 0 0 I"])
+def test_a_hostile_header_is_rejected(line, tmp_path, monkeypatch, little_memory):
+    (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path / "root")
+    prepare_write(tmp_path / "OUTSIDE", prepare_adc(0) * 0)
+    prepare_write(Path("r"), prepare_adc(0) * 0)
+    lines = Path("r.hea").read_text().splitlines()
+    lines[" 16" in line] = line  # the second line is lead I's
+    Path("r.hea").write_text("\n".join(lines))
+    with pytest.raises(prepare_data.Rejected):
+        prepare_data.read_record("r", 100)
+
+
+@pytest.mark.parametrize("column, text", [
+    ("all_diag_all", "__import__('os').system('touch PWNED')"), ("all_diag_all", "[" * 100_000),
+    ("all_diag_all", "['I10'] + [__import__('os').system('touch PWNED')]"),
+    ("all_diag_all", "[10**10**10]"), ("all_diag_all", "['I48' 'I10']"), ("fold", "9" * 5000),
+    ("fold", "0x1"), ("study_id", "1e400"), ("subject_id", "__import__('os')"),
+    ("path", "../OUTSIDE"), ("path", "/etc/passwd"), ("path", "files/../../OUTSIDE"),
+    ("path", "x" * 5000), ("path", "a\0b"), ("ecg_no_within_stay", "nan")])
+def test_a_hostile_cell_is_counted_or_refused(column, text, tmp_path, monkeypatch, little_memory):
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(subject_id=k, study_id=k, path=f"f{k}", fold=k, ecg_no_within_stay=0,
+                 all_diag_all="['I10']") for k in range(4)]
+    for path in (root / "f0", root / "f1", root / "f2", root / "f3", tmp_path / "OUTSIDE"):
+        prepare_write(path, prepare_adc(0, 2))
+    rows[3][column] = text
+    prepare_csv(root / "record_list.csv", "subject_id study_id path", rows)
+    prepare_csv(root / "labels.csv", PREPARE_REQUIRED, rows)
+    try:
+        table = prepare_data.read_mimic(root, root / "labels.csv", None)
+    except InputError as error:
+        assert "csv" in str(error) and "\n" not in str(error) and len(str(error)) < 600
+    else:
+        assert table["study_id"].tolist() == [0, 1, 2] and sum(table["rejected"].values()) >= 1
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("config.json", "{", "config.json: damaged"), ("config.json", "[]", "an object wanted"),
+    ("config.json", '{"args": 7}', "args is 7"), ("config.json", "[" * 100_000, "damaged"),
+    ("config.json", '{"args": {"mode": "finetune", "frac": NaN}}', "number NaN"),
+    ("config.json", '{"args": {"mode": "finetune", "frac": 1.0, "seed": "0"}}', "seed is '0'"),
+    ("log.jsonl", '{"step": 1e400}', "number 1e400"), ("log.jsonl", "7", "7, an object wanted"),
+    ("log.jsonl", '{"loss": 1.0}', "step is None"), ("log.jsonl", "\0", "damaged"),
+    ("predictions_test.npz", {"y_true": np.full((80, 4), 2)}, "320 values outside 0 to 1"),
+    ("predictions_test.npz", {"y_score": np.full((80, 4), np.inf)}, "y_score holds 320 values"),
+    ("predictions_test.npz", {"y_score": np.full((80, 4), "x")}, "y_score holds <U1"),
+    ("predictions_test.npz", {"study_id": np.zeros(80, int)}, "study_id holds one twice"),
+    ("predictions_test.npz", {"study_id": np.ones(80) / 3}, "study_id holds float64"),
+    ("predictions_test.npz", {"class_name": np.arange(4)}, "class_name holds int64")])
+def test_a_broken_run_is_refused_by_file_and_value(file, content, words, tmp_path):
+    arrays = write_run(tmp_path, "run")
+    if isinstance(content, dict):
+        np.savez(tmp_path / "run" / file, **arrays | content)
+    else:
+        (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        evaluate.load_run(tmp_path / "run")
+    assert str(tmp_path / "run" / file) in str(error.value)
+
+
+def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace, tmp_path):
+    path = shutil.copy(workplace / "data/tiny.h5", tmp_path / "nan.h5")
+    with h5py.File(path, "r+") as file:
+        file["signal"][5, 3] = np.nan
+    cohort, model = prepare_data.Cohort(path), cardiowm.WorldModel(20).eval()
+    wanted = rf"nan.h5: study_id \[{cohort.study_id[5]}\]: 1 records .*--check {path}"
+    with pytest.raises(InputError, match=wanted):
+        evaluate.embed(model, cohort.signal, np.arange(3, 9))
+    with pytest.raises(InputError, match=r"rows \[5\]: 1 records have no finite embedding"):
+        evaluate.embed(model, np.array(cohort.signal), np.arange(3, 9))
