@@ -26,6 +26,8 @@ Shape letters: B batch, C leads, T samples, D embedding, S slices, Q knots, K cl
 M combinations.
 """
 
+from __future__ import annotations
+
 import copy
 from typing import Callable, Iterator
 

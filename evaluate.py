@@ -18,6 +18,8 @@ of its runs. Tables (.md, .csv) and figures (.png) go to --out; no run is change
 trained but the linear read-outs and ridges that a model is judged against.
 """
 
+from __future__ import annotations  # an older Python shall reach the line that names it
+
 import argparse
 import csv
 import difflib
@@ -39,8 +41,8 @@ from pathlib import Path
 import numpy as np
 
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
-                          count_rows, golden_lines, replace_file, resimulate, system_errors,
-                          without_signature)
+                          count_rows, golden_lines, replace_file, resimulate, run_script,
+                          system_errors, wait_passively, without_signature)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
@@ -428,14 +430,48 @@ def file_kind(path: str | Path) -> str:
     if head.startswith(b"PK"):
         try:
             names = " ".join(zipfile.ZipFile(path).namelist())
-        except (zipfile.BadZipFile, OSError):
-            return "a truncated zip file (checkpoint or npz)"
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return "a truncated or damaged zip file (checkpoint or npz)"
         return "a PyTorch file" if "data.pkl" in names else \
             "an npz file" if ".npy" in names else "a zip file"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "an HDF5 file, as cohorts are"
     return "a binary file of another kind" if b"\0" in head else \
         "a text file" if head else "an empty file"
+
+
+def zip_fault(path: Path) -> str:
+    """What is wrong with a zip file whose members are stored plainly, as torch does; "" if whole.
+
+    No member is unpacked before their claimed sizes are known to fit into the file.
+    """
+    with zipfile.ZipFile(path) as file:
+        claimed, size = sum(member.file_size for member in file.infolist()), path.stat().st_size
+        if claimed > size:
+            return f"a zip file of {size:,} bytes whose members claim {claimed:,}, so not unpacked"
+        bad = file.testzip()  # torch itself does not look at the checksums
+    return bad and f"a damaged PyTorch file (checksum of {bad})"
+
+
+def check_tensors(wanted: dict, state: dict, where: str) -> None:
+    """InputError unless a state dict holds exactly the wanted tensors, none of them with a NaN.
+
+    It says how many fit and what is wrong with the first that does not.
+    """
+    faults = []
+    for name in {**wanted, **state}:
+        new, old = state.get(name), wanted.get(name)
+        if old is None or new is None:
+            faults.append(f"{name} is {'not wanted' if old is None else 'missing'}")
+        elif (new.shape, new.dtype) != (old.shape, old.dtype):
+            faults.append(f"{name} is {tuple(new.shape)} {new.dtype}, wanted {tuple(old.shape)} "
+                          f"{old.dtype}")
+        elif not new.isfinite().all():
+            faults.append(f"{name} holds a NaN or infinity")
+    if faults:
+        fit = len(wanted.keys() | state.keys()) - len(faults)
+        raise InputError(f"{where}: {fit} of {len(wanted)} tensors fit; {faults[0]}"
+                         + f", and {len(faults) - 1} more do not" * (len(faults) > 1))
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -450,11 +486,13 @@ def load_checkpoint(path: str | Path) -> dict:
     found = file_kind(path) if path.exists() else "no such file"
     if found == "a PyTorch file":
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            found = "a PyTorch file of another project (no format key)"
+            found = zip_fault(path)
+            if not found:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                found = "a PyTorch file of another project (no format key)"
         except pickle.UnpicklingError:
             found = "a PyTorch file that holds more than tensors and plain values, so not unpickled"
-        except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # a file made to harm may end in any
             found = f"a damaged PyTorch file ({type(error).__name__})"
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
@@ -694,13 +732,17 @@ def pick_device(name: str = "auto"):
 def load_world_model(folder: Path) -> tuple:
     """(frozen model on the device, checkpoint) of a pretraining: last.pt, as A; or InputError."""
     import cardiowm
+    import torch
     checkpoint = load_checkpoint(folder / "last.pt")
     try:
         if checkpoint["kind"] != "worldmodel":
             raise TypeError(f"it is a {checkpoint['kind']}")
+        with torch.device("meta"):  # where absurd sizes cost nothing
+            wanted = cardiowm.WorldModel(**checkpoint["model_args"]).state_dict()
+        check_tensors(wanted, checkpoint["model"], "the model")
         model = cardiowm.WorldModel(**checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"run {folder}: last.pt holds another architecture "
                          f"({str(error).splitlines()[0]}); a pretraining (train.py --mode "
                          "pretrain) is wanted") from None
@@ -2926,20 +2968,17 @@ def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 2 after one line on stderr for what the user can mend."""
+    """Run the command line; returns the exit code of `run_script`."""
     p = parser()
     args = p.parse_args(argv)
-    try:
+
+    def work() -> None:
         check_arguments(args, p)
         MODES[args.mode][0](args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_script(work, "interrupted; no file is half-written: run the same command again")
 
 
 if __name__ == "__main__":
+    wait_passively()
     sys.exit(main())

@@ -16,25 +16,29 @@ the same bytes.
 from __future__ import annotations  # an older Python shall reach `run_script`, which names it
 
 import argparse
-import ast
 import collections
 import contextlib
 import csv
 import errno
 import functools
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import shlex
 import shutil
 import signal as signals  # "signal" is the ECG in this project
+import stat
 import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -54,10 +58,11 @@ QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samp
     "shorter than 10 s, zero-padded": 32,
 }
 INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
-# Why a record with a header is rejected; position + 2 is its code in the status file. A checksum
+# Why a record is rejected; position + 2 is its code in the status file. A checksum
 # that differs tells of a flipped bit: such a signal is not silently learned from.
 REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
-           "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16")
+           "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16",
+           "header file missing")
 MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 FLOAT16_MAX = 65504.0
 FORMAT_VERSION = 1
@@ -72,7 +77,15 @@ class InputError(ValueError):
 
 
 class Rejected(Exception):
-    """One record cannot enter the cohort; the argument is one of REASONS."""
+    """One record cannot enter the cohort: `reason`, one of REASONS, and what was `found`."""
+
+    def __init__(self, reason: str, found: str = ""):
+        found = "".join(c if c.isprintable() else "?" for c in found[:200])  # a file's own words
+        super().__init__(reason, found)
+        self.reason, self.found = reason, found
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.found}" if self.found else self.reason
 
 
 class Progress:
@@ -148,10 +161,10 @@ def system_errors(what: str | Path = "") -> Iterator[None]:
         raise InputError(system_error(error, what)) from error
 
 
-def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
+def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") -> None:
     """Write a file whole or not at all; `sync` also outlives a power cut. InputError if it cannot.
 
-    The one place where a file is put under its final name.
+    The one place where a file is put under its final name. keep: what the old one is called then.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -161,6 +174,8 @@ def replace_file(path: Path, content: bytes, sync: bool = True) -> None:
             if sync:
                 os.fsync(handle.fileno())
         with system_errors(path):
+            if keep and path.exists():
+                os.replace(path, path.with_name(keep))
             os.replace(temporary, path)
     except BaseException:  # of whatever kind: nothing half-written stays
         with contextlib.suppress(OSError):
@@ -189,6 +204,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
             why = os.strerror(error.errno) if isinstance(error, OSError) else "no flock"
             print(f"note: {folder}: this file system has no locks ({why}): take care that no other "
                   "process works in that folder")
+            handle.close()
         yield
 
 
@@ -232,9 +248,9 @@ def available_memory() -> float:
     for group, limit, usage in (("", "memory.max", "memory.current"),
                                 ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            for most, used, stat in limits_of(group, limit, usage, "memory.stat"):
+            for most, used, counts in limits_of(group, limit, usage, "memory.stat"):
                 if (text := most.read_text().strip()) != "max":  # the page cache gives way
-                    cache = int(stat.read_text().split("inactive_file ")[1].split()[0])
+                    cache = int(counts.read_text().split("inactive_file ")[1].split()[0])
                     free = min(free, int(text) - int(used.read_text()) + cache)
     return free if math.isfinite(free) else 0.0
 
@@ -247,10 +263,11 @@ def wait_passively() -> None:
     torchrun's. The number of threads stays: results depend on it.
     """
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"} & os.environ.keys()
-    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in sys.orig_argv:
+    argv = getattr(sys, "orig_argv", ())  # Python 3.9 has none
+    if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in argv:
         return  # the last two: a debugger, a notebook
     with contextlib.suppress(OSError):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {
+        os.execve(sys.executable, [sys.executable, *argv[1:]], os.environ | {
             "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPIN_COUNT)})
 
 
@@ -296,7 +313,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
     """The frame of every `main`: run `work`; returns the exit code.
 
     0; 2 after one last line on stderr for an InputError or an error of the system; 130 and 143
-    after Ctrl-C and SIGTERM, with the line `interrupted`. Anything else is a bug: its traceback.
+    after Ctrl-C and SIGTERM, with the line `interrupted` or a text that the exception carries.
+    Anything else is a bug: its traceback.
     """
     before = None
     streams = sys.stdout, sys.stderr
@@ -317,7 +335,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Stopped) as error:
-        print(interrupted, file=sys.stderr)
+        told = [text for text in error.args if isinstance(text, str)]
+        print(*told or [interrupted], file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -326,6 +345,19 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         sys.stdout, sys.stderr = streams
         if before is not None:
             signals.signal(signals.SIGTERM, before)
+
+
+def read_json(path: Path) -> dict:
+    """The dict in a JSON file; InputError for anything else."""
+    with system_errors(path):
+        content = path.read_bytes()
+    try:
+        if isinstance(value := json.loads(content), dict):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise InputError(f"{path}: found {content[:40]!r}; wanted: a JSON object, as this project writes "
+                     "it; delete what is damaged")
 
 
 def sha256_of(path: Path) -> str:
@@ -348,119 +380,267 @@ def scratch(role: str, shape: tuple, dtype: str) -> np.ndarray:
 fresh = scratch.__wrapped__  # the same without memory: an array of the caller's own
 
 
-@functools.lru_cache(maxsize=1024)
-def lead_order(names: tuple[str, ...]) -> list[int]:
-    """Positions of LEADS in names, whatever the case; further signals are left out."""
-    names = [name.strip().lower() for name in names]
-    if any(names.count(lead.lower()) != 1 for lead in LEADS):
-        raise Rejected("lead missing or twice")
-    return [names.index(lead.lower()) for lead in LEADS]
+MAX_HEADER = 2**20  # bytes; a header of MIMIC has some 700
+MAX_SAMPLES = 2**26  # of all signals of a record: 12 leads at 500 Hz for three hours
+MAX_FS = 100_000
+FORMATS = {  # signal(5): bytes of 6 samples (None: compressed), the code of a missing sample
+    8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 61: (12, -2**15),
+    80: (6, -2**7), 160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
+    508: (None, -2**7), 516: (None, -2**15), 524: (None, -2**23)}
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
+FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
+                          re.ASCII)
+GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?/?(.*)", re.ASCII)
+COMMENT = re.compile(r"(?:^|\s)#.*")
+
+# A header's record line, then its signal lines by column; what a line lacks is None
+Header = collections.namedtuple("Header", "fs samples segments file format gain resolution zero "
+                                          "initial checksum block name")
 
 
-def millivolts(x: np.ndarray, gains, baselines, units, order: list[int]) -> np.ndarray:
-    """ADC units (12, n) in the order of LEADS -> mV, in place; the other fields in file order."""
-    scale = [MILLIVOLTS.get(unit.lower()) for unit in units]
-    if any(scale[i] is None for i in order):
-        raise Rejected("unit unknown")
-    if any(baselines[i] for i in order):
-        x -= np.array([baselines[i] for i in order], np.float32)[:, None]
-    x *= np.array([scale[i] / gains[i] for i in order], np.float32)[:, None]
+def whole(text: str | None, what: str) -> int:
+    """A header's field that must be a whole number, 0 or more."""
+    if text is None or not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise Rejected("unreadable", f"{what} {text!r}")
+    return int(text)
+
+
+def open_regular(folder: str, name: str, missing: str) -> io.FileIO:
+    """Open a file in or below the record's folder; Rejected (`missing` if it is not there)."""
+    if os.path.isabs(name) or ".." in name and ".." in re.split(r"[/\\]", name):
+        raise Rejected("unreadable", f"{name!r} is not in the record's folder")
+    path = os.path.join(folder, name)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe might wait for ever
+            raise Rejected("unreadable", f"{name} is no regular file")
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        reason = missing if isinstance(error, FileNotFoundError) else "unreadable"
+        raise Rejected(reason, f"{name}: {error.strerror}") from None
+
+
+def read_header(folder: str, record: str) -> Header:
+    """The one reader of headers. Fields that are not needed to read the signal are not looked at.
+
+    Source: PhysioNet header(5). Differs: a line may end in a comment; names hold anything.
+    """
+    with open_regular(folder, record + ".hea", "header file missing") as handle:
+        raw = handle.read(MAX_HEADER + 1)
+    if len(raw) > MAX_HEADER:
+        raise Rejected("unreadable", f"{record}.hea: more than {MAX_HEADER:,} bytes")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
+    first, *rows = [row for line in text.split("\n") if (row := line.split(None, 8))] or [[]]
+    name, signals_stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
+    rate_of = RATE_FIELD.fullmatch(rate)
+    if rate_of is None or not 0 < float(rate_of[1]) <= MAX_FS:
+        raise Rejected("unreadable", f"sampling frequency {rate!r}")
+    count, samples = whole(signals_stated, "number of signals"), whole(samples, "number of samples")
+    segments = ()
+    if name.rpartition("/")[2] == str(len(rows)) and all(len(row) == 2 for row in rows):
+        segments = tuple((row[0], whole(row[1], "length of a segment")) for row in rows)
+    elif count != len(rows) or not rows:
+        raise Rejected("unreadable", f"{count} signals stated, {len(rows)} described")
+    columns = zip(*(row + [None] * (9 - len(row)) for row in rows))
+    return Header(float(rate_of[1]), samples, segments, *columns)
+
+
+@functools.lru_cache(maxsize=64)
+def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
+                  leads: tuple) -> tuple[list[int], list[tuple], np.ndarray | None, np.ndarray]:
+    """A header's columns -> order, layout, baseline, scale.
+
+    Returns: positions of the leads among the signals, whatever the case of the names; of each
+    signal (format, samples per frame, skew, offset), format 0 if its text is none; baseline
+    (leads, 1) in ADC units, None where all are 0; scale (leads, 1) mV per ADC unit.
+    """
+    names = [(name or "").strip().lower() for name in names]
+    if wrong := [lead for lead in leads if names.count(lead.lower()) != 1]:
+        raise Rejected("lead missing or twice", f"{', '.join(wrong)}; the header names "
+                                                f"{', '.join(names)}")
+    order, layout, baseline, scale = [names.index(lead.lower()) for lead in leads], [], [], []
+    for text in formats:
+        parts = FORMAT_FIELD.fullmatch(text or "")
+        kind, frame, skew, offset = map(int, parts.groups("0")) if parts else [0] * 4
+        layout.append((kind, frame or 1, skew, offset))
+    for i in order:
+        gain, base, unit = GAIN_FIELD.fullmatch(gains[i] or "").groups()
+        if (unit.lower() or "mv") not in MILLIVOLTS:
+            raise Rejected("unit unknown", f"{gains[i]!r}")
+        base = base or zeros[i] or "0"
+        if not re.fullmatch(NUMBER, base, re.ASCII):
+            raise Rejected("unreadable", f"ADC zero {base!r}")
+        baseline.append(float(base))
+        scale.append(MILLIVOLTS[unit.lower() or "mv"] / (float(gain or 0) or 200.0))
+        if not (1e-30 < abs(scale[-1]) < 1e30 and abs(baseline[-1]) < 1e10):
+            raise Rejected("unreadable", f"gain {gains[i]!r}, baseline {base}")
+    baseline = np.array(baseline)[:, None] if any(baseline) else None
+    return order, layout, baseline, np.array(scale, np.float32)[:, None]
+
+
+def locate(handle: io.FileIO, kind: int, offset: int, frame: int, samples: int,
+           width: int) -> tuple[int, int]:
+    """Go to a signal file's first sample; returns its samples per signal, and the bytes they take.
+
+    frame: samples that all signals of the file have in one frame; width: those of the whole record.
+    samples: as the header states, 0 = as many as are there. A damaged header may ask for any amount
+    of memory: nothing is taken for what is not in the file.
+    """
+    per_six, size = FORMATS[kind][0], os.fstat(handle.fileno()).st_size
+    if per_six is None:  # the offset is one of samples; the file's size tells nothing
+        needed, offset = 4 * MAX_SAMPLES, 0
+    else:
+        samples = samples or max(size - offset, 0) * 6 // per_six // frame
+        needed = -(-samples * frame * per_six // 6)
+        if offset + needed > size:
+            raise Rejected("signal file truncated", f"{os.path.basename(handle.name)}: "
+                                                    f"{size:,} of {offset + needed:,} bytes")
+    if not 0 < samples * width <= MAX_SAMPLES:
+        raise Rejected("unreadable", f"{samples:,} samples a signal")
+    handle.seek(offset)
+    return samples, needed
+
+
+def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> None:
+    """Raise Rejected where the sum of a signal's own samples is not the header's, modulo 2^16."""
+    for i, found in zip(signals_read, sums):
+        stated = header.checksum[i]  # signed in MIMIC's, in others not; or not stated
+        if stated is not None and not (stated.lstrip("-").isdecimal() and len(stated) < 19
+                                       and (int(stated) ^ found) & 0xFFFF == 0):
+            raise Rejected("checksum differs", f"{(header.name[i] or '?')}: {stated} "
+                                               f"stated, {(found + 2**15) % 2**16 - 2**15} found")
+
+
+def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) -> np.ndarray:
+    """The leads by wfdb, whatever format, frames, skew and files: (leads, n) float64 ADC units.
+
+    wfdb gets copies of the files and a header that we write: so a header has one meaning. Samples
+    of one frame are averaged and cut to a whole number, as wfdb does.
+    """
+    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
+
+    signals_read, lines, samples = [], [], header.samples
+    with tempfile.TemporaryDirectory() as copies:
+        for k, file in enumerate(dict.fromkeys(header.file[i] for i in sorted(order))):
+            own = [i for i, name in enumerate(header.file) if name == file]
+            (kind, _, _, offset), frame = layout[own[0]], sum(layout[i][1] for i in own)
+            if kind not in FORMATS or any(layout[i][0] != kind for i in own):
+                formats = dict.fromkeys(str(header.format[i]) for i in own)
+                raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
+            with open_regular(folder, file, "signal file missing") as handle:
+                samples, needed = locate(handle, kind, offset, frame, samples,
+                                         sum(part[1] for part in layout))
+                copy = handle.read(needed)
+            if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
+                kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
+            Path(copies, f"{k}.dat").write_bytes(copy)
+            offset = offset if kind > 500 else 0  # the copy begins there
+            for i in own:
+                initial = int(header.initial[i] or 0) if kind == 8 else 0
+                lines.append(f"{k}.dat {kind}x{layout[i][1]}+{offset} 200 16 0 {initial} 0 0 s")
+            signals_read += own
+        lines.insert(0, f"r {len(lines)} 500 {samples}")
+        Path(copies, "r.hea").write_text("\n".join(lines) + "\n")
+        try:
+            record = wfdb.rdrecord(f"{copies}/r", physical=False, smooth_frames=False,
+                                   ignore_skew=True, return_res=32)
+        except Exception as error:  # wfdb lets whatever a bad file causes escape
+            raise Rejected("unreadable", f"{type(error).__name__}: {error}".replace(
+                copies + os.sep, "")) from error
+    verify(header, signals_read, (int(raw.sum(dtype=np.int64)) for raw in record.e_d_signal))
+    x = np.full((len(order), samples), np.nan)
+    for i, raw in zip(signals_read, record.e_d_signal):
+        if i in order:
+            kind, frame, skew, _ = layout[i]
+            raw = raw.reshape(samples, frame)
+            mean = np.trunc(raw.sum(axis=1, dtype=np.int64) / frame)
+            mean[(raw == FORMATS[kind][1]).any(axis=1)] = np.nan
+            x[order.index(i), :max(samples - skew, 0)] = mean[skew:]
     return x
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_gain(text: str, adc_zero: str) -> tuple[float, float, str]:
-    """`200.0(0)/mV` -> gain in ADC units per unit, baseline, unit; ValueError if not that plain."""
-    gain, _, unit = text.partition("/")
-    gain, _, baseline = gain.partition("(")
-    if not math.isfinite(float(gain)) or float(gain) <= 0 or (baseline and baseline[-1] != ")"):
-        raise ValueError(text)
-    return float(gain), float(baseline[:-1] or adc_zero), unit or "mV"
-
-
-def plain_header(path: str) -> tuple | None:
-    """Parse a header of the common kind: one segment, one format-16 file, one sample per frame.
-
-    Returns: (file, fs, samples, names, gains, baselines, checksums, units), or None for any other
-    header, which is then wfdb's to read. Source: PhysioNet header(5).
-    """
-    try:
-        with open(path, "rb", buffering=0) as handle:
-            lines = handle.read().decode().splitlines()
-        lines = [line for line in lines if line and line[0] != "#"]
-        name, leads, fs, samples = lines[0].split()[:4]
-        fields = [line.split(None, 8) for line in lines[1:]]
-        leads, fs, samples = int(leads), float(fs), int(samples)
-        file = fields[0][0]
-        if not (samples > 0 and fs > 0 and len(fields) == leads) or "/" in name:
-            return None
-        if any(field[0] != file or field[1] != "16" or field[7] != "0" for field in fields):
-            return None
-        # MIMIC's checksums are signed, others are not: both mean the low 16 bits
-        checksums = np.array([int(field[6]) & 0xFFFF for field in fields])
-        names = tuple(field[8].strip() for field in fields)
-        gains, baselines, units = zip(*(parse_gain(field[2], field[4]) for field in fields))
-        return file, fs, samples, names, gains, baselines, checksums, units
-    except (ValueError, IndexError, OSError):
-        return None
-
-
-def read_with_wfdb(path: str) -> tuple[np.ndarray, float]:
-    """read_signal for records that are not plain: other formats, several files or segments."""
-    import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
-
-    try:
-        record = wfdb.rdrecord(path, physical=False)
-        missing = np.isnan(record.dac())  # (n, signals); each format has its code for "missing"
-        stored, found = record.checksum, record.calc_checksum()
-        raw, names = record.d_signal, record.sig_name
-    except FileNotFoundError:
-        raise Rejected("signal file missing") from None
-    except Exception as error:  # wfdb lets whatever a bad file causes escape
-        raise Rejected("unreadable") from error
-    order = lead_order(tuple(names))
-    if not raw.size:
-        raise Rejected("unreadable")
-    if any(a is not None and (a ^ int(b)) & 0xFFFF for a, b in zip(stored or [], found)):
-        raise Rejected("checksum differs")
-    x = np.ascontiguousarray(raw.T[order]).astype(np.float32)
-    x[np.ascontiguousarray(missing.T[order])] = np.nan
-    return millivolts(x, record.adc_gain, record.baseline, record.units, order), float(record.fs)
-
-
-def read_signal(path: str | Path, empty: Callable = fresh) -> tuple[np.ndarray, float]:
-    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs."""
-    path = str(path)
-    plain = plain_header(path + ".hea")
-    if plain is None:
-        return read_with_wfdb(path)
-    file, fs, samples, names, gains, baselines, checksums, units = plain
-    order = lead_order(names)
-    try:
-        with open(os.path.join(os.path.dirname(path), file), "rb", buffering=0) as handle:
-            # the size first: a damaged header may ask for any amount of memory
-            if os.fstat(handle.fileno()).st_size < 2 * samples * len(names):
-                raise Rejected("signal file truncated")
-            raw = empty("raw", (samples, len(names)), "<i2")
-            handle.readinto(raw)
-    except FileNotFoundError:
-        raise Rejected("signal file missing") from None
-    except OSError:
-        raise Rejected("unreadable") from None
+def read_plain(folder: str, header: Header, order: list[int], offset: int,
+               empty: Callable) -> np.ndarray:
+    """The leads of one format-16 file, a sample a frame: (leads, n) float32 ADC units."""
+    width = len(header.file)
+    with open_regular(folder, header.file[0], "signal file missing") as handle:
+        samples, needed = locate(handle, 16, offset, width, header.samples, width)
+        empty = empty if needed < 2**22 else fresh  # what is kept for the next record stays small
+        raw = empty("raw", (samples, width), "<i2")
+        if handle.readinto(raw) != needed:
+            raise Rejected("signal file truncated", header.file[0])
     # The checksum is the sum in int16 that wraps. Two steps: first over rows of 50 samples, which
     # the CPU adds at full width.
     rows = 50 if samples % 50 == 0 else 1
-    sums = raw.reshape(-1, rows * len(names)).sum(axis=0, dtype=np.int16)
-    sums = sums.reshape(rows, len(names)).sum(axis=0, dtype=np.int16)
-    if ((sums ^ checksums) & 0xFFFF).any():
-        raise Rejected("checksum differs")
-    x = empty("stored", (len(names), samples), "<f4")
+    sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
+    verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
+    x = empty("stored", (width, samples), "<f4")
     x[...] = raw.T
-    if names != LEADS:
-        x = x.take(order, axis=0, out=empty("x", (12, samples), "<f4"), mode="clip")
+    if order != list(range(width)):
+        x = x.take(order, axis=0, out=empty("x", (len(order), samples), "<f4"), mode="clip")
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
-    return millivolts(x, gains, baselines, units, order), fs
+    return x
+
+
+def read_leads(folder: str, header: Header, leads: tuple, empty: Callable,
+               plain: bool = True) -> np.ndarray:
+    """The leads of a record of one segment: (leads, n) float32 mV, NaN = missing."""
+    order, layout, baseline, scale = parse_signals(header.format, header.gain, header.zero,
+                                                   header.name, leads)
+    alike = {*header.file} == {header.file[0]} and layout.count(layout[0]) == len(layout)
+    if plain and alike and layout[0][:3] == (16, 1, 0):
+        x = read_plain(folder, header, order, layout[0][3], empty)
+    else:
+        x = read_with_wfdb(folder, header, order, layout)
+    if baseline is not None:
+        x -= baseline
+    x = x.astype(np.float32, copy=False)
+    x *= scale
+    return x
+
+
+def read_segments(folder: str, header: Header, plain: bool) -> np.ndarray:
+    """The leads of a record in segments, joined by name: (12, n) float32 mV, a gap is NaN."""
+    samples = sum(length for _, length in header.segments)
+    if not 0 < len(LEADS) * samples <= MAX_SAMPLES or header.samples not in (0, samples):
+        raise Rejected("unreadable", f"{header.samples:,} samples, {samples:,} in the segments")
+    x, known, stop = np.full((len(LEADS), samples), np.nan, np.float32), set(), 0
+    for name, length in header.segments:
+        start, stop = stop, stop + length
+        if name == "~":  # a gap
+            continue
+        part = read_header(folder, name)
+        if part.segments or part.fs != header.fs or part.samples not in (0, length):
+            raise Rejected("unreadable", f"segment {name}: {part.samples:,} samples at "
+                                         f"{part.fs:g} Hz in {len(part.segments)} segments")
+        names = {(signal_name or "").strip().lower() for signal_name in part.name}
+        leads = tuple(lead for lead in LEADS if lead.lower() in names)
+        known.update(leads)
+        if length and leads:  # a first segment of length 0 only lays out the names
+            rows = [LEADS.index(lead) for lead in leads]
+            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, fresh,
+                                             plain)
+    if wrong := [lead for lead in LEADS if lead not in known]:
+        raise Rejected("lead missing or twice", f"{', '.join(wrong)} in no segment")
+    return x
+
+
+def read_signal(path: str | Path, empty: Callable = fresh,
+                plain: bool = True) -> tuple[np.ndarray, float]:
+    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs.
+
+    plain=False reads through wfdb what would not need it.
+    """
+    folder, record = os.path.split(path)
+    header = read_header(folder, record)
+    if header.segments:
+        return read_segments(folder, header, plain), header.fs
+    return read_leads(folder, header, LEADS, empty, plain), header.fs
 
 
 def mend(x: np.ndarray, fs: float) -> int:
@@ -522,12 +702,24 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
 
     Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
     Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
-    Raises: Rejected with one of REASONS. Not thread-safe: it works in shared scratch arrays.
+    Raises: Rejected alone, whatever the files hold. Not thread-safe: it works in shared arrays.
     """
-    x, recorded_fs = read_signal(path, scratch)  # (12, n)
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is judged below
+            return mended(*read_signal(path, scratch), fs)
+    except Rejected:
+        raise
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror or str(error)) from error
+    except Exception as error:
+        raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]:
+    """A record as stored, (12, n) mV, changed in place -> what `read_record` returns."""
     q, samples, quality = round(recorded_fs / fs), SECONDS * fs, 0
     if q < 1 or abs(recorded_fs - q * fs) > 1e-6 * recorded_fs:
-        raise Rejected("fs not a multiple")
+        raise Rejected("fs not a multiple", f"{recorded_fs:g} Hz")
     if x.shape[1] > samples * q:
         quality |= CUT
         # as if cut after the filter, which reaches 10 output samples ahead
@@ -544,8 +736,8 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
     if max(high.max(), -low.min()) > LIMIT_MV:
         quality |= BEYOND
     x = decimate(x, q, scratch)[:, :samples]
-    if quality & BEYOND and np.abs(x).max() > FLOAT16_MAX:
-        raise Rejected("beyond float16")  # the header's gain or unit is wrong
+    if quality & BEYOND and not (largest := np.abs(x).max()) <= FLOAT16_MAX:
+        raise Rejected("beyond float16", f"{largest:.4g} mV")  # the gain or unit is wrong
     out = np.zeros((12, samples), "<f2")
     out[:, :x.shape[1]] = x
     return out, quality
@@ -567,87 +759,261 @@ COLUMNS = {  # of a table and of the cohort file; the first three are the order 
     "sex": np.int8,  # 0 F, 1 M, -1 missing
     "has_label": bool,  # the source gives this record any code at all, of whatever chapter
 }
+SEX = {text: sex for sex, texts in enumerate(("F f Female female FEMALE", "M m Male male MALE"))
+       for text in texts.split()}
 
 
-def number(text: str, missing: int | None = None) -> int:
-    """Whole number from `7` or `7.0`; empty text is `missing`, or a ValueError without it."""
-    if missing is not None and not text.strip():
-        return missing
+class Rounded(ValueError):
+    """A number as a spreadsheet shows a long one, `4.00E+07`: which one it was is lost."""
+
+
+class Tally(collections.Counter):
+    """Reason -> count of the rows left out; what was found in rows that are kept are `flaws`.
+
+    examples: reason -> where the first one stands and what was found there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.examples: dict[str, str] = {}
+        self.flaws: collections.Counter = collections.Counter()
+
+    def add(self, reason: str, example: str, kept: bool = False) -> None:
+        """Count one, and keep the example if it is the first."""
+        (self.flaws if kept else self)[reason] += 1
+        self.examples.setdefault(reason, example)
+
+
+def told(counts: dict, examples: dict) -> str:
+    """Counts with their examples, in one line."""
+    return "; ".join(f"{n:,} {reason}" + f" (e.g. {examples[reason]})" * (reason in examples)
+                     for reason, n in counts.items() if n) or "nothing"
+
+
+WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(\.0*)?\s*")
+ROUNDED = re.compile(r"\s*[+-]?[0-9.,]+[eE][+-]?[0-9]+\s*")
+UNKNOWN = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}  # texts of a missing value
+
+
+def number(text: str) -> int:
+    """Whole number from `7` or `7.0`. Raises: Rounded for `7E+00`, ValueError for anything else."""
+    if WHOLE.fullmatch(text):
+        return int(text.partition(".")[0])
+    raise (Rounded if ROUNDED.fullmatch(text) else ValueError)(text)
+
+
+def within(low: int, high: int, missing: int | None = None) -> Callable[[str], int]:
+    """A converter to a whole number from low to high; empty text is `missing` where that is given.
+    """
+    def convert(text: str) -> int:
+        value = missing if missing is not None and not text.strip() else number(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+    return convert
+
+
+def if_known(convert: Callable) -> Callable:
+    """A converter for an optional column: None for a text that means "missing"."""
+    return lambda text: None if text.strip().lower() in UNKNOWN else convert(text)
+
+
+def one_clock() -> Callable[[str], int]:
+    """A converter of `2180-07-23 08:44:00` to s since 1970, as if UTC where no offset is given.
+
+    For all time columns of a source: with offsets or without, for else no order holds.
+    """
+    seen: dict[bool, str] = {}
+
+    def seconds(text: str) -> int:
+        when = datetime.fromisoformat(text.strip())
+        if len(seen) < 2:
+            seen.setdefault(when.tzinfo is not None, text)
+        if len(seen) == 2:
+            raise InputError(f"ecg_time: found {seen[True]!r} with a UTC offset and {seen[False]!r} "
+                             "without one; such times cannot be ordered: write all of one kind")
+        value = int((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp())
+        if value < 0:  # which would mean "missing"
+            raise ValueError(text)
+        return value
+    return seconds
+
+
+def years(text: str) -> float:
+    """Age from `63`, `63.5`; `> 89`, and the 300 of PTB-XL that means the same, are 90."""
+    if re.fullmatch(r"\s*(>=?\s*(89|90)|90\s*\+)\s*", text):
+        return 90.0
     value = float(text)
-    if not value.is_integer() or abs(value) > 2**53:  # NaN and infinity are no integers
+    if not (0 <= value <= 130 or value == 300):  # NaN fails as well
         raise ValueError(text)
-    return int(value)
+    return 90.0 if value == 300 else value
 
 
-def seconds(text: str) -> int:
-    """`2180-07-23 08:44:00` -> s since 1970, as if UTC (the dates are shifted); -1 when empty."""
-    if not text.strip():
-        return -1
-    return int(datetime.fromisoformat(text.strip()).replace(tzinfo=timezone.utc).timestamp())
+def record_path(text: str) -> str:
+    """A record's path below the root; ValueError for one that leads out of it, or none."""
+    parts = text.strip().replace("\\", "/").split("/")
+    if not text.strip() or not parts[0] or ".." in parts or ":" in parts[0] or "\0" in text:
+        raise ValueError(text)
+    return text.strip()
+
+
+STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
+ITEM = re.compile(rf"\s*(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*")
+
+
+@functools.lru_cache(maxsize=200_000)
+def icd10(code: str) -> str:
+    """`i48.91` -> `I4891`"""
+    return code.upper().replace(".", "")
 
 
 @functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
 def parse_codes(text: str) -> tuple[str, ...]:
-    """Codes in the text of a list, or of a dict's keys; ValueError for any other text."""
-    try:
-        value = ast.literal_eval(text.strip())
-    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(text) from error
-    # Python joins 'I10' 'I48' into one: two quotes to a code
-    if (not isinstance(value, (list, dict)) or not all(isinstance(code, str) for code in value)
-            or text.count("'") + text.count('"') != 2 * len(value)):
-        raise ValueError(text)
-    return tuple(value)
+    """Codes in the text of a list of strings, or of the keys of a dict of numbers.
 
-
-def read_rows(path: Path, required: tuple, optional: tuple, parse: Callable, what: str,
-              rejected: collections.Counter, key: Callable = number) -> tuple[dict, int]:
-    """{id: parse(id, *texts)} of a CSV file with these columns, the first its id; its row count.
-
-    An optional column that lacks gives "". Of several rows with one id the first counts; where it
-    cannot be parsed the value is None. `rejected` counts "WHAT duplicated" and "WHAT malformed".
+    As Python, NumPy (with or without commas) and JSON write them; read as text, nothing is
+    executed. ValueError for any other text, so that no code is lost or joined with another.
     """
-    rows, listed = {}, 0
+    body, codes, at = text.strip(), [], 1
+    if len(body) < 2 or body[0] + body[-1] not in ("[]", "{}", "()"):
+        raise ValueError(text)
+    while body[at:-1].strip():
+        item = ITEM.match(body, at, len(body) - 1)
+        code = item and next(part for part in item.groups() if part is not None).strip()
+        if not code or re.search(r"[\s,;\[\]{}]", code):  # two codes in one string
+            raise ValueError(text)
+        codes.append(code)
+        # what follows a code: the number of a dict, a comma, or (NumPy) nothing at all
+        rest = r"\s*:\s*[0-9.eE+-]+\s*(,|$)" if body[0] == "{" and ":" in body else r",|(?=['\"])|$"
+        end = re.compile(rest).match(body[:-1], item.end())
+        if not end:
+            raise ValueError(text)
+        at = end.end()
+    return tuple(codes)
+
+
+ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # by the first two bytes
+
+
+def open_table(path: Path, columns: str):
+    """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
     try:
-        handle = open(path, encoding="utf-8-sig", errors="replace", newline="")
+        with open(path, "rb") as handle:
+            start = handle.read(4)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; wanted: a CSV file with the columns "
-                         f"{', '.join(required)}") from None
-    with handle:
-        reader = csv.reader(handle)
+        raise InputError(f"{system_error(error, path)}; wanted: a CSV file with the columns "
+                         f"{columns}") from None
+    if start == b"PK\x03\x04":
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with the "
+                         f"columns {columns}: unpack it, or export it as CSV")
+    opened = gzip.open if start[:2] == b"\x1f\x8b" else open
+    return opened(path, "rt", encoding=ENCODINGS.get(start[:2], "utf-8-sig"), errors="replace",
+                  newline="")
+
+
+def table_header(reader, path: Path, required: dict, optional: dict) -> list[str]:
+    """The names of the columns; InputError where a required one lacks or one stands there twice."""
+    names = ", ".join(filter(None, required))
+    try:
         header = [name.strip() for name in next(reader, [])]
-        if lacking := [name for name in required if name not in header]:
-            raise InputError(f"{path}: no column {', '.join(lacking)}; found: "
-                             f"{', '.join(header)[:200] or 'an empty file'}")
-        if absent := [name for name in optional if name not in header]:
-            print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
-        where = [header.index(name) if name in header else None for name in required + optional]
+    except (csv.Error, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: {error}; wanted: a CSV file with the columns {names}") from None
+    lacking = [name for name in required if name and name not in header]
+    if lacking or not header:
+        mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
+        raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
+                         f"{', '.join(header)[:200] or 'an empty file'}"
+                         + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
+    if twice := [name for name in required | optional if header.count(name) > 1]:
+        raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
+    if absent := [name for name in optional if name not in header]:
+        print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
+    return header
+
+
+def read_rows(path: Path, required: dict, optional: dict, what: str,
+              tally: Tally) -> tuple[dict, int]:
+    """{id: [id, *values]} of a CSV file, and its count of rows.
+
+    required, optional: column -> converter of its text; the first column is the id. The name ""
+    stands for the first column, whatever it is called. Of several rows with one id the first
+    counts. A required text that cannot be converted costs the row: it is then None, and `tally`
+    counts "WHAT malformed". An optional one is stored as None and counted, the row stays.
+    Raises: InputError for a rounded number, which would be another row's id, or no such file.
+    """
+    rows: dict[int, list | None] = {}
+    listed, lost = 0, {}
+    with open_table(path, ", ".join(required)) as handle:
+        reader = csv.reader(handle)
+        header = table_header(reader, path, required, optional)
+        columns = [(name, header.index(name) if name in header else len(header) if name else 0,
+                    if_known(convert) if name in optional else convert)
+                   for name, convert in (required | optional).items()]
+
+        def convert_each(row: list[str], place: str) -> list:
+            values = []
+            for name, index, convert in columns:
+                found = f"{place}: {name} {row[index][:60]!r}"
+                try:
+                    values.append(convert(row[index]))
+                except Rounded:
+                    raise InputError(
+                        f"{found} is a rounded number, as a spreadsheet writes a long one: rows can "
+                        "no longer be told apart; take the original file, or format that column as "
+                        "text before saving") from None
+                except InputError:
+                    raise
+                except (ValueError, KeyError, OverflowError):
+                    if name in required:
+                        tally.add(f"{what} malformed", found)
+                        return values
+                    tally.add(f"{name} unreadable, stored as missing", found, kept=True)
+                    lost.setdefault(name, found)
+                    values.append(None)
+            return values
+
         while True:
             try:
                 row = next(reader, None)
-            except csv.Error:
-                row = [*header, "unreadable"]  # a field too many: malformed
+            except csv.Error as error:
+                row = [*header, str(error)]  # a field too many: malformed
+            except (EOFError, OSError, zlib.error) as error:  # of a gzip file
+                raise InputError(f"{path}: damaged after {listed:,} rows: {error}") from None
             if row is None:
-                return rows, listed
+                break
             if not row:
                 continue  # a blank line is no row
             listed += 1
+            if len(row) != len(header):
+                tally.add(f"{what} malformed", f"{path.name} line {reader.line_num}: {len(row)} "
+                          f"fields for {len(header)} columns")
+                continue
+            row.append("")  # of the optional columns that are not there
             try:
-                if len(row) != len(header):
-                    raise ValueError(row)
-                texts = ["" if i is None else row[i] for i in where]
-                name = key(texts[0])
-                if name in rows:
-                    rejected[f"{what} duplicated"] += 1
-                    continue
-                rows[name] = None  # until the row has proved sound
-                rows[name] = parse(name, *texts[1:])
-            except ValueError:
-                rejected[f"{what} malformed"] += 1
+                values = [convert(row[index]) for _, index, convert in columns]
+            except (ValueError, KeyError, OverflowError):  # which one, and is it needed?
+                values = convert_each(row, f"{path.name} line {reader.line_num}")
+            if values and values[0] in rows:
+                tally.add(f"{what} duplicated", f"{path.name} line {reader.line_num}: {values[0]}")
+            elif values:
+                rows[values[0]] = values if len(values) == len(columns) else None
+    for name in {"ecg_time", "recording_date"} & lost.keys():
+        at = [*required, *optional].index(name)
+        if all(row is None or row[at] is None for row in rows.values()):
+            raise InputError(f"{lost[name]} is no time, nor is any other of that column; wanted: such "
+                             "as '2180-07-23 08:44:00'; without times there are no pairs")
+    return rows, listed
+
+
+def row_values(subject_id, ecg_time, study_id, fold, split, ecg_no, stay, age, sex, codes) -> tuple:
+    """Values of COLUMNS in order, with what is unknown (None) as it is stored."""
+    return (subject_id, -1 if ecg_time is None else ecg_time, study_id, fold, split, ecg_no,
+            -1 if stay is None else stay, math.nan if age is None else age,
+            -1 if sex is None else sex, len(codes) > 0)
 
 
 def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable,
-               patients: int | None, rejected: collections.Counter) -> dict:
+               patients: int | None, tally: Tally) -> dict:
     """Rows (values of COLUMNS, codes, path) -> {column: array, "label", "path", ...}, sorted.
 
     Leaves out rows without a header file, then all but the first `patients` by subject_id. Raises
@@ -658,24 +1024,54 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
         if a[0] == b[0] and a[3] != b[3]:
             raise InputError(f"patient {a[0]} lies in folds {a[3]} and {b[3]} (study_id {a[2]}, "
                              f"{b[2]}); a patient may be in one fold only: correct the fold column")
-    found = [row for row in rows if os.path.exists(f"{root}/{row[2]}.hea")]
-    rejected["header file missing"] = len(rows) - len(found)
-    if patients is not None:
-        chosen = set(sorted({row[0][0] for row in found})[:patients])
-        found = [row for row in found if row[0][0] in chosen]
+    found = []
+    for row in rows:
+        if os.path.exists(header := f"{root}/{row[2]}.hea"):
+            found.append(row)
+        else:
+            tally.add("header file missing", header)
     if not found:
-        example = f"{root}/{rows[0][2]}.hea" if rows else "rows that can be read"
-        raise InputError(f"{root}: found none of the {len(rows):,} records of the CSV files, left "
-                         f"out {dict(+rejected)}; wanted: {example}")
-    values, codes, path = zip(*found)
+        raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
+                         f"soundly; left out: {told(tally, tally.examples)}; wanted: their files "
+                         "below --root")
+    chosen = found
+    if patients is not None:
+        first = set(sorted({row[0][0] for row in found})[:patients])
+        chosen = [row for row in found if row[0][0] in first]
+    values, codes, path = zip(*chosen)
     table = {name: np.array(column, dtype)
              for (name, dtype), column in zip(COLUMNS.items(), zip(*values))}
     position = {name: k for k, name in enumerate(class_name)}
-    table["label"] = np.zeros((len(found), len(class_name)), np.uint8)
+    table["label"] = np.zeros((len(chosen), len(class_name)), np.uint8)
     for label, own in zip(table["label"], codes):
         label[[position[class_of(code)] for code in own if class_of(code) in position]] = 1
     table["code_count"] = np.array([len(own) for own in codes])
-    return table | dict(class_name=class_name, path=list(path), rejected=rejected)
+    return table | dict(class_name=class_name, path=list(path), rejected=tally, flaws=tally.flaws,
+                        examples=tally.examples, not_chosen=len(found) - len(chosen))
+
+
+def check_codes(column: str, rows: list[tuple], makes_class: Callable, foreign: Callable,
+                wanted: str, tally: Tally, most: float = 1.0) -> None:
+    """InputError where the labels, (place, codes) of each row, are of another coding system.
+
+    They would be zero for all patients or for some, without a word: fewer than 1 % of the rows have
+    a code that makes a class, or more than `most` of them one that is foreign. Those are counted.
+    """
+    reason = f"code that is not of {wanted.partition(',')[0]}"
+    distinct = set().union(*(codes for _, codes in rows))
+    classes, odd_ones = set(filter(makes_class, distinct)), set(filter(foreign, distinct))
+    strange = [(place, code) for place, codes in rows if not odd_ones.isdisjoint(codes)
+               for code in codes if code in odd_ones]
+    for place, code in strange:
+        tally.add(reason, f"{place}: {code!r}", kept=True)
+    usual = sum(not classes.isdisjoint(codes) for _, codes in rows)
+    odd = len({place for place, _ in strange})
+    if rows and (usual < 0.01 * len(rows) or odd > most * len(rows)):
+        shown = strange or [(place, code) for place, codes in rows for code in codes]
+        shown = ", ".join(f"{code!r} ({place})" for place, code in shown[:3]) or "no code at all"
+        raise InputError(f"{column}: {usual:,} of {len(rows):,} rows carry a code that makes a "
+                         f"class, {odd:,} one that is not of the system; found: {shown}; wanted: "
+                         f"codes of {wanted}; translate them first")
 
 
 def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
@@ -685,39 +1081,38 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
     the classes are those of the whole CSV, so that a partial download has them all. Folds 0 to 17
     train, 18 validates, 19 tests. Source: A, section 4.1 and Appendix A.
     """
-    def label_row(study_id, subject_id, codes, fold, ecg_no, hospital, ed, age, gender, ecg_time):
-        codes, fold, ecg_no = parse_codes(codes), number(fold), number(ecg_no, -1)
-        if not (0 <= fold <= 19 and -1 <= ecg_no < 2**15):
-            raise ValueError(fold, ecg_no)
-        stay = number(hospital, -1)
-        stay = number(ed, -1) if stay == -1 else stay
-        sex = {"F": 0, "M": 1}.get(gender.strip().upper(), -1)
-        return (number(subject_id), seconds(ecg_time), study_id, fold, max(fold - 17, 0), ecg_no,
-                stay, float(age or "nan"), sex, len(codes) > 0), codes
-
-    rejected, rows = collections.Counter(), []
-    required = ("study_id", "subject_id", "all_diag_all", "fold", "ecg_no_within_stay")
-    optional = ("hosp_hadm_id", "ed_stay_id", "age", "gender", "ecg_time")
-    known, _ = read_rows(labels, required, optional, label_row, "label row", rejected)
+    tally, rows, clock = Tally(), [], one_clock()
+    known, _ = read_rows(labels, {
+        "study_id": number, "subject_id": number, "all_diag_all": parse_codes,
+        "fold": within(0, 19), "ecg_no_within_stay": within(-1, 2**15 - 1, missing=-1),
+    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years, "gender": SEX.__getitem__,
+        "ecg_time": clock}, "label row", tally)
     entries, listed = read_rows(
-        root / "record_list.csv", ("study_id", "subject_id", "path"), ("ecg_time",),
-        lambda study_id, subject_id, path, ecg_time: (number(subject_id), seconds(ecg_time),
-                                                      path.strip()), "record_list row", rejected)
-    entries = {study_id: entry for study_id, entry in entries.items() if entry}
-    rejected["label row without a listed record"] = len(known.keys() - entries)
-    for study_id, (subject_id, ecg_time, path) in entries.items():
+        root / "record_list.csv", {"study_id": number, "subject_id": number, "path": record_path},
+        {"ecg_time": clock}, "record_list row", tally)
+    for study_id in known.keys() - {study_id for study_id, entry in entries.items() if entry}:
+        tally.add("label row without a listed record", f"study_id {study_id}")
+    for entry in filter(None, entries.values()):
+        study_id, subject_id, path, ecg_time = entry
         if study_id not in known:
-            rejected["no label row"] += 1
+            tally.add("no label row", f"study_id {study_id}")
         elif known[study_id] is not None:  # None: counted as malformed already
-            values, codes = known[study_id]
-            if values[0] != subject_id:
-                rejected["subject_id differs between the CSV files"] += 1
+            _, patient, codes, fold, ecg_no, hospital, ed, age, sex, at = known[study_id]
+            if patient != subject_id:
+                tally.add("subject_id differs between the CSV files",
+                          f"study_id {study_id}: {subject_id} and {patient}")
                 continue
-            ecg_time = ecg_time if ecg_time >= 0 else values[1]
-            rows.append(((subject_id, ecg_time, *values[2:]), codes, path))
-    distinct = set().union(*{row[1] for row in known.values() if row})
-    classes = sorted({code[:3] for code in distinct if code.startswith("I") and len(code) >= 3})
-    table = make_table(root, rows, classes, lambda code: code[:3], patients, rejected)
+            ecg_time = at if ecg_time is None else ecg_time
+            rows.append((row_values(subject_id, ecg_time, study_id, fold, max(fold - 17, 0), ecg_no,
+                                    ed if hospital is None else hospital, age, sex, codes),
+                         tuple(map(icd10, codes)), path))
+    told_of = [(f"study_id {row[0]}", tuple(map(icd10, row[2]))) for row in known.values() if row]
+    distinct = set().union(*(codes for _, codes in told_of))
+    classes = sorted({code[:3] for code in distinct if re.match(r"I[0-9][0-9A-Z]", code)})
+    table = make_table(root, rows, classes, lambda code: code[:3], patients, tally)
+    check_codes(f"{labels.name}, all_diag_all", told_of, re.compile(r"I[0-9][0-9A-Z]").match,
+                lambda code: not re.match(r"[A-Z][0-9][0-9A-Z]", code),
+                "ICD-10, such as 'I4891' of chapter IX", tally, most=0.01)
     return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
 
 
@@ -729,15 +1124,16 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
 def make_pairs(table: dict) -> dict:
     """Consecutive records of one patient as transitions; rows sorted by (subject, time, study).
 
-    Returns: pair (P, 2) int32 rows; action (P, K) int8 in {-1, 0, 1}; gap_days (P,) float32, NaN
-    where a time is missing; pair_kind (P,) uint8: 2 touches a record without any code, else 0 same
+    Without both times no order is known, and no pair is made.
+    Returns: pair (P, 2) int32 rows; action (P, K) int8 in {-1, 0, 1}; gap_days (P,) float32;
+    pair_kind (P,) uint8: 2 touches a record without any code, else 0 same
     stay (stable by construction: codes belong to a stay), else 1 between stays.
     """
-    a = np.flatnonzero(table["subject_id"][1:] == table["subject_id"][:-1])
-    b = a + 1
     label, stay, time_s = table["label"].astype(np.int8), table["stay"], table["ecg_time"]
+    same = table["subject_id"][1:] == table["subject_id"][:-1]
+    a = np.flatnonzero(same & (time_s[:-1] >= 0) & (time_s[1:] >= 0))
+    b = a + 1
     gap_days = (time_s[b] - time_s[a]) / 86400
-    gap_days[(time_s[a] < 0) | (time_s[b] < 0)] = np.nan
     kind = np.where((stay[a] == stay[b]) & (stay[a] >= 0), 0, 1)
     kind[~(table["has_label"][a] & table["has_label"][b])] = 2
     return {"pair": np.stack([a, b], axis=1).astype(np.int32),  # (P, 2)
@@ -776,7 +1172,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
         begun = plan.exists()
-        if begun and (differs := difference(json.loads(plan.read_text()), identity)):
+        if begun and (differs := difference(read_json(plan), identity)):
             raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
                              "repeat the command that began it, or delete that folder")
         need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
@@ -825,54 +1221,106 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def work(folder: str, root: str, fs: int, next_row, parent: int) -> None:
-    """One worker: claim CHUNK rows at a time, read them into the shared maps, send nothing back."""
+def serve(call: Callable, pipe: multiprocessing.connection.Connection) -> None:
+    """A worker process: answer the jobs in the pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
-    path, signal, quality, status = (
-        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name == "path" else "r+")
-        for name in ("path", "signal", "quality", "status"))
-    while os.getppid() == parent:
-        with next_row.get_lock():
-            first = next_row.value
-            next_row.value += CHUNK
-        if first >= len(path):
-            return
-        chunk = np.array(status[first:first + CHUNK])
-        for row in np.flatnonzero(chunk != KEPT) + first:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (job := pipe.recv()) is not None:
             try:
-                signal[row], quality[row] = read_record(f"{root}/{path[row].decode()}", fs)
-                chunk[row - first] = KEPT
-            except Rejected as reason:
-                chunk[row - first] = 2 + REASONS.index(str(reason))
-        signal.flush()  # before the status, so that a power cut leaves no row done but empty
-        quality.flush()
-        status[first:first + CHUNK] = chunk
+                answer = job[0], call(job[1])
+            except OSError as error:
+                answer = job[0], error
+            pipe.send(answer)
 
 
-def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray, workers: int) -> None:
-    """Start the workers, show progress from the status file, end when all rows are done."""
+def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[int, object]]:
+    """Yield (position, call(job)) as jobs are done, by worker processes, or in this one if 1.
+
+    Each worker has a pipe of its own: no semaphores, which sandboxes without /dev/shm lack. Raises
+    InputError where a worker is killed or cannot be started; an OSError of a job as it is.
+    """
+    if workers == 1:
+        yield from ((position, call(job)) for position, job in enumerate(jobs))
+        return
     context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
-    arguments = (str(folder), str(root), fs, context.Value("q", 0), os.getpid())
-    workers = min(workers, -(-len(status) // CHUNK))
-    processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
-    done = np.count_nonzero(status)
-    progress = Progress(len(status) - done, "records", f"reading, {workers} workers:")
+    queue, busy = iter(enumerate(jobs)), {}
     try:
-        with without_main():
-            for process in processes:
-                process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.05)
-            progress.update(np.count_nonzero(status) - done - progress.count)
+        with without_main(), system_errors(f"--workers {workers}"):
+            for job in itertools.islice(queue, workers):
+                pipe, theirs = context.Pipe()
+                busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
+                busy[pipe].start()
+                theirs.close()  # so that the end of the worker is the end of the pipe
+                pipe.send(job)
+        while busy:
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                try:
+                    position, answer = pipe.recv()
+                    pipe.send(job := next(queue, None))
+                except (EOFError, ConnectionError):
+                    busy[pipe].join()
+                    code = busy[pipe].exitcode
+                    if code >= 0:
+                        raise RuntimeError(f"a worker ended early, exit code {code}") from None
+                    raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as "
+                                     "when memory runs out: close other programs or take fewer "
+                                     "--workers; the same command goes on") from None
+                if isinstance(answer, OSError):
+                    raise answer
+                yield position, answer
+                if job is None:
+                    busy.pop(pipe).join()
     finally:
-        for process in processes:
-            if process.pid:
-                process.terminate()
-                process.join()
-        progress.update(np.count_nonzero(status) - done - progress.count, last=True)
-    if np.count_nonzero(status) < len(status):
-        codes = [process.exitcode for process in processes]
-        raise RuntimeError(f"workers ended early (exit codes {codes}); the same command goes on")
+        for process in busy.values():
+            process.terminate()
+            process.join()
+
+
+def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
+    """Read CHUNK rows from `first` on into the workspace's files; returns how many it tried."""
+    path, signal, quality, status = (
+        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name in ("path", "signal") else "r+")
+        for name in ("path", "signal", "quality", "status"))
+    chunk, stored = np.array(status[first:first + CHUNK]), signal[first:first + CHUNK]
+    todo = np.flatnonzero(chunk != KEPT)
+    block = np.zeros_like(stored) if len(todo) == len(chunk) else np.array(stored)
+    for i in todo:
+        try:
+            block[i], quality[first + i] = read_record(f"{root}/{path[first + i].decode()}", fs)
+            chunk[i] = KEPT
+        except Rejected as error:
+            chunk[i] = 2 + REASONS.index(error.reason)
+    with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
+        handle.seek(signal.offset + first * block[0].nbytes)
+        handle.write(block)
+        handle.flush()
+        os.fsync(handle.fileno())  # before the status, so that a power cut leaves no row done but
+    quality.flush()                # empty
+    status[first:first + CHUNK] = chunk
+    return len(todo)
+
+
+def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
+                workers: int) -> dict[str, str]:
+    """Read all rows that are not KEPT, with progress; returns an example of each rejection."""
+    todo = np.unique(np.flatnonzero(status != KEPT) // CHUNK) * CHUNK
+    workers = max(1, min(workers, len(todo)))
+    progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
+    try:
+        call = functools.partial(read_chunk, str(folder), str(root), fs)
+        for _, tried in in_workers(call, todo.tolist(), workers):
+            progress.update(tried)
+    finally:
+        progress.close()
+    path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
+    for code in set(status[status > KEPT].tolist()):
+        name, reason = path[np.flatnonzero(status == code)[0]].decode(), REASONS[code - 2]
+        examples[reason] = name
+        try:
+            read_record(f"{root}/{name}", fs)  # once more, for what was found there
+        except Rejected as error:
+            examples[reason] += f": {error.found}" * (error.reason == reason)
+    return examples
 
 
 def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
@@ -883,53 +1331,105 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
         REASONS[code - 2] for code in status[status > KEPT].tolist())
     if not len(keep):
-        shutil.rmtree(folder)  # nothing in it is worth going on with
-        raise InputError(f"{out}: no record could be read; left out: {dict(rejected)}")
+        shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
+        raise InputError(f"{out}: no record could be read; left out: "
+                         f"{told(rejected, table['examples'])}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
     codes = {"distinct": table["distinct_codes"],
              "per_record": float(table["code_count"][keep].mean())}
     attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes, leads=LEADS,
-                                   normal_codes=table["normal_codes"], rejected=rejected)
+                                   normal_codes=table["normal_codes"], rejected=rejected,
+                                   rejected_examples=table["examples"], flaws=table["flaws"],
+                                   not_chosen=table["not_chosen"])
     temporary = folder / "cohort.h5"
-    with h5py.File(temporary, "w") as file:
-        for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
-            file[name] = array
-        file["class_name"] = np.array([name.encode() for name in table["class_name"]])
-        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
-        crc = []
-        for first in range(0, len(keep), CRC_ROWS):
-            block = signal[keep[first:first + CRC_ROWS]]  # (4096, 12, T)
-            stored[first:first + CRC_ROWS] = block
-            crc.append(zlib.crc32(block))
-        file["signal_crc32"] = np.array(crc, np.uint32)
-        for name, value in attributes.items():
-            # lists and dicts as JSON text: every HDF5 reader can show it
-            plain = isinstance(value, (bool, int, float, str))
-            file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, out)
-    shutil.rmtree(folder)
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
+                file[name] = array
+            file["class_name"] = np.array([name.encode() for name in table["class_name"]])
+            stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
+            crc = []  # the dataset is contiguous
+            for first in range(0, len(keep), CRC_ROWS):
+                at, rows = first, keep[first:first + CRC_ROWS]
+                crc.append(0)
+                for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+                    block = signal[run[0]:run[-1] + 1]  # straight from the map
+                    stored[at:at + len(run)], at = block, at + len(run)
+                    crc[-1] = zlib.crc32(block, crc[-1])
+            file["signal_crc32"] = np.array(crc, np.uint32)
+            for name, value in attributes.items():
+                # lists and dicts as JSON text: every HDF5 reader can show it
+                plain = isinstance(value, (bool, int, float, str))
+                file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
+            file.attrs["crc32"] = json.dumps(content_crc(file))
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, out)
+    except BaseException:  # a full disk, say: what was read stays, for the same command to go on
+        temporary.unlink(missing_ok=True)
+        raise
+    # The cohort is whole. Network file systems keep files that are still open, under other names.
+    del status, signal, quality
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------
 # Cohort: the reader of the file
 # ----------------------------------------------------------------------------------------------
 
-CONTENT = (  # datasets, then attributes
-    *COLUMNS, "label", "quality", "pair", "action", "gap_days", "pair_kind", "class_name", "signal",
-    "signal_crc32", "fs", "leads", "unit", "source", "synthetic", "normal_codes", "format_version",
-    "arguments", "csv_sha256", "records_sha256", "rejected", "listed", "codes")
+SHAPES = {  # dataset -> type, shape in N records, K classes, P pairs, C checksums, T samples
+    **{name: (np.dtype(dtype), "N") for name, dtype in COLUMNS.items()},
+    "label": (np.dtype("u1"), "NK"), "state": (np.dtype("u1"), "NK"),
+    "quality": (np.dtype("<u2"), "N"), "class_name": (None, "K"),
+    "pair": (np.dtype("<i4"), "P2"), "action": (np.dtype("i1"), "PK"),
+    "gap_days": (np.dtype("<f4"), "P"), "pair_kind": (np.dtype("u1"), "P"),
+    "signal": (np.dtype("<f2"), "NLT"), "signal_crc32": (np.dtype("<u4"), "C")}
+ATTRIBUTES = {
+    "fs": int, "leads": list, "unit": str, "source": str, "synthetic": bool, "normal_codes": list,
+    "format_version": int, "arguments": dict, "csv_sha256": dict, "records_sha256": str,
+    "rejected": dict, "listed": int, "codes": dict,
+    "rejected_examples": dict, "flaws": dict, "not_chosen": int, "crc32": dict}
+LATER = {"state", "rejected_examples", "flaws", "not_chosen", "crc32"}  # a file may lack these
+LIMITS = {"label": (0, 1), "state": (0, 1), "action": (-1, 1), "split": (0, 2), "sex": (-1, 1),
+          "pair_kind": (0, 2), "fold": (0, 127), "ecg_no_within_stay": (-1, 2**15 - 1)}
 
 
 def what_is(path: Path) -> str:
     """Say what a file that is no readable cohort is instead."""
-    if not path.is_file():
-        return "is a folder" if path.exists() else "does not exist"
-    start = path.open("rb").read(4)
+    with open(path, "rb") as handle:
+        start = handle.read(4)
     if start == b"PK\x03\x04":
         return "is a checkpoint or another zip file"
     return "is truncated or damaged" if start == b"\x89HDF" else "is no HDF5 file"
+
+
+def mapped(file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset that lies in the file as one block, so that it is no larger than the file.
+
+    Raises: InputError for links out of the file, data kept elsewhere, compressed or never written.
+    """
+    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise InputError(f"{name} is no dataset of its own (a link, a group, or kept in another file)")
+    if dataset.chunks is not None or (dataset.size and dataset.id.get_offset() is None):
+        raise InputError(f"{name} is compressed, chunked or empty, as a repacked copy has it; wanted: "
+                         "one block, to be memory-mapped: `h5repack -l CONTI -f NONE OLD NEW` "
+                         "restores it")
+    return dataset
+
+
+def content_crc(file: h5py.File) -> dict[str, int]:
+    """CRC-32 of every dataset but `signal`, which has its own, and of the attributes together."""
+    crc = {name: zlib.crc32(np.ascontiguousarray(mapped(file, name)[()]))
+           for name in SHAPES if name in file and name != "signal"}
+    text = "".join(f"{name}={value!r};" for name, value in plain_attributes(file) if name != "crc32")
+    return crc | {"attributes": zlib.crc32(text.encode())}
+
+
+def plain_attributes(file: h5py.File) -> list[tuple]:
+    """(name, value) of the attributes in order, as Python's own types."""
+    return [(name, value.item() if isinstance(value, np.generic) else value)
+            for name, value in sorted(file.attrs.items())]
 
 
 class Cohort:
@@ -939,42 +1439,98 @@ class Cohort:
     label (N, K) uint8; quality (N,) uint16, bits of QUALITY; pair (P, 2) int32 rows; action (P, K)
     int8; gap_days (P,) float32; pair_kind (P,) uint8; the (N,) columns of COLUMNS; state (N, K)
     uint8, what the simulator truly expressed, or None; class_name, leads, normal_codes lists of
-    str; fs Hz; rejected, arguments, csv_sha256, codes dicts. Beside them path, name (file stem),
-    sha256 (hex, over all of it; the signal enters through its checksums, so this is quick).
-    Raises: InputError for anything but a whole cohort file.
+    str; fs Hz; rejected, rejected_examples, flaws, arguments, csv_sha256, codes dicts. Beside them path,
+    name (file stem), sha256 (hex, over all of it; the signal enters through its checksums, so this
+    is quick), changed (what differs from its stored checksum; None: an older file has none).
+    Raises: InputError for anything but a whole cohort file. Nothing outside the file is read, and
+    no more memory is taken than the file is long.
     """
 
     state = None
 
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), Path(path).stem
-        digest, wanted = hashlib.sha256(), "wanted: a cohort .h5, as prepare_data.py writes it"
+        self.rejected_examples, self.flaws, self.not_chosen, self.crc32 = {}, {}, 0, None
+        wanted = "wanted: a cohort .h5, as prepare_data.py writes it"
         try:
-            with h5py.File(self.path, "r") as file:
-                content = {*file, *file.attrs}
-                if lacking := [name for name in CONTENT if name not in content]:
-                    raise InputError(f"{path} is an HDF5 file without {', '.join(lacking[:4])}; "
-                                     f"{wanted}")
-                for name, value in sorted(file.attrs.items()):
-                    value = value.item() if isinstance(value, np.generic) else value
-                    digest.update(f"{name}={value!r};".encode())
-                    is_json = isinstance(value, str) and value[:1] in ("[", "{")
-                    setattr(self, name, json.loads(value) if is_json else value)
-                for name, dataset in sorted(file.items()):
-                    digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
-                    if name != "signal":
-                        setattr(self, name, dataset[()])
-                        digest.update(getattr(self, name).tobytes())
-                signal = file["signal"]
-                where = dict(offset=signal.id.get_offset(), shape=signal.shape, dtype=signal.dtype)
-        except (OSError, KeyError, AttributeError) as error:
+            open(path, "rb").close()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            what = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+            raise InputError(f"{path} {what}; {wanted}") from None
+        except OSError as error:
+            raise InputError(system_error(error, path)) from None
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:  # it is complete: no one writes
+                self._read(file, wanted)
+        except InputError as error:
+            raise InputError(f"{path}: {error}" if not str(error).startswith(str(path)) else
+                             str(error)) from None
+        except Exception as error:  # h5py lets whatever a damaged file causes escape
             raise InputError(f"{path} {what_is(self.path)}; {wanted}") from error
+        if faults := self._value_faults():
+            raise InputError(f"{path}: {'; '.join(faults[:3])}; build it anew")
+
+    def _read(self, file: h5py.File, wanted: str) -> None:
+        digest, size = hashlib.sha256(), os.path.getsize(self.path)
+        content = {*file, *file.attrs}
+        if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | LATER]:
+            raise InputError(f"{self.path} is an HDF5 file without {', '.join(lacking[:4])}; {wanted}")
+        for name, value in plain_attributes(file):
+            digest.update(f"{name}={value!r};".encode())
+            value = json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
+            if name in ATTRIBUTES and type(value) is not ATTRIBUTES[name]:
+                raise InputError(f"attribute {name} is {str(value)[:40]!r}; wanted: "
+                                 f"{ATTRIBUTES[name].__name__}")
+            if name in ATTRIBUTES:
+                setattr(self, name, value)
         if self.format_version != FORMAT_VERSION:
-            raise InputError(f"{path} has format version {self.format_version}, {FORMAT_VERSION} "
-                             "is wanted; build it anew")
+            raise InputError(f"{self.path} has format version {self.format_version}, "
+                             f"{FORMAT_VERSION} is wanted; build it anew")
+        datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
+        letters = {"2": 2, "L": len(LEADS), "T": SECONDS * self.fs,
+                   "N": (datasets["study_id"].shape or (0,))[0],
+                   "K": (datasets["class_name"].shape or (0,))[0],
+                   "P": (datasets["pair"].shape or (0,))[0]}
+        letters["C"] = -(-letters["N"] // CRC_ROWS)
+        for name, dataset in datasets.items():
+            dtype, axes = SHAPES[name]
+            shape, found = tuple(letters[axis] for axis in axes), (dataset.dtype, dataset.shape)
+            if found != (dtype or dataset.dtype, shape) or dataset.dtype.hasobject:
+                raise InputError(f"{name} is {found[0]} {found[1]}, wanted "
+                                 f"{dtype or 'strings'} {shape}")
+            if dataset.size and dataset.id.get_offset() + dataset.nbytes > size:
+                raise InputError(f"{self.path} is truncated: {name} reaches beyond its end; {wanted}")
+            digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
+            if name != "signal":
+                setattr(self, name, dataset[()])
+                digest.update(np.ascontiguousarray(getattr(self, name)).data)
         self.class_name = [name.decode() for name in self.class_name]
         self.sha256 = digest.hexdigest()
-        self.signal = np.memmap(self.path, mode="r", **where)
+        self.changed = None if self.crc32 is None else [
+            name for name, crc in content_crc(file).items() if self.crc32.get(name) != crc]
+        signal = datasets["signal"]
+        self.signal = np.memmap(self.path, mode="r", offset=signal.id.get_offset(),
+                                shape=signal.shape, dtype=signal.dtype) if signal.size else \
+            np.empty(signal.shape, signal.dtype)
+
+    def _value_faults(self) -> list[str]:
+        """What no cohort may hold: values out of range, pairs of other rows or patients."""
+        faults = []
+        for name, (low, high) in LIMITS.items():
+            values = getattr(self, name)
+            if values is not None and values.size and (bad := (values < low) | (values > high)).any():
+                row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
+                faults.append(f"{name} holds {values[bad][0]} in row {row}; wanted: {low} to {high}")
+        if self.pair.size and not (0 <= self.pair.min() and self.pair.max() < len(self)):
+            faults.append(f"pair holds row {self.pair.max()} or {self.pair.min()}; wanted: 0 to "
+                          f"{len(self) - 1}")
+        if len(set(self.class_name)) < len(self.class_name) or "" in self.class_name:
+            faults.append("class_name holds a name twice or an empty one")
+        if self.leads != list(LEADS) or self.unit != "mV":
+            faults.append(f"leads {self.leads} in {self.unit}; wanted: {' '.join(LEADS)} in mV")
+        if not len(self):
+            faults.append("it holds no record")
+        return faults
 
     def __len__(self) -> int:
         return len(self.study_id)
@@ -997,11 +1553,9 @@ class Cohort:
 
 def check_cohort(cohort: Cohort) -> None:
     """Verify a file against itself: checksums, shapes, order, folds, pairs. InputError if not."""
-    n, k = len(cohort), len(cohort.class_name)
-    shapes = dict.fromkeys((*COLUMNS, "quality"), (n,)) | dict.fromkeys(("label", "state"), (n, k))
-    shapes["signal"] = (n, len(LEADS), SECONDS * cohort.fs)
-    faults = [f"{name} has shape {array.shape}, wanted {wanted}" for name, wanted in shapes.items()
-              if (array := getattr(cohort, name)) is not None and array.shape != wanted]
+    n, faults = len(cohort), []
+    if cohort.changed:
+        faults.append(f"the checksum of {', '.join(cohort.changed)} differs")
     progress, crc = Progress(n, "records", "checking:"), []
     for first in range(0, n, CRC_ROWS):
         block = np.array(cohort.signal[first:first + CRC_ROWS])
@@ -1077,6 +1631,7 @@ def count(cohort: Cohort) -> dict[str, float]:
         "records per patient, median": np.median(records),
         "records per patient, max": records.max(),
         "pairs": len(change),
+        "no pair, for a time is missing": len(cohort) - len(records) - len(change),
         "stable pairs": (change == 0).sum(),
         "changed pairs": (change > 0).sum(),
         "patients with a changed pair": changing,
@@ -1109,7 +1664,7 @@ def count(cohort: Cohort) -> dict[str, float]:
     if len(change):
         counts["Jaccard, mean"] = (1 - change / np.maximum(either, 1)).mean()
     if cohort.source != "ptbxl":
-        counts |= {"pairs of gap 0": (gap == 0).sum(), "pairs of unknown gap": np.isnan(gap).sum()}
+        counts["pairs of gap 0"] = (gap == 0).sum()
         if not np.isnan(gap).all():
             counts["gap in days, median"] = np.nanmedian(gap)
     counts |= {f"quality: {name}": ((cohort.quality & bit) > 0).sum()
@@ -1162,28 +1717,26 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
         found = ", ".join(path.name for path in root.glob("records*")) or "nothing"
         raise InputError(f"{root}: found: {found}; wanted: a folder records100 or records500 at a "
                          f"multiple of {fs} Hz")
-
-    def label_row(ecg_id, patient_id, codes, fold, path, date, age, sex):
-        codes, fold = parse_codes(codes), number(fold)
-        if not 1 <= fold <= 10:
-            raise ValueError(fold)
-        age = min(float(age or "nan"), 90)  # the release writes 300 for "above 89"
-        sex = {0: 1, 1: 0}.get(number(sex, -1), -1)  # the release: 0 male, 1 female
-        return (number(patient_id), seconds(date), ecg_id, fold, max(fold - 8, 0), -1, -1, age,
-                sex, len(codes) > 0), codes, path.strip()
-
-    rejected, database = collections.Counter(), root / "ptbxl_database.csv"
-    classes, _ = read_rows(root / "scp_statements.csv", ("",), (), str, "statement", rejected, str)
-    classes = sorted(filter(None, classes))  # the column of codes has no name
+    tally, database = Tally(), root / "ptbxl_database.csv"
+    statements, _ = read_rows(root / "scp_statements.csv", {"": str.strip}, {}, "statement", tally)
+    classes = sorted(filter(None, statements))
     file_name = "filename_lr" if min(usable) == 100 else "filename_hr"
-    required = ("ecg_id", "patient_id", "scp_codes", "strat_fold", file_name)
-    known, listed = read_rows(database, required, ("recording_date", "age", "sex"), label_row,
-                              "label row", rejected)
-    rows = [row for row in known.values() if row]
-    distinct = set().union(*{codes for _, codes, _ in rows})
-    if unknown := sorted(distinct - set(classes)):
-        print(f"{database.name}: codes that scp_statements.csv lacks make no class: {unknown}")
-    table = make_table(root, rows, classes, lambda code: code, patients, rejected)
+    known, listed = read_rows(database, {
+        "ecg_id": number, "patient_id": number, "scp_codes": parse_codes,
+        "strat_fold": within(1, 10), file_name: record_path,
+    }, {"recording_date": one_clock(), "age": years,
+        "sex": {"0": 1, "1": 0, "0.0": 1, "1.0": 0}.__getitem__},  # the release: 0 male, 1 female
+        "label row", tally)
+    known = {ecg_id: row for ecg_id, row in known.items() if row}
+    rows = [(row_values(patient_id, date, ecg_id, fold, max(fold - 8, 0), -1, None, age, sex, codes),
+             codes, path)
+            for ecg_id, patient_id, codes, fold, path, date, age, sex in known.values()]
+    distinct = set().union(*(codes for _, codes, _ in rows))
+    table = make_table(root, rows, classes, lambda code: code, patients, tally)
+    check_codes(f"{database.name}, scp_codes",
+                [(f"ecg_id {ecg_id}", row[2]) for ecg_id, row in known.items()],
+                set(classes).__contains__, lambda code: code not in classes,
+                f"scp_statements.csv, such as {', '.join(classes[:3])}", tally)
     normal = [code for code in ("NORM", "SR") if code in classes]
     return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=normal)
 
@@ -1628,29 +2181,39 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     Records already there are kept, so a killed run goes on where it stopped. Raises: InputError
     where `root` holds a demo of other knobs, or anything else.
     """
-    root, identity = Path(root), Path(root) / "demo.json"
-    stamp = json.dumps(dict(label_fidelity=float(label_fidelity), nuisance=float(nuisance),
-                            seed=int(seed), folds=FOLDS))
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--root {root}: {error.strerror}; name a folder to write into") from None
-    if not any(root.iterdir()):
-        replace_file(identity, stamp.encode())
-    if (found := identity.read_text() if identity.exists() else "other files") != stamp:
-        raise InputError(f"--root {root}: found: a folder of {found}; wanted: an empty one, or the "
-                         f"demo of {stamp}; nothing there was touched")
+    root = Path(root)
+    identity, own = root / "demo.json", json.dumps(dict(
+        label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed),
+        folds=FOLDS))
+
+    def is_new() -> bool:
+        names = {file.name for file in root.iterdir()} - {"lock"} if root.is_dir() else set()
+        there = "other files" if names else own
+        if identity.exists():
+            there = identity.read_text(errors="replace")
+        if there != own:
+            raise InputError(f"--root {root}: found: a folder of {there[:200]}; wanted: an empty "
+                             f"one, or the demo of {own}; nothing there was touched")
+        return not names
+
+    is_new()  # before the folder gets a lock
+    with locked(root, f"--root {root}: another process writes the demo there; wait for it"):
+        if is_new():
+            replace_file(identity, own.encode())
+        _write_demo(root, patients, label_fidelity, nuisance, seed, workers)
+
+
+def _write_demo(root: Path, patients: int, label_fidelity: float, nuisance: float, seed: int,
+                workers: int) -> None:
+    """Records and CSV files of write_demo, in a folder that is held."""
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
-    rows, progress = [], Progress(patients, "patients", "simulating")
-    with without_main():  # the workers ignore Ctrl-C, which is the parent's to handle
-        pool = multiprocessing.get_context("spawn").Pool(
-            workers, signals.signal, (signals.SIGINT, signals.SIG_IGN))
-    with pool:
-        for own in pool.imap(_write_patient, jobs, chunksize=4):
-            rows += own
-            progress.update()
+    histories, progress = {}, Progress(patients, "patients", "simulating")
+    for i, own in in_workers(_write_patient, jobs, workers):
+        histories[i] = own
+        progress.update()
     progress.close()
+    rows = [row for i in sorted(histories) for row in histories[i]]
     for name, columns in DEMO_FILES.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
@@ -1659,13 +2222,19 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
         replace_file(root / name, text.getvalue().encode())
 
 
-def fold_note(cohort: Cohort) -> str:
-    """One line on a demo cohort that was built before FOLDS, with few test patients; else ""."""
-    if cohort.source != "demo" or "folds" in cohort.arguments:
-        return ""
-    train, val, test = (np.unique(cohort.subject_id[cohort.split == s]).size for s in range(3))
-    return (f"{cohort.path}: a demo cohort with the older folds, of {train:,} training, {val:,} "
-            f"validation, {test:,} test patients; one built now has {FOLDS} %")
+def notes(cohort: Cohort) -> list[str]:
+    """What is to be said of a file beside its numbers: changed, of an older version, few tests."""
+    out = []
+    if cohort.changed:
+        out.append(f"{cohort.path}: {', '.join(cohort.changed)} changed since it was built "
+                   f"(checksum): `python prepare_data.py --check {shlex.quote(str(cohort.path))}`")
+    if cohort.changed is None:
+        out.append(f"{cohort.path}: an older file, where the signal alone has checksums")
+    if cohort.source == "demo" and "folds" not in cohort.arguments:
+        train, val, test = (np.unique(cohort.subject_id[cohort.split == s]).size for s in range(3))
+        out.append(f"{cohort.path}: a demo cohort with the older folds, of {train:,} training, "
+                   f"{val:,} validation, {test:,} test patients; one built now has {FOLDS} %")
+    return out
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1688,7 +2257,25 @@ def summary(cohort: Cohort) -> str:
     for name, number_text, share in rows:
         name = name.replace("first in stay", "first in stay (triage)")
         out.append(f"  {name:<54}{number_text:>11}{share:>8}".rstrip())
-    return "\n".join(filter(None, [*out, *golden_lines(cohort, counts), fold_note(cohort)]))
+    out += [f"  {reason}: {cohort.rejected.get(reason, cohort.flaws.get(reason)):,}, e.g. {example}"
+            for reason, example in sorted(cohort.rejected_examples.items())]
+    return "\n".join([*out, *golden_lines(cohort, counts), *notes(cohort)])
+
+
+def loss_line(cohort: Cohort) -> str:
+    """What to say last where more than 5 % of the listed records are lost, else "".
+
+    Measured against the lines of the CSV file that lists them; --patients loses nothing.
+    """
+    unread = sum(cohort.rejected.get(reason, 0) for reason in REASONS)
+    tried = len(cohort) + unread
+    lines = cohort.listed - cohort.not_chosen - tried  # lost before a record was looked at
+    share = 1 - (1 - lines / max(1, cohort.listed)) * len(cohort) / tried
+    if share <= 0.05:
+        return ""
+    return (f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} of "
+            f"{cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the reasons stand "
+            "above, each with an example")
 
 
 def refuse_other(out: Path, identity: dict) -> None:
@@ -1705,7 +2292,8 @@ def check_arguments(source, root, fs, labels, workers, patients, label_fidelity,
     if source not in SOURCES:
         raise InputError(f"--source {source}: wanted one of {', '.join(SOURCES)}")
     if source != "demo" and not (root and Path(root).is_dir()):
-        raise InputError(f"--root {root}: wanted: the folder that holds the CSV files of {source}")
+        raise InputError(f"--root: found {root or 'nothing'}; wanted: the folder that holds the CSV "
+                         f"files of {source}")
     most = SPACING if source == "demo" else 10**9  # patients
     for name, value, low, high in (
             ("fs", fs, 1, 10_000), ("workers", workers, 1, 10_000), ("patients", patients, 1, most),
@@ -1753,9 +2341,9 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         table = read_mimic(root, files[1], patients)
     if source == "demo":
         files.append(root / "demo_state.csv")
-        state, _ = read_rows(files[2], ("study_id", "state"), (), lambda _, text: parse_codes(text),
-                             "state row", table["rejected"])
-        table["state"] = np.array([[name in state[study_id] for name in table["class_name"]]
+        state, _ = read_rows(files[2], {"study_id": number, "state": parse_codes}, {}, "state row",
+                             table["rejected"])
+        table["state"] = np.array([[name in state[study_id][1] for name in table["class_name"]]
                                    for study_id in table["study_id"]], np.uint8)
     identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments,
                 "csv_sha256": {file.name: sha256_of(file) for file in files},
@@ -1766,9 +2354,11 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
-            run_workers(folder, root, fs, status, workers)
+            examples = run_workers(folder, root, fs, status, workers)
+            table["examples"] = table.get("examples", {}) | examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
-    print(summary(Cohort(out)))
+    cohort = Cohort(out)
+    print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")
     return out
 
 
@@ -1809,7 +2399,7 @@ def main(argv: list[str] | None = None) -> int:
             build(**args)
         else:
             check_cohort(cohort := Cohort(check))
-            print(summary(cohort), "ok", sep="\n")
+            print(summary(cohort), "ok", *filter(None, [loss_line(cohort)]), sep="\n")
 
     return run_script(work, "interrupted; the same command goes on where it stopped")
 

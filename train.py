@@ -14,7 +14,11 @@
 Every run writes runs/NAME/{config.json, log.jsonl, last.pt, best.pt, predictions_{val,test}.npz};
 evaluate.py turns those into tables. Defaults are the papers'; on a CPU or a synthetic cohort
 epochs, batch size and rate take a laptop preset, which is printed (--paper keeps the papers').
+Stopped by whatever, a run goes on when its command is given again, on a CPU to the same bytes;
+previous.pt is the checkpoint before last.pt, lock keeps a second process out.
 """
+
+from __future__ import annotations  # an older Python shall reach the line that names it
 
 import argparse
 import contextlib
@@ -26,7 +30,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +43,12 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
+
+import prepare_data
+
+if __name__ == "__main__":
+    prepare_data.wait_passively()  # starts this script again, so before torch, which takes longest
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,10 +56,9 @@ from torch.nn import functional as F
 
 import cardiowm
 import evaluate
-import prepare_data
 from evaluate import (CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc,
                       recalibrate)
-from prepare_data import Cohort, InputError, Progress, replace_file
+from prepare_data import Cohort, InputError, Progress, locked, replace_file, system_errors
 
 DEFAULT_DATA = Path("data/cohort.h5")
 MIN_PAIRS = 64            # SIGReg tests a distribution: on fewer embeddings it says little
@@ -56,6 +67,7 @@ SYNTHETIC_ROWS = 2_000_000, 721_002   # paper B: synthetic rows beside real rows
 EMBED_BATCH = 256         # records per batch where nothing is learned
 SYNTHESIS_BATCH = 2048    # synthetic rows per batch: few enough to stay in a CPU's cache
 RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken before validation
+SLOWER = 3                # times as long as at its start: a run says that its steps are slow
 GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
 UNTRAINED_DRAWS = 3       # untrained encoders that a study probes, over all its seeds
 
@@ -126,9 +138,8 @@ class Signals:
         self.device, self.how = device, how
         size = cohort.signal.nbytes
         if cache == "auto":
-            known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})  # not on macOS
-            ram = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
-            ram /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process holds its own
+            # each process of this machine holds its own
+            ram = prepare_data.available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
         print(f"signals: {len(cohort.signal)} records, {size / 1e9:.2f} GB, held in {cache}")
@@ -363,13 +374,22 @@ def make_schedule(optimizer, name: str, lr: float, total: int, warmup: float = 0
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None) -> None:
-    """One step down the gradient, whose norm is cut to `clip`."""
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor:
+    """One step down the gradient, whose norm is cut to `clip`; returns the norm before.
+
+    Where the loss or the norm is not finite, no weight changes.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    bad = ~torch.isfinite(loss.detach() + norm)
+    if optimizer.defaults["fused"]:  # it leaves out the step by itself: nobody waits for the answer
+        optimizer.found_inf = bad.float()
+    elif bad:
+        return norm
     optimizer.step()
+    return norm
 
 
 def global_batch(args: argparse.Namespace, n: int) -> int:
@@ -378,21 +398,40 @@ def global_batch(args: argparse.Namespace, n: int) -> int:
     return size - size % world_size()
 
 
-class Diverged(RuntimeError):
-    """A loss that is no longer finite."""
+def quoted(word: str | Path) -> str:
+    """A word of a command line as a shell takes it."""
+    return shlex.quote(str(word))
 
 
-def check_finite(unchecked: list[tuple], records_of: Callable) -> None:
-    """Raise for the first step whose loss is not finite, else empty the list.
+class Diverged(InputError):
+    """A loss, gradient or score that is no longer finite."""
 
-    Called before anything is logged or stored, not at each step: that would make a GPU wait.
+
+def blame(cohort: Cohort, rows: np.ndarray) -> str:
+    """Which of these records made a loss, or a score, that is not finite, and what to do."""
+    rows = np.unique(rows)
+    for row in rows:
+        found = cohort.signal[row]                                             # (12, T)
+        for lead in np.flatnonzero(~np.isfinite(found).all(axis=1))[:1]:
+            what = "NaN" if np.isnan(found[lead]).any() else "infinity"
+            return (f"study_id {cohort.study_id[row]} (row {row}, lead {cohort.leads[lead]}) holds "
+                    f"{what}: run `python prepare_data.py --check {quoted(cohort.path)}`")
+    more = f" and {len(rows) - 8} more" * (len(rows) > 8)
+    return (f"its records are finite (study_id {', '.join(map(str, cohort.study_id[rows[:8]]))}"
+            f"{more}): give a lower --lr, with --overwrite")
+
+
+def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
+    """Raise for the first step whose loss or gradient is not finite, else empty the list.
+
+    `descend` has left such a step out. On a GPU, which would have to wait, this is called before
+    anything is logged or stored only; elsewhere after each step.
     """
-    losses = torch.stack([terms["minimised"] for _, _, terms in unchecked])
-    for bad in (~torch.isfinite(losses)).nonzero()[:1, 0].tolist():
+    sums = torch.stack([terms["minimised"] + terms["gradient norm"] for *_, terms in unchecked])
+    for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
         step, items, terms = unchecked[bad]
-        found = {k: v.item() for k, v in terms.items()}
-        raise Diverged(f"step {step}: loss is {found.pop('minimised')}; terms {found}; record "
-                       f"rows {sorted(set(records_of(items).ravel().tolist()))}")
+        found = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+        raise Diverged(f"step {step}: loss or gradient not finite ({found}); {culprit(items)}")
     unchecked.clear()
 
 
@@ -400,8 +439,8 @@ class Loop:
     """All the state of a training loop, which a checkpoint holds by name, and what it measures."""
 
     def __init__(self, run, args, recipe: dict, modules: dict[str, nn.Module], header: dict,
-                 n: int, records_of: Callable):
-        self.run, self.args, self.header, self.records_of = run, args, header, records_of
+                 n: int, culprit: Callable):
+        self.run, self.args, self.header, self.culprit = run, args, header, culprit
         self.batch_size = global_batch(args, n)
         self.per_epoch = n // self.batch_size
         self.total = self.per_epoch * args.epochs
@@ -417,12 +456,12 @@ class Loop:
         self.parts = modules | {"optimizer": self.optimizer, "schedule": self.schedule}
         # bad_epochs: validations since the best one
         self.at = {"step": 0, "epoch": 0, "best": None, "bad_epochs": 0}
+        run.begin(header["kind"], self.parts)
         if run.state:
-            for name, part in self.parts.items():
-                part.load_state_dict(run.state[name])
             self.at = {key: run.state[key] for key in self.at}
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
-        self.saved, self.unchecked = self.began, []
+        self.saved, self.unchecked, self.pace, self.slowed = self.began, [], [], False
+        self.may_wait = not args.device.startswith("cuda")  # for the values of each step
 
     def save(self, name: str, epoch: int) -> None:
         """A checkpoint to go on from at this epoch, within it where its steps are not all done."""
@@ -432,29 +471,51 @@ class Loop:
         self.saved = time.monotonic()
 
     def take(self, items: np.ndarray, loss: Tensor, terms: dict, epoch: int) -> None:
-        """One step, its log row where one is due, and a checkpoint where the last one is old."""
-        self.unchecked.append((self.at["step"], items, {"minimised": loss.detach()} | {
-            k: v.detach() for k, v in terms.items() if not callable(v)}))
+        """One step, its log row where one is due, and a checkpoint where the last one is old.
+
+        A signal ends the run here; of several ranks, all at the same row of the log.
+        """
         rate = self.schedule.get_last_lr()[0]
-        descend(loss, self.optimizer, self.clip)
+        norm = descend(loss, self.optimizer, self.clip)
+        self.unchecked.append((self.at["step"], items, {
+            k: v.detach() for k, v in {"minimised": loss, "gradient norm": norm, **terms}.items()
+            if not callable(v)}))
         self.schedule.step()
         self.at["step"] += 1
-        step = self.at["step"]
-        save = time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
+        step, stop = self.at["step"], self.run.asked if world_size() == 1 else 0
+        save = stop or time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
         log = step % self.log_every == 0 or step == self.total or "grad_ratio" in terms
-        if log or save or step % self.per_epoch == 0:
-            check_finite(self.unchecked, self.records_of)
+        if log or save or step % self.per_epoch == 0 or self.may_wait:
+            check_finite(self.unchecked, self.culprit)
         if log:
-            found = [(v() if callable(v) else v).detach().to(loss) for v in terms.values()]
-            found = dict(zip(terms, average(torch.stack(found)).tolist()))
+            found = [v() if callable(v) else v for v in terms.values()]
+            found = [v.detach().to(loss) for v in found] + [loss.new_tensor(self.run.asked)]
+            *found, stop = average(torch.stack(found)).tolist()
+            found = dict(zip(terms, found))
             elapsed = max(time.monotonic() - self.began, 1e-9)
             speed = (step - self.first) / elapsed
             self.run.log({"step": step, "epoch": epoch, **found, "lr": rate,
                           "items_per_second": speed * self.batch_size, "elapsed_seconds": elapsed,
                           "remaining_seconds": (self.total - step) / speed,
                           "wait_fraction": self.wait / elapsed})
-        if save:
+        if save or stop:
             self.save("last.pt", epoch)
+        if stop:
+            self.run.end(step)
+
+    def watch_pace(self, seconds: float) -> None:
+        """Say, once a run, that the steps of a CPU take several times as long as at its start."""
+        if len(self.pace) == 25:  # 5 that warm up, the next 10, the last 10
+            del self.pace[15]
+        self.pace.append(seconds)
+        first, now = (sorted(self.pace[i:i + 10])[-5:] for i in (5, 15))  # from the median on
+        if len(self.pace) == 25 and not self.slowed and self.args.device == "cpu" \
+                and now[0] > max(SLOWER * first[0], 0.01):
+            self.slowed = True
+            print(f"note: a step takes {now[0]:.2g} s now, {first[0]:.2g} s when this run started: "
+                  "another process keeps the cores busy (see `top`), or they are throttled. Stop "
+                  "that process; a new run with OMP_NUM_THREADS=1 suffers less (one of other "
+                  "numbers of threads differs in the last digits)", flush=True)
 
     def judge(self, values: dict, better: tuple[str, int], epoch: int) -> None:
         """Log a validation; store the weights, and as the best ones if they are."""
@@ -466,11 +527,13 @@ class Loop:
         elif self.at["best"] is not None:
             self.at["bad_epochs"] += 1
         self.save("last.pt", epoch + 1)
+        if average(torch.tensor(float(self.run.asked), device=self.args.device)):
+            self.run.end(self.at["step"])
 
 
 def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
         header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
-        better: tuple[str, int], records_of: Callable, result: str = "best.pt") -> None:
+        better: tuple[str, int], culprit: Callable, result: str = "best.pt") -> None:
     """Batches -> loss -> step -> log -> validation -> checkpoint, until done.
 
     The modules then hold the weights of the checkpoint `result`, in eval mode.
@@ -483,40 +546,46 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
              loss_of     (items, batch, step) -> (scalar to minimise, terms to log: scalars, or
                          functions that give one, called for logged steps only); of this rank
              validate    () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
-             records_of  (B,) items -> record rows, to name what made a loss non-finite
+             culprit     (B,) items -> what made a loss of them non-finite, in words: `blame`
     """
-    loop = Loop(run, args, recipe, modules, header, n, records_of)
+    loop = Loop(run, args, recipe, modules, header, n, culprit)
     at, size = loop.at, loop.batch_size
     mine = slice(rank() * size // world_size(), (rank() + 1) * size // world_size())
     print(f"{n} training items, batch {size}, {loop.per_epoch} steps an epoch, {args.epochs} "
           f"epochs, {loop.total} steps, log every {loop.log_every}")
-    for epoch in range(at["epoch"], args.epochs):
-        # as it stood when this epoch began, also where a run goes on within it
-        if loop.patience and epoch % loop.every == 0 and at["bad_epochs"] >= loop.patience \
-                and epoch * loop.per_epoch >= loop.least:
-            print(f"stopped early: no better {better[0]} in {loop.patience} validations")
-            break
-        for module in modules.values():
-            module.train()
-        order = epoch_order(n, size, args.seed, epoch)[at["step"] - epoch * loop.per_epoch:, mine]
-        asked = time.monotonic()
-        for items, batch in prefetch(read, order):
-            loop.wait += time.monotonic() - asked
-            # dropout is a function of (seed, step) alone
-            torch.manual_seed(seed_of(args.seed, at["step"], 1) + rank())
-            loss, terms = loss_of(items, batch, at["step"])
-            loop.take(items, loss, terms, epoch)
+    with run.noting_signals():
+        for epoch in range(at["epoch"], args.epochs):
+            # as it stood when this epoch began, also where a run goes on within it
+            if loop.patience and epoch % loop.every == 0 and at["bad_epochs"] >= loop.patience \
+                    and epoch * loop.per_epoch >= loop.least:
+                print(f"stopped early: no better {better[0]} in {loop.patience} validations")
+                break
+            for module in modules.values():
+                module.train()
+            order = epoch_order(n, size, args.seed, epoch)
+            order = order[at["step"] - epoch * loop.per_epoch:, mine]
             asked = time.monotonic()
-        if (epoch + 1) % loop.every == 0 or epoch + 1 == args.epochs:
-            values = validate()
-            values = on_first_rank(lambda: values)  # ranks may differ in the last bit: one decides
-            loop.judge(values, better, epoch)
+            for items, batch in prefetch(read, order):
+                began = time.monotonic()
+                loop.wait += began - asked
+                # dropout is a function of (seed, step) alone
+                torch.manual_seed(seed_of(args.seed, at["step"], 1) + rank())
+                loss, terms = loss_of(items, batch, at["step"])
+                loop.take(items, loss, terms, epoch)
+                asked = time.monotonic()
+                loop.watch_pace(asked - began)
+            if (epoch + 1) % loop.every == 0 or epoch + 1 == args.epochs:
+                values = validate()
+                # ranks may differ in the last bit: one decides
+                values = on_first_rank(lambda: values)
+                loop.judge(values, better, epoch)
     if at["best"] is None:
         print(f"note: {better[0]} was never defined (too few validation records or pairs); best.pt "
               "is the last epoch's")
         loop.save("best.pt", args.epochs)
     state = on_first_rank(lambda: load_checkpoint(run.path / result))  # which has just written it
     for name, module in modules.items():
+        evaluate.check_tensors(module.state_dict(), state[name], f"{run.path / result}: {name}")
         module.load_state_dict(state[name])
         module.eval()
 
@@ -650,7 +719,8 @@ def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
 
     header = checkpoint_header(args, cohort, "worldmodel", task.model_args)
     fit(run, args, recipe, task.modules, header, len(pairs), task.read, task.loss_of, validate,
-        ("val_loss", -1), lambda items: task.pair[items], "last.pt")  # which paper A probes
+        ("val_loss", -1), lambda items: blame(cohort, task.pair[items]),
+        "last.pt")  # which paper A probes
     return {name: scores_of(online, evaluate.embed(model, task.signals, which, args.normalize)[0])
             for name, which in judged_rows(cohort).items()}
 
@@ -688,8 +758,13 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     @torch.no_grad()
     def score(which: np.ndarray) -> np.ndarray:
         chunks = [which[i:i + EMBED_BATCH] for i in range(0, len(which), EMBED_BATCH)]
-        return torch.cat([model(signals.ready(x)).sigmoid()
-                          for _, x in prefetch(signals.read, chunks)]).cpu().numpy()
+        scores = torch.cat([model(signals.ready(x)).sigmoid()
+                            for _, x in prefetch(signals.read, chunks)]).cpu().numpy()
+        bad = ~np.isfinite(scores).all(axis=1)
+        if bad.any():
+            raise Diverged(f"scores of {bad.sum():,} records are not finite: "
+                           f"{blame(cohort, which[bad])}")
+        return scores
 
     def validate() -> dict:
         with autocast(device):
@@ -701,7 +776,7 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     header = checkpoint_header(args, cohort, "classifier", {
         "num_classes": len(cohort.class_name), "in_leads": len(cohort.leads)})
     fit(run, args, recipe, {"model": model}, header, len(rows), read, loss_of, validate,
-        ("val_macro_auroc", 1), lambda items: rows[items])
+        ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items]))
     return {name: score(which) for name, which in judged_rows(cohort).items()}
 
 
@@ -838,7 +913,7 @@ def probe(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     fit(run, args, recipe, {"model": head},
         header | {"head": args.head, "features": args.features}, len(y),
         lambda items: to_device(items, device), probe_loss(head, inputs, y, n, pos_weight),
-        validate, ("val_macro_auroc", 1), lambda items: rows[items[items < n]])
+        validate, ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items[items < n]]))
     return {"val": scores_of(head, val), "test": scores_of(head, test)}
 
 
@@ -909,57 +984,111 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
 class Run:
     """A run folder: its life cycle (new, unfinished, finished), its log and its checkpoints."""
 
-    def __init__(self, path: Path, config: dict, resume: bool, overwrite: bool, defaults: dict):
+    def __init__(self, path: Path, config: dict, resume: bool, defaults: dict):
         """Decides what happens to `path`; raises InputError where nothing may be overwritten.
 
         defaults: value of each argument that the config.json of an older version may lack.
         """
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
-        self.began = time.monotonic()
+        self.began, self.asked, self.log_rows = time.monotonic(), 0, 0
         is_run = (path / "config.json").exists()
-        refuse([
-            (path.exists() and not path.is_dir(),
-             f"--run {path}: found a file; wanted: the name of a run folder"),
-            (path.is_dir() and any(path.iterdir()) and not is_run,
-             f"{path}: found a folder that is no run (no config.json); choose another --run")])
-        if is_run and overwrite:
-            numbered = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
-            aside = path.rename(next(p for p in numbered if not p.exists()))
-            is_run = False
-            print(f"--overwrite: {path} moved aside to {aside}")
         self.finished, old = is_finished(path), config_of(path) if is_run else None
         if old:
             self._check_same(old, defaults)
             refuse([(self.finished and not resume,
                      f"{path}: this run is finished; score it with `python evaluate.py --mode "
-                     f"score --runs {path}`, or start anew with --overwrite")])
+                     f"score --runs {quoted(path)}`, or start anew with --overwrite")])
         if not self.finished:
-            self._open(old, resume)
+            self._find_state(old, resume)
 
-    def _open(self, old: dict | None, resume: bool) -> None:
-        """Make the folder, or go on from its last checkpoint."""
-        path = make_folder(self.path)
-        if (path / "last.pt").exists():
-            self.state = load_checkpoint(path / "last.pt")
-            print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}): "
-                  "found unfinished, same configuration, same cohort")
-            self.began -= self.state.get("run_seconds", 0.0)
-            code = old.get("code") or [{"git": old["git"], "sha256": old["sha256"], "step": 0}]
-            (new,) = self.config["code"]
-            if code[-1]["sha256"] != new["sha256"]:  # the code of each part, the first one first
-                print("note: the code changed since this run began")
-                code.append(new | {"step": self.state["step"]})
-            self.config["code"] = code
-        elif old:
-            print(f"{path}: found unfinished, without a checkpoint; starting at step 0")
-        elif resume:
-            print(f"--resume: nothing to resume in {path}; starting at step 0")
-        replace_file(path / "config.json", json.dumps(self.config, indent=2).encode())
+    def _find_state(self, old: dict | None, resume: bool) -> None:
+        """Read the checkpoint to go on from, if there is one; nothing changes yet."""
+        for name in ("last.pt", "previous.pt"):
+            self.found = self.path / name
+            if old and self.found.exists():
+                break
+        else:
+            if old or resume:
+                print(f"{self.path}: " + ("found unfinished, without a checkpoint" if old else
+                                          "nothing to resume there") + "; starting at step 0")
+            return
+        try:
+            self.state = load_checkpoint(self.found)
+            self._check_state()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._unusable(error) from None
+        print(f"RESUMING {self.path} at step {self.state['step']} (epoch {self.state['epoch']}): "
+              "found unfinished, same configuration, same cohort")
+        if name == "previous.pt":
+            print(f"note: last.pt is missing there; {self.found} is the checkpoint before it")
+        self.began -= self.state.get("run_seconds", 0.0)
+        code = old.get("code") or [{"git": old["git"], "sha256": old["sha256"], "step": 0}]
+        (new,) = self.config["code"]
+        if code[-1]["sha256"] != new["sha256"]:  # the code of each part, the first one first
+            print("note: the code changed since this run began")
+            code.append(new | {"step": self.state["step"]})
+        self.config["code"] = code
+        if self.config["args"]["device"] == "cpu":  # where the last digits depend on it
+            self.config["speed"]["threads"] = old.get("speed", self.config["speed"])["threads"]
+
+    def _check_state(self) -> None:
+        """InputError if the checkpoint found is one of another run."""
+        args, state = self.config["args"], self.state
+        for name in ("step", "epoch", "bad_epochs", "log_rows"):
+            if not isinstance(state[name], int):
+                raise TypeError(f"{name} is {state[name]!r}")
+        refuse([(name in args and name not in HOW_FLAGS and args[name] != value,
+                 f"{self.found}: of another run, with {name} = {value}, this one has "
+                 f"{args.get(name)}") for name, value in state.get("args", {}).items()])
+
+    def _unusable(self, error: Exception) -> InputError:
+        """What is said of a checkpoint that this run cannot go on from, and what to do instead."""
+        text = str(error) if isinstance(error, InputError) else \
+            f"{self.found}: no checkpoint of this run ({type(error).__name__}: {error})"
+        previous = self.path / "previous.pt"
+        with contextlib.suppress(InputError, KeyError):
+            step = load_checkpoint(previous)["step"]
+            if self.found != previous:
+                return InputError(f"{text}. The checkpoint before it is whole, at step {step}: run "
+                                  f"`mv {quoted(previous)} {quoted(self.found)}`, then the same "
+                                  "command")
+        return InputError(f"{text}. No other checkpoint is there: start anew with --overwrite")
+
+    def begin(self, kind: str, parts: dict) -> None:
+        """Put the checkpoint found into the parts of a loop, all or nothing; open the folder."""
+        if self.state:
+            try:
+                self._restore(kind, parts)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise self._unusable(error) from None
+        if rank() > 0:
+            return
+        for left in self.path.glob("*.tmp"):  # by a process that was killed
+            left.unlink()
+        replace_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
         # only the rows that the checkpoint has seen stay in the log: no step is logged twice
-        log = path / "log.jsonl"
+        log = self.path / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        self.log_rows = self.state["log_rows"] if self.state else 0
-        replace_file(log, "".join(lines[:self.log_rows]).encode())
+        lines = lines[:self.state["log_rows"] if self.state else 0]
+        self.log_rows = len(lines)
+        replace_file(log, "".join(lines).encode())
+
+    def _restore(self, kind: str, parts: dict) -> None:
+        state = self.state
+        refuse([(state["kind"] != kind, f"{self.found}: holds a {state['kind']}, wanted a {kind}")])
+        modules = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
+        for name, module in modules.items():
+            evaluate.check_tensors(module.state_dict(), state[name], f"{self.found}: {name}")
+        groups = parts["optimizer"].param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        for i, moments in state["optimizer"]["state"].items():
+            wanted = {"step": torch.tensor(0.0), "exp_avg": parameters[i],
+                      "exp_avg_sq": parameters[i]}
+            evaluate.check_tensors(wanted, moments, f"{self.found}: optimizer, parameter {i}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        n = sum(len(module.state_dict()) for module in modules.values())
+        print(f"{n} of {n} tensors loaded from {self.found}, and the optimizer's")
 
     def _check_same(self, old: dict, defaults: dict) -> None:
         def content(config):
@@ -983,7 +1112,8 @@ class Run:
         if rank() > 0:
             return
         row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
+        log = self.path / "log.jsonl"
+        with system_errors(log), open(log, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.log_rows += 1
         if any(k.startswith("val_") for k in row) or time.monotonic() - self.printed_at > 1:
@@ -992,26 +1122,66 @@ class Run:
                             for k, v in row.items()), flush=True)
 
     def save(self, name: str, checkpoint: dict) -> None:
-        """Write a checkpoint whole or not at all: a killed run keeps the old one."""
+        """Write a checkpoint whole or not at all; the last.pt before it becomes previous.pt."""
         if rank() == 0:
-            content = io.BytesIO()
+            log, content = self.path / "log.jsonl", io.BytesIO()
             torch.save(checkpoint | {"log_rows": self.log_rows, "run_seconds": self.seconds()},
                        content)
-            replace_file(self.path / name, content.getbuffer())
+            with system_errors(log), open(log, "a") as f:  # the rows that it counts come first
+                os.fsync(f.fileno())
+            replace_file(self.path / name, content.getbuffer(),
+                         keep="previous.pt" * (name == "last.pt"))
+
+    @contextlib.contextmanager
+    def noting_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM set `asked`, for the loop to end; Ctrl-C once more ends at once."""
+        def note(number: int, frame) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.asked = number
+
+        before = {}
+        try:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    before[number] = signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end(self, step: int) -> None:
+        """End the process as the signal asked that `noting_signals` noted, here or on a rank."""
+        number = signal.Signals(self.asked or signal.SIGTERM)
+        line = (f"{number.name}: stopped at step {step}, which {self.path / 'last.pt'} holds; the "
+                "same command goes on from there")
+        raise KeyboardInterrupt(line) if number == signal.SIGINT else \
+            prepare_data.Stopped(number, line)
 
 
-def make_folder(path: Path) -> Path:
-    """The folder, made if it is not there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run {path}: {error.strerror}; name a folder that can be made") \
-            from None
-    return path
+def hold(path: Path, overwrite: bool, until: contextlib.ExitStack) -> None:
+    """Lock a run folder, unless it is finished; --overwrite moves the old one aside first."""
+    is_run, refusal = (path / "config.json").exists(), (
+        f"{path}: another process trains in that folder; wait until it ends, or choose another "
+        "--run")
+    own = {"lock", "config.json.tmp"}  # of a run that has just begun
+    refuse([
+        (path.exists() and not path.is_dir(),
+         f"--run {path}: found a file; wanted: the name of a run folder"),
+        (path.is_dir() and not is_run and {file.name for file in path.iterdir()} - own,
+         f"{path}: found a folder that is no run (no config.json); choose another --run")])
+    if is_run and overwrite:
+        with locked(path, refusal):
+            numbered = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+            aside = path.rename(next(p for p in numbered if not p.exists()))
+        print(f"--overwrite: {path} moved aside to {aside}")
+    if not is_finished(path):
+        until.enter_context(locked(path, refusal))
 
 
-def own_folder(args: argparse.Namespace, default: str) -> Path:
-    """Where bench and reproduce write: --run or a name under runs/, but into no training run."""
+@contextlib.contextmanager
+def own_folder(args: argparse.Namespace, default: str) -> Iterator[Path]:
+    """Where bench and reproduce write, locked: --run or a name under runs/, but no training run."""
     folder = Path(args.run or default)
     folder = folder if len(folder.parts) > 1 else Path("runs") / folder
     refuse([
@@ -1019,7 +1189,9 @@ def own_folder(args: argparse.Namespace, default: str) -> Path:
          f"torchrun: --mode {args.mode} uses one device; run `python train.py` instead"),
         ((folder / "config.json").exists(),
          f"--run {folder}: found a training run there; choose another --run")])
-    return make_folder(folder)
+    with locked(folder, f"{folder}: another process works in that folder; wait until it ends, or "
+                "choose another --run"):
+        yield folder
 
 
 def write_predictions(run: Run, cohort: Cohort, scores: dict[str, np.ndarray]) -> None:
@@ -1056,15 +1228,15 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> 
     print("  files: config.json log.jsonl last.pt best.pt predictions_val.npz predictions_test.npz")
     print("next:")
     if args.mode == "pretrain":
-        same = f" --data {cohort.path}" * (cohort.path != DEFAULT_DATA) \
+        same = f" --data {quoted(cohort.path)}" * (cohort.path != DEFAULT_DATA) \
             + f" --frac {args.frac:g}" * (args.frac != 1) + f" --seed {args.seed}" * (args.seed > 0)
         scaling = f" --normalize {args.normalize}" * (args.normalize != "zscore")
         found = run.path == Path("runs") / default_pretraining(cohort.name, args)
-        init = "" if found else f" --init {run.path}"
+        init = "" if found else f" --init {quoted(run.path)}"
         for mode in (f"probe{init}", f"probe --head mlp{init}", f"finetune{init}{scaling}",
                      f"finetune --init scratch{scaling}"):
             print(f"  python train.py --mode {mode}{same}")
-    print(f"  python evaluate.py --mode score --runs {run.path}")
+    print(f"  python evaluate.py --mode score --runs {quoted(run.path)}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1099,8 +1271,8 @@ def find_init(args, cohort: Cohort) -> Path | None:
     refuse([(old is None or (cohort.sha256, args.frac, args.seed) != (
         old["cohort"]["sha256"], old["args"]["frac"], old["args"]["seed"]),
         f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and seed {args.seed} at "
-        f"{path}; run `python train.py --mode pretrain --data {cohort.path} --frac {args.frac:g} "
-        f"--seed {args.seed}` first, or name one with --init RUN")])
+        f"{path}; run `python train.py --mode pretrain --data {quoted(cohort.path)} --frac "
+        f"{args.frac:g} --seed {args.seed}` first, or name one with --init RUN")])
     print(f"init: {path} (pretraining of the same cohort, fraction and seed)")
     return finished_run(path, "--init")
 
@@ -1117,6 +1289,8 @@ def load_start(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel |
         torch.manual_seed(seed_of(args.seed, draw, 5) if draw else args.seed)
         return cardiowm.WorldModel(len(cohort.class_name), len(cohort.leads)).eval()
     model, state = evaluate.load_world_model(init)
+    print(f"init: {len(state['model'])} of {len(model.state_dict())} tensors loaded from "
+          f"{init / 'last.pt'}")
     if args.mode == "probe":
         args.normalize = state["normalize"]
     same_classes = list(state["class_name"]) == list(cohort.class_name)
@@ -1378,11 +1552,11 @@ def open_cohort(path: str | None) -> Cohort:
 
 
 def cohort_lines(cohort: Cohort, device: torch.device) -> str:
-    """What a cohort is, and that its folds are old where they are."""
-    note = prepare_data.fold_note(cohort)
-    return (f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, "
-            f"{cohort.source}), {len(cohort):,} records, {len(cohort.class_name)} classes, "
-            f"{cohort.fs} Hz; device {device}") + (f"\nnote: {note}" if note else "")
+    """What a cohort is, and what is to be said of its file."""
+    return "\n".join([
+        f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, {cohort.source}), "
+        f"{len(cohort):,} records, {len(cohort.class_name)} classes, {cohort.fs} Hz; device {device}",
+        *(f"note: {note}" for note in prepare_data.notes(cohort))])
 
 
 def pick_device(name: str) -> torch.device:
@@ -1397,12 +1571,23 @@ def pick_device(name: str) -> torch.device:
     return evaluate.pick_device(name)
 
 
+def split_patients(cohort: Cohort) -> list[tuple]:
+    """For `refuse`: the first patient whose records lie in more than one split."""
+    order = np.lexsort((cohort.split, cohort.subject_id))
+    patient, split = cohort.subject_id[order], cohort.split[order]
+    return [(True, f"{cohort.path}: patient {patient[i]} lies in {prepare_data.SPLITS[split[i]]} "
+             f"and in {prepare_data.SPLITS[split[i + 1]]}, wanted in one fold alone; see `python "
+             f"prepare_data.py --check {quoted(cohort.path)}`, and build the cohort anew")
+            for i in np.flatnonzero((patient[1:] == patient[:-1]) & (np.diff(split) != 0))[:1]]
+
+
 def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
             device: torch.device) -> tuple:
     """Everything that can be wrong with the input, found before a run folder is touched."""
     refuse([
         (args.cache == "gpu" and device.type == "cpu",
          "--cache gpu: the device is the CPU; leave --cache out"),
+        *split_patients(cohort),
         *((len(which) == 0, f"{cohort.path}: found no {name} record; every run is judged on them: "
            "prepare a cohort with more patients") for name, which in judged_rows(cohort).items())])
     name = (args.run or run_name(args, parser, cohort.name)).rstrip("/" + os.sep)
@@ -1447,6 +1632,13 @@ def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
     if args.mode == "pretrain":
         changed = int(cohort.action_of(pairs, args.action).any(axis=1).sum())
         print(f"pairs: {len(pairs)} for training, {changed} of them with an action")
+    positive = cohort.label[rows].sum(axis=0, dtype=np.int64)
+    constant = np.flatnonzero((positive == 0) | (positive == len(rows)))
+    if len(constant):
+        names = [cohort.class_name[k] + " (in all)" * bool(positive[k]) for k in constant[:10]]
+        print(f"note: {len(constant)} of {len(positive)} classes are constant among the training "
+              f"records, nothing is learned of them: {', '.join(names)}"
+              + f" and {len(constant) - 10} more" * (len(constant) > 10))
     cause = "synthetic cohort" if cohort.synthetic else "CPU"
     why = {"quick": "--quick", "paper": "the papers' settings",
            "laptop": f"{cause}; --paper for the papers'"}[args.preset]
@@ -1471,20 +1663,27 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     path, init, start, recipe, rows, pairs, plan = prepare(args, parser, cohort, device)
     config = describe(args, cohort, rows, pairs, init)
     defaults = vars(parser.parse_args(["--mode", args.mode]))
-    run = on_first_rank(lambda: Run(path, config, args.resume, args.overwrite, defaults))
-    if run.finished:
-        print(f"{path}: finished already; results: {path / 'predictions_test.npz'}")
-        return
-    if args.mode == "pretrain":
-        scores = pretrain(run, args, recipe, cohort, pairs, device)
-    elif args.mode == "finetune":
-        scores = finetune(run, args, recipe, cohort, rows, start, device)
-    else:
-        scores = probe(run, args, recipe, cohort, rows, start, plan, device)
-    if rank() == 0:
-        last = last_row(path)
-        run.log({"step": last["step"], "epoch": last["epoch"], "run_seconds": run.seconds()})
-        write_predictions(run, cohort, scores)
+    with contextlib.ExitStack() as until:
+        on_first_rank(lambda: hold(path, args.overwrite, until))
+        run = on_first_rank(lambda: Run(path, config, args.resume, defaults))
+        if run.finished:
+            print(f"{path}: finished already; results: {path / 'predictions_test.npz'}")
+            return
+        threads, now = run.config["speed"]["threads"], torch.get_num_threads()
+        if threads != now:
+            print(f"threads: {threads}, as when this run began, not the {now} of this start")
+            until.callback(torch.set_num_threads, now)
+            torch.set_num_threads(threads)
+        if args.mode == "pretrain":
+            scores = pretrain(run, args, recipe, cohort, pairs, device)
+        elif args.mode == "finetune":
+            scores = finetune(run, args, recipe, cohort, rows, start, device)
+        else:
+            scores = probe(run, args, recipe, cohort, rows, start, plan, device)
+        if rank() == 0:
+            last = last_row(path)
+            run.log({"step": last["step"], "epoch": last["epoch"], "run_seconds": run.seconds()})
+            write_predictions(run, cohort, scores)
     summarise(run, args, cohort, scores)
 
 
@@ -1677,9 +1876,9 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
                   "≥ 6.7× (15 % of an epoch)", 1, scale=len(y) / order.size)
 
 
-def bench(args: argparse.Namespace) -> None:
+def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """--mode bench: print each row when it is there; write bench.md and bench.csv."""
-    folder, device, quick = own_folder(args, "bench"), pick_device(args.device), args.quick
+    device, quick = pick_device(args.device), args.quick
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -1688,7 +1887,8 @@ def bench(args: argparse.Namespace) -> None:
              f"{np.__version__}; medians of repeats that take turns, seed {args.seed}")
     print(title, flush=True)
     rows, out = [], sys.stdout
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, \
+    with own_folder(args, "bench") as folder, \
+            tempfile.TemporaryDirectory(dir=folder) as scratch, \
             contextlib.redirect_stdout(io.StringIO()):  # of the stages
         root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
         prepare_data.write_demo(root, 40 if quick else 600, workers=prepare_data.available_cores())
@@ -1700,8 +1900,8 @@ def bench(args: argparse.Namespace) -> None:
                 bench_bootstrap(quick), bench_augmentation(args, device)):
             rows.append(row)
             print("{}: {} {} s, {} {} s: {}, wanted {}".format(*row), file=out, flush=True)
-    evaluate.publish(folder, "bench", [title, "", *evaluate.markdown(BENCH_COLUMNS, rows)],
-                     {"bench.csv": [BENCH_COLUMNS, *rows]})
+        evaluate.publish(folder, "bench", [title, "", *evaluate.markdown(BENCH_COLUMNS, rows)],
+                         {"bench.csv": [BENCH_COLUMNS, *rows]})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1805,11 +2005,8 @@ def time_left(runs: list[dict]) -> float | None:
     return left
 
 
-def open_study(args: argparse.Namespace, cohort: Cohort) -> tuple[Path, dict]:
-    """The folder of a study and what study.json says of it; InputError if it is of another kind."""
-    changed = [flag_of(name)[1:] for name in ("paper", "quick", "labelled_only")
-               if getattr(args, name)]
-    folder = own_folder(args, f"{cohort.name}-reproduce{''.join(changed)}")
+def open_study(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict:
+    """What study.json says of the study in a folder; InputError if it is of another kind."""
     kept = ("paper", "quick", "labelled_only", "min_count", "total", "deterministic")
     study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in kept}
     old = study | {"runs": {}}
@@ -1817,15 +2014,24 @@ def open_study(args: argparse.Namespace, cohort: Cohort) -> tuple[Path, dict]:
         old = json.loads((folder / "study.json").read_text())
     refuse([(old.get(name) != value, f"--run {folder}: holds a study with {name} = {old.get(name)},"
              f" asked for {value}; choose another --run") for name, value in study.items()])
-    return folder, old
+    return old
 
 
 def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """--mode reproduce: plan, every run that is not yet complete, then the report."""
+    """--mode reproduce: one study in a folder of its own."""
     device = pick_device(args.device)
     cohort = open_cohort(args.data)
     args.paper |= device.type == "cuda" and not args.quick
-    folder, study = open_study(args, cohort)
+    changed = [flag_of(name)[1:] for name in ("paper", "quick", "labelled_only")
+               if getattr(args, name)]
+    with own_folder(args, f"{cohort.name}-reproduce{''.join(changed)}") as folder:
+        run_study(args, parser, cohort, device, folder)
+
+
+def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
+              device: torch.device, folder: Path) -> None:
+    """Plan, every run that is not yet complete, then the report."""
+    study = open_study(args, cohort, folder)
     commands, runs = study_runs(args, cohort, folder), study["runs"]
     print(f"{cohort_lines(cohort, device)}\nstudy {folder}: {len(commands)} runs, seeds "
           f"{' '.join(map(str, args.seed))}")
@@ -1840,7 +2046,7 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         left = time_left([runs[n] for n in commands if n not in given_up])
         print(f"\nrun {i} of {len(commands)}: {name}"
               + ("" if left is None else f"; about {timedelta(seconds=round(left))} left")
-              + f"\n  python train.py {' '.join(argv)}", flush=True)
+              + f"\n  python train.py {shlex.join(argv)}", flush=True)
         # what starts from a run that could not be done cannot be done for the same reason
         entry["reason"] = runs[entry["start"]]["reason"] if entry["start"] in given_up else ""
         if not entry["reason"]:
@@ -1848,7 +2054,9 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
                 torch._dynamo.reset()  # what was compiled for another run is of no use to this one
             try:
                 train(parser.parse_args(argv), parser)
-            except (InputError, Diverged, torch.OutOfMemoryError) as error:
+            except (InputError, torch.OutOfMemoryError) as error:
+                if isinstance(error.__cause__, OSError):  # a full disk: the next run fails as well
+                    raise
                 entry["reason"] = str(error).splitlines()[0]
         if entry["reason"]:
             given_up.add(name)
@@ -1891,18 +2099,19 @@ def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list
 
 def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None:
     """Every table and figure of evaluate.py for a study, and report.md, which holds them all."""
-    report = make_folder(folder / "report")
+    report = folder / "report"
+    report.mkdir(exist_ok=True)
     text = [f"# Study of {'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}", ""]
     for i, (mode, flags) in enumerate(report_pages(args, cohort, folder), 1):
         out = report / f"{i}-{mode}"
         argv = ["--mode", mode, *flags, "--data", str(cohort.path), "--out", str(out)]
-        print(f"\npython evaluate.py {' '.join(argv)}", flush=True)
+        print(f"\npython evaluate.py {shlex.join(argv)}", flush=True)
         shutil.rmtree(out, ignore_errors=True)  # of an earlier report, made anew
         code = evaluate.main(argv)
-        if code == 130:
-            raise KeyboardInterrupt
+        if code in (130, 143):
+            raise KeyboardInterrupt if code == 130 else prepare_data.Stopped(signal.SIGTERM)
         if code != 0:
-            text += [f"`python evaluate.py {' '.join(argv)}` was not done: see its message.", ""]
+            text += [f"`python evaluate.py {shlex.join(argv)}` was not done: see its message.", ""]
             continue
         for page in sorted(out.glob("*.md")):
             text += [page.read_text(encoding="utf-8").rstrip().replace("![](", f"![]({out.name}/"),
@@ -1914,28 +2123,23 @@ def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, 2 after one line for bad input, 130 interrupted."""
+    """Run the command line; returns the exit code of `run_script`."""
     parser = build_parser()
     args = parser.parse_args(argv)
+
+    def work() -> None:
+        try:
+            check_arguments(args, parser)
+            {"bench": bench, "reproduce": reproduce}.get(args.mode, train)(args, parser)
+        except InputError as error:
+            raise InputError(f"rank {rank()}: {error}" if rank() else str(error)) from error
+
     try:
-        check_arguments(args, parser)
-        if args.mode == "bench":
-            bench(args)
-        elif args.mode == "reproduce":
-            reproduce(args, parser)
-        else:
-            train(args, parser)
-    except InputError as error:
-        where = f" (rank {rank()})" if rank() else ""
-        print(f"error{where}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return prepare_data.run_script(
+            work, "interrupted; the same command goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
