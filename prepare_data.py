@@ -458,10 +458,10 @@ def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
     signal (format, samples per frame, skew, offset), format 0 if its text is none; baseline
     (leads, 1) in ADC units, None where all are 0; scale (leads, 1) mV per ADC unit.
     """
-    names = [(name or "").strip().lower() for name in names]
+    found, names = names, [(name or "").strip().lower() for name in names]
     if wrong := [lead for lead in leads if names.count(lead.lower()) != 1]:
         raise Rejected("lead missing or twice", f"{', '.join(wrong)}; the header names "
-                                                f"{', '.join(names)}")
+                                                f"{', '.join(name or '-' for name in found)}")
     order, layout, baseline, scale = [names.index(lead.lower()) for lead in leads], [], [], []
     for text in formats:
         parts = FORMAT_FIELD.fullmatch(text or "")

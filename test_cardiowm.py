@@ -4430,7 +4430,7 @@ def test_quick_bench_fills_its_table(workplace, capsys):
     for row in rows:
         assert row["stage"] in out and row["stage"] in (folder / "bench.md").read_text()
         assert float(row["today_seconds"]) > 0 < float(row["here_seconds"])
-    assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md"]  # and no more
+    assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md", "lock"]
 
 
 # Reproduce

@@ -382,7 +382,8 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None =
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    norm = nn.utils.clip_grad_norm_(parameters, clip) if clip is not None else \
+        nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.isfinite(loss.detach() + norm)
     if optimizer.defaults["fused"]:  # it leaves out the step by itself: nobody waits for the answer
         optimizer.found_inf = bad.float()
@@ -1136,7 +1137,8 @@ class Run:
     def noting_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM set `asked`, for the loop to end; Ctrl-C once more ends at once."""
         def note(number: int, frame) -> None:
-            if self.asked and number == signal.SIGINT:
+            # torchrun passes on to its ranks what the terminal has sent them already
+            if self.asked and number == signal.SIGINT and world_size() == 1:
                 raise KeyboardInterrupt
             self.asked = number
 
