@@ -676,7 +676,16 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
     vectors = {"study_id": "iu", "subject_id": "iu"} | dict.fromkeys(
         ("first_in_stay", "pair_first", "has_label"), "bui")
     try:
+        if fault := zip_fault(path):
+            raise ValueError(fault)
         with np.load(path, allow_pickle=False) as file:
+            for member in file.zip.infolist():  # nothing is taken for what is not there
+                with file.zip.open(member) as part:
+                    version = np.lib.format.read_magic(part)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(part) \
+                        if version == (1, 0) else np.lib.format.read_array_header_2_0(part)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"{member.filename} claims the shape {shape}")
             found = {key: file[key] for key in ("y_true", "y_score", "class_name", *vectors)}
     except FileNotFoundError:
         raise InputError(f"run {path.parent}: unfinished, there is no {path.name}; repeat the "
