@@ -4766,21 +4766,40 @@ def same(a, b):
     return type(a) is type(b) and (a == b or a != a and b != b)
 
 
-def tree_of(folder):
-    """{relative path: bytes} of the files under a folder, locks left out."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != "lock"}
+def campaign_content(folder):
+    """{file: what a kill must not change of it}; the checkpoint before the last does not count."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.name in ("lock", "output.txt", "previous.pt"):
+            continue
+        if path.suffix == ".pt":
+            value = torch.load(path, weights_only=True)
+            del value["run_seconds"]
+        elif path.suffix == ".npz":
+            value = dict(np.load(path))
+        else:
+            value = clock_free(path.parent) if path.suffix == ".jsonl" else path.read_bytes()
+        found[str(path.relative_to(folder))] = value
+    return found
+
+
+def alive_in(group):
+    """Living processes of a group, and of it alone, by /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(own) == group and state != "Z":
+                yield int(stat.parent.name)
 
 
 def run_until(command, cwd, seconds=600.0, beyond=None, kind=signal.SIGKILL):
-    """Exit code, output and life in seconds of a script that gets a signal after so many seconds.
+    """(exit code, output, life in seconds) of a script that gets a signal after so many seconds.
 
-    beyond: a file; the seconds count from when it is there. Whatever the script started shall be
-    gone soon after it.
+    beyond: a file; the seconds count from when it is there. What the script started shall be gone
+    soon after it.
     """
     began = start = time.monotonic()
-    seen = beyond is None
-    log = Path(cwd) / "output.txt"
+    seen, log = beyond is None, cwd / "output.txt"
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=cwd, stdout=output, stderr=output,
@@ -4793,58 +4812,57 @@ def run_until(command, cwd, seconds=600.0, beyond=None, kind=signal.SIGKILL):
             break
         time.sleep(0.001)
     code, ended = process.wait(60), time.monotonic()
-    while left := [stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat")
-                   if group_of(stat) == process.pid]:
+    while left := list(alive_in(process.pid)):
         assert time.monotonic() - ended < 5, f"{left} outlive {command} ({code})"
         time.sleep(0.02)
     return code, log.read_text(errors="replace"), ended - began
 
 
-def group_of(stat):
-    """Process group of a living process, from its file in /proc; else None."""
-    with contextlib.suppress(OSError, ValueError):
-        state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
-        return int(group) if state != "Z" else None
+def kill_again_and_again(cwd, command, kills, moments):
+    """Kill a script `kills` times, in chains, each of which is then run to its end and compared.
 
-
-def kill_again_and_again(name, command, cwd, kills, moments, finished):
-    """Kill a script `kills` times, in chains, each of which is then run to its end and checked.
-
-    moments: (file that is to be there or None, longest time after it). One chain more gets a
-    SIGTERM and a SIGINT. Returns a line of figures.
+    moments: (file in cwd that is to be there or "", longest time after it as a share of the whole
+    life). One chain more each gets a SIGTERM and a SIGINT. Returns a line of figures.
     """
-    rng = np.random.default_rng([CAMPAIGN_SEED, *name.encode()])
-    hit, chains, early = 0, 0, 0
+    def run(wanted, *more):
+        code, output, life = run_until(command, cwd, *more)
+        assert code in wanted and "Traceback" not in output, (command, code, output)
+        return code, life
 
-    def strike():
-        beyond, longest = moments[rng.integers(len(moments))]
-        code, output, _ = run_until(command, cwd, rng.uniform(0, longest), beyond)
-        assert code in (0, -9), output
-        return code
+    def finish(code=None):
+        if code != 0:
+            run((0,))
+        found = campaign_content(cwd)
+        assert found.keys() == whole.keys(), cwd.name  # no .partial, no .tmp
+        assert not [file for file in whole if not same(found[file], whole[file])], cwd.name
+        shutil.rmtree(cwd)
+        cwd.mkdir()
 
+    rng = np.random.default_rng([CAMPAIGN_SEED, *cwd.name.encode()])
+    cwd.mkdir()
+    life, whole = run((0,))[1], campaign_content(cwd)
+    finish(0)
+    hit = ends = early = 0
     while hit < kills:
-        code = None
         for _ in range(int(rng.integers(1, 7))):
-            code = strike()
+            file, share = moments[rng.integers(len(moments))]
+            seconds = rng.uniform(0, share * life)
+            code, _ = run((0, -9), seconds, cwd / file if file else None)
             hit, early = hit + (code == -9), early + (code == 0)
             if code == 0 or hit == kills:
                 break
-        code, output, _ = run_until(command, cwd) if code else (0, "", 0)
-        assert code == 0, (name, hit, output)
-        finished(name)
-        chains += 1
+        finish(code)
+        ends += 1
     for kind, wanted in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        beyond, longest = moments[-1]
-        code, output, _ = run_until(command, cwd, 0.3 * longest, beyond, kind)
-        assert code == wanted and "Traceback" not in output, (name, code, output)
-        assert run_until(command, cwd)[0] == 0
-        finished(name)
-    return (f"{name}: {hit} kills, {chains + 2} ends, all equal to the unkilled one; SIGTERM 143, "
-            f"SIGINT 130; {early} ended before the kill")
+        file, share = moments[-1]
+        run((wanted,), 0.3 * share * life, cwd / file, kind)
+        finish()
+    return (f"{cwd.name}: {hit} of {hit} kills, SIGTERM (143) and SIGINT (130) ended as the "
+            f"uninterrupted one, compared {ends + 2} times; {early} ended before the kill")
 
 
 def side_by_side(jobs):
-    """Print and return what these functions return, two at a time."""
+    """Print what these functions return, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         for line in pool.map(lambda job: job(), jobs):
             print("  " + line)
@@ -4852,40 +4870,22 @@ def side_by_side(jobs):
 
 @slow
 def test_campaign_of_kills_of_preparation(tmp_path):
-    n, mimic = 1200, tmp_path / "mimic"
+    n, mimic, jobs = 1200, tmp_path / "mimic", []
     for k in range(n):
         prepare_write(mimic / f"files/{k % 50}/{k}", prepare_adc(k, 2500))
     prepare_csv(mimic / "record_list.csv", PREPARE_LIST, [
         [k // 4, k, k, f"2180-01-01 00:00:{k % 60:02d}", f"files/{k % 50}/{k}"] for k in range(n)])
     prepare_csv(mimic / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [
         [k, k // 4, f"['I{10 + k % 5}']", k // 4 % 20, k % 4] for k in range(n)])
-    jobs = []
     for source, workers in itertools.product(("mimic", "demo"), (1, 2)):
-        cwd = tmp_path / f"{source}-{workers}"
-        cwd.mkdir()
         command = [prepare_data.__file__, "--source", source, "--workers", workers, "--fs", 100,
                    "--out", "c.h5", "--root", mimic if source == "mimic" else "demo"]
         command += ["--patients", 24] if source == "demo" else []
-        code, output, life = run_until(command, cwd)
-        assert code == 0, output
-        whole = tree_of(cwd)
-        shutil.rmtree(cwd)
-        cwd.mkdir()
-
-        def finished(name, cwd=cwd, whole=whole):
-            found = tree_of(cwd)
-            assert found.keys() == whole.keys(), name  # no .partial, no .tmp
-            assert all(found[file] == whole[file] for file in whole if file != "output.txt"), name
-            shutil.rmtree(cwd)
-            cwd.mkdir()
-
-        partial = cwd / "c.h5.partial"
-        moments = [(None, life), (None, life), (partial / "plan.json", life / 3),
-                   (partial / "cohort.h5", 0.02)]
-        moments += [(cwd / "demo/demo.json", life)] * (source == "demo")
-        moments += [(partial / "status.npy", life / 2)]
-        jobs.append(functools.partial(kill_again_and_again, cwd.name, command, cwd, 14, moments,
-                                      finished))
+        partial = "c.h5.partial/"
+        moments = [("", 1), ("", 1), (partial + "plan.json", 0.3), (partial + "cohort.h5", 0.02)]
+        moments += [("demo/demo.json", 1)] * (source == "demo") + [(partial + "status.npy", 0.5)]
+        jobs.append(functools.partial(kill_again_and_again, tmp_path / f"{source}-{workers}",
+                                      command, 14, moments))
     print("\nkills of preparation")
     side_by_side(jobs)
 
@@ -4895,51 +4895,18 @@ def test_campaign_of_kills_of_training(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_data.build("demo", root=tmp_path / "demo", out=tmp_path / "tiny.h5", patients=60,
                            fs=20, workers=1)
-    base = [train.__file__, "--data", tmp_path / "tiny.h5", "--device", "cpu",
-            "--checkpoint-minutes", "0", "--run", "runs/run", "--resume"]
+    every = [train.__file__, "--data", tmp_path / "tiny.h5", "--device", "cpu", "--resume",
+             "--checkpoint-minutes", "0", "--run"]
     modes = {"pretrain": "--mode pretrain --epochs 2 --batch-size 24 --allow-tiny",
              "finetune": "--mode finetune --init scratch --epochs 4 --batch-size 16",
-             "probe": "--mode probe --init runs/base --head mlp --augment dynamics --min-count 2 "
-                      "--epochs 6 --batch-size 64"}
-    jobs = []
-    for name, flags in modes.items():
-        cwd, command = tmp_path / name, [*base, *flags.split()]
-        (cwd / "runs").mkdir(parents=True)
-        if name == "probe":  # begins with the first of these runs
-            shutil.copytree(tmp_path / "pretrained", cwd / "runs/base")
-        code, output, life = run_until(command, cwd)
-        assert code == 0, output
-        run = cwd / "runs/run"
-        if name == "pretrain":
-            shutil.copytree(run, tmp_path / "pretrained")
-        whole = campaign_run_of(run)
-        shutil.rmtree(run)
-
-        def finished(name, run=run, whole=whole):
-            found = campaign_run_of(run)
-            wrong = [file for file in whole if not same(found.get(file), whole[file])]
-            assert not wrong and found.keys() <= whole.keys() | {"previous.pt"}, (name, wrong)
-            shutil.rmtree(run)
-
-        moments = [(None, life), (run / "last.pt", life / 2), (run / "last.pt.tmp", 0.1)]
-        jobs.append(functools.partial(kill_again_and_again, name, command, cwd, 17, moments,
-                                      finished))
+             "probe": f"--mode probe --init {tmp_path}/base --head mlp --augment dynamics "
+                      "--min-count 2 --epochs 6 --batch-size 64"}
+    run_until([*every, tmp_path / "base", *modes["pretrain"].split()], tmp_path)
     print("\nkills of training")
-    side_by_side(jobs)
-
-
-def campaign_run_of(run):
-    """What must not differ between a run that was killed and one that was not, by file."""
-    found = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "lock"}
-    for name in found.keys() & {"last.pt", "best.pt"}:
-        found[name] = torch.load(run / name, weights_only=True)
-        del found[name]["run_seconds"]
-    found["log.jsonl"] = [{k: v for k, v in row.items() if not k.endswith(
-        ("_seconds", "_per_second", "_fraction"))} for row in log_of(run)]
-    for name in found.keys() & {"predictions_val.npz", "predictions_test.npz"}:
-        with np.load(run / name) as file:
-            found[name] = dict(file)
-    return {name: value for name, value in found.items() if name not in ("previous.pt",)}
+    side_by_side([functools.partial(
+        kill_again_and_again, tmp_path / name, [*every, "runs/run", *flags.split()], 17,
+        [("", 1), ("runs/run/last.pt", 0.5), ("runs/run/last.pt.tmp", 0.03)])
+        for name, flags in modes.items()])
 
 
 # Mutations: in a process of its own for each kind of file, with its memory bounded
@@ -5080,7 +5047,8 @@ class TableFaults:
             [table[name][i].item() for name in prepare_data.COLUMNS]
             + [frozenset(names[table["label"][i] > 0].tolist()), table["path"][i]])
             for i, study_id in enumerate(table["study_id"])}
-        return rows, sum(table["rejected"].values()), output.getvalue()
+        counted = sum(table["rejected"].values()) + sum(table["flaws"].values())
+        return rows, counted, output.getvalue()
 
     def judge(self, path, data, truth, got):
         (rows, lost, said), (true_rows, true_lost, true_said) = got, truth
@@ -5138,7 +5106,7 @@ class TableFaults:
                 and classes == {c[:3] for c in codes if re.fullmatch(r"I\d[0-9A-Z]{1,5}", c)}
                 and ecg_no == b["ecg_no_within_stay"]
                 and stay in (next((s for s in stays if s is not None), -1), -1 if noted else None)
-                and (age == b["age"] or b["age"] is None and age != age)
+                and (age == b["age"] or age != age and (b["age"] is None or noted))
                 and sex == (-1 if b["sex"] is None else b["sex"]))
 
 
