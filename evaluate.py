@@ -430,7 +430,7 @@ def file_kind(path: str | Path) -> str:
     if head.startswith(b"PK"):
         try:
             names = " ".join(zipfile.ZipFile(path).namelist())
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):  # of a damaged directory
             return "a truncated or damaged zip file (checkpoint or npz)"
         return "a PyTorch file" if "data.pkl" in names else \
             "an npz file" if ".npy" in names else "a zip file"

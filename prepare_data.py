@@ -1432,6 +1432,31 @@ def plain_attributes(file: h5py.File) -> list[tuple]:
             for name, value in sorted(file.attrs.items())]
 
 
+def refuse_endless(path: Path, size: int, extents: list[tuple[int, int]]) -> None:
+    """InputError for a damaged heap of texts, in which the HDF5 library would search for ever.
+
+    Between the datasets (offset, bytes); a heap is "GCOL", 4 bytes, its size, then entries of index
+    (2 bytes), 6 bytes, length (8 bytes), and the text filled up to 8 bytes; index 0 is free space.
+    Source: HDF5 file format specification, III.E.
+    """
+    ends = [0, *(offset + length for offset, length in extents)]
+    with open(path, "rb") as handle:
+        for start, stop in zip(ends, [*(offset for offset, _ in extents), size]):
+            if stop - start > 2**26:
+                raise InputError(f"{path} holds {stop - start:,} bytes that belong to no dataset")
+            handle.seek(start)
+            gap = handle.read(max(0, stop - start))
+            for heap in re.finditer(b"GCOL", gap):
+                at, end = heap.start() + 16, heap.start() + int.from_bytes(
+                    gap[heap.start() + 8:heap.start() + 16], "little")
+                while at + 16 <= min(end, len(gap)):
+                    length = int.from_bytes(gap[at + 8:at + 16], "little")
+                    free = gap[at:at + 2] == b"\0\0"
+                    if free and length < 16:
+                        raise InputError(f"{path} is damaged: a heap of its texts has no end")
+                    at += length if free else 16 + -(-length // 8) * 8
+
+
 class Cohort:
     """A cohort file. Every dataset and attribute is an attribute of the object, arrays in RAM.
 
@@ -1471,13 +1496,19 @@ class Cohort:
             raise InputError(f"{path}: {'; '.join(faults[:3])}; build it anew")
 
     def _read(self, file: h5py.File, wanted: str) -> None:
-        digest, size = hashlib.sha256(), os.path.getsize(self.path)
-        content = {*file, *file.attrs}
+        content, size, digest = {*file, *file.attrs}, os.path.getsize(self.path), hashlib.sha256()
         if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | LATER]:
             raise InputError(f"{self.path} is an HDF5 file without {', '.join(lacking[:4])}; {wanted}")
+        datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
+        extents = sorted((d.id.get_offset(), d.nbytes) for d in datasets.values() if d.size)
+        if extents and max(map(sum, extents)) > size:
+            raise InputError(f"{self.path} is truncated: its datasets reach beyond its end; {wanted}")
+        refuse_endless(self.path, size, extents)
         for name, value in plain_attributes(file):
             digest.update(f"{name}={value!r};".encode())
-            value = json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
+            with contextlib.suppress(ValueError, RecursionError):  # then it is no dict or list
+                if isinstance(value, str) and value[:1] in ("[", "{"):
+                    value = json.loads(value)
             if name in ATTRIBUTES and type(value) is not ATTRIBUTES[name]:
                 raise InputError(f"attribute {name} is {str(value)[:40]!r}; wanted: "
                                  f"{ATTRIBUTES[name].__name__}")
@@ -1486,25 +1517,27 @@ class Cohort:
         if self.format_version != FORMAT_VERSION:
             raise InputError(f"{self.path} has format version {self.format_version}, "
                              f"{FORMAT_VERSION} is wanted; build it anew")
-        datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
-        letters = {"2": 2, "L": len(LEADS), "T": SECONDS * self.fs,
-                   "N": (datasets["study_id"].shape or (0,))[0],
-                   "K": (datasets["class_name"].shape or (0,))[0],
-                   "P": (datasets["pair"].shape or (0,))[0]}
+        if not 0 < self.fs <= MAX_FS:
+            raise InputError(f"attribute fs is {self.fs}; wanted: 1 to {MAX_FS:,} Hz")
+        letters = {"2": 2, "L": len(LEADS), "T": SECONDS * self.fs} | {
+            letter: (datasets[name].shape or (0,))[0]
+            for letter, name in (("N", "study_id"), ("K", "class_name"), ("P", "pair"))}
         letters["C"] = -(-letters["N"] // CRC_ROWS)
         for name, dataset in datasets.items():
             dtype, axes = SHAPES[name]
             shape, found = tuple(letters[axis] for axis in axes), (dataset.dtype, dataset.shape)
             if found != (dtype or dataset.dtype, shape) or dataset.dtype.hasobject:
-                raise InputError(f"{name} is {found[0]} {found[1]}, wanted "
-                                 f"{dtype or 'strings'} {shape}")
-            if dataset.size and dataset.id.get_offset() + dataset.nbytes > size:
-                raise InputError(f"{self.path} is truncated: {name} reaches beyond its end; {wanted}")
+                raise InputError(f"{name} is {found[0]} {found[1]}, wanted {dtype or 'strings'} "
+                                 f"{shape} beside {letters['N']} study_id, {letters['K']} class_name, "
+                                 f"{letters['P']} pair")
             digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
             if name != "signal":
                 setattr(self, name, dataset[()])
                 digest.update(np.ascontiguousarray(getattr(self, name)).data)
-        self.class_name = [name.decode() for name in self.class_name]
+        try:
+            self.class_name = [name.decode() for name in self.class_name]
+        except (AttributeError, UnicodeDecodeError):
+            raise InputError("class_name holds what is no text") from None
         self.sha256 = digest.hexdigest()
         self.changed = None if self.crc32 is None else [
             name for name, crc in content_crc(file).items() if self.crc32.get(name) != crc]

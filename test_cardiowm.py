@@ -1523,7 +1523,8 @@ def test_cohort_signal_is_a_read_only_memory_map_of_the_file(prepare_cohort):
 
 
 @pytest.mark.parametrize("name, fault", [
-    ("signal", "checksum"), ("label", "action"), ("fold", "fold"), ("pair", "pair")])
+    ("signal", "checksum"), ("label", "label"), ("fold", "fold"), ("pair", "pair"),
+    ("age", "the checksum of age"), ("stay", "the checksum of stay")])
 def test_check_finds_a_changed_value(name, fault, prepare_cohort, tmp_path, capsys):
     path = shutil.copy(prepare_cohort.path, tmp_path / "c.h5")
     assert prepare_data.main(["--check", str(path)]) == 0
@@ -4252,11 +4253,12 @@ def oddities(pretrained, workplace):
                 f["split"][f["split"][()] == 1] = 0
     changes = {"leads": {"leads": ["I"]}, "shape": {"model_args": {"num_classes": 3}},
                "huge": {"model_args": {"num_classes": 10**15}},
-               "fine-scratch": {"kind": "classifier"}}
+               "fine-scratch": {"kind": "classifier"}, "broken": {}}
     for name, change in changes.items():
         shutil.copytree(pretrained, workplace / "runs" / name, dirs_exist_ok=True)
         torch.save(state_of("base") | change, workplace / "runs" / name / "last.pt")
     (workplace / "runs/file").write_text("not a run")
+    (workplace / "runs/broken/config.json").write_text('{"args": ')
 
 
 MLP = "probe --init base --head mlp --augment dynamics"
@@ -4282,6 +4284,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file", "found a file"),
+    ("finetune --init broken", "runs/broken/config.json: damaged, or not by train.py"),
     ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
     ("pretrain --seed 1 2", "--seed: found 1 2, wanted one seed"),

@@ -939,14 +939,26 @@ def is_finished(run: Path) -> bool:
     return (run / "predictions_test.npz").exists()
 
 
+def read_json(path: Path, keys: tuple, line: slice = slice(None)) -> dict:
+    """The object in a JSON file, or in some of its lines; InputError if it lacks one of `keys`."""
+    try:
+        found = json.loads("\n".join(path.read_text(encoding="utf-8").splitlines()[line]))
+        for key in keys:
+            found[key]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, or not by train.py ({type(error).__name__}: {error}); "
+                         "move its folder away, or give --overwrite, and run it anew") from None
+    return found
+
+
 def config_of(run: Path) -> dict:
     """config.json of a run folder."""
-    return json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return read_json(run / "config.json", ("args", "cohort", "init"))
 
 
 def last_row(run: Path) -> dict:
     """The last row of a run's log: its last step and, once it is finished, its run_seconds."""
-    return json.loads((run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return read_json(run / "log.jsonl", ("step",), slice(-1, None))
 
 
 def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
@@ -1060,7 +1072,7 @@ class Run:
         if self.state:
             try:
                 self._restore(kind, parts)
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise self._unusable(error) from None
         if rank() > 0:
             return
@@ -2013,7 +2025,7 @@ def open_study(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict:
     study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in kept}
     old = study | {"runs": {}}
     if (folder / "study.json").exists():
-        old = json.loads((folder / "study.json").read_text())
+        old = read_json(folder / "study.json", ("runs",))
     refuse([(old.get(name) != value, f"--run {folder}: holds a study with {name} = {old.get(name)},"
              f" asked for {value}; choose another --run") for name, value in study.items()])
     return old
