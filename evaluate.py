@@ -31,6 +31,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import sys
 import textwrap
 import zipfile
@@ -41,7 +42,7 @@ import numpy as np
 
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
                           count_rows, golden_lines, replace_file, resimulate, run_script,
-                          wait_passively, without_signature)
+                          system_errors, wait_passively, without_signature)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
@@ -330,10 +331,8 @@ def publish(out: str | Path, name: str, lines: list[str], files: dict[str, list 
     """
     out, text = Path(out), "\n".join(lines).rstrip() + "\n"
     print(text)
-    try:
+    with system_errors(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; name another folder") from None
     files = {f"{name}.md": text.encode()} | files
     older = [name for name in files if (out / name).exists()]
     for name, content in files.items():
@@ -520,6 +519,57 @@ def find_run(name: str | Path, root: str | Path = "runs") -> Path:
                      + (", ".join(runs[:10]) or "none"))
 
 
+NUMBER = (float, int)
+CONFIG = {  # what is read of a config.json, and of the `init` in it
+    "args": {"mode": (str,), "frac": NUMBER, "seed": (int,)},
+    "cohort": {"name": (str,), "path": (str,), "source": (str,), "synthetic": (bool,),
+               "sha256": (str,)}}
+INIT = {"args": {"mode": (str,)}, "sha256": (str,), "cohort": {"sha256": (str,)},
+        "seconds": (*NUMBER, type(None))}
+
+
+def lack(found, wanted: dict, at: str = "") -> str:
+    """The first thing that an object read from JSON lacks, with what was found; "" if nothing.
+
+    wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
+    """
+    if not isinstance(found, dict):
+        return f"{at[:-1] or 'a line'} is {found!r}, an object wanted"
+    for key, kinds in wanted.items():
+        for name in found if key == "*" else [key]:
+            value = found.get(name)
+            if isinstance(kinds, dict):
+                if why := lack(value, kinds, f"{at}{name}."):
+                    return why
+            elif type(value) not in kinds:
+                return f"{at}{name} is {value!r}, {kinds[0].__name__} wanted"
+    return ""
+
+
+def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
+    """The object in a file of train.py, or one of each line; InputError unless it holds `wanted`.
+
+    Numbers are finite: JSON knows no others.
+    """
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"a number {text}")
+        return value
+
+    why = ""
+    try:
+        content = path.read_bytes()
+        objects = [json.loads(part, parse_float=finite, parse_constant=finite)
+                   for part in (content.splitlines() if lines else [content])]
+        why = next(filter(None, (lack(found, wanted) for found in objects)), "")
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error)
+    if why:
+        raise InputError(f"{path}: damaged, or not of train.py: {why[:200]}; train the run again "
+                         "with --overwrite")
+    return objects
+
+
 def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
     """Folders of the runs named; a study stands for all of its own, or those of one `mode`.
 
@@ -533,11 +583,12 @@ def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
             folders.append(find_run(name))
             continue
         chosen = []
-        for n, run in json.loads((study / "study.json").read_bytes())["runs"].items():
+        (told,) = read_json(study / "study.json", {"runs": {"*": {"frac": NUMBER}}})
+        for n, run in told["runs"].items():
             if not (study / n / "predictions_test.npz").is_file():
                 if "method" in run:
-                    reasons[run["method"], run["frac"]] = run["reason"] or "not finished"
-            elif mode in ("", json.loads((study / n / "config.json").read_bytes())["args"]["mode"]):
+                    reasons[run["method"], run["frac"]] = run.get("reason") or "not finished"
+            elif mode in ("", read_json(study / n / "config.json", CONFIG)[0]["args"]["mode"]):
                 chosen.append(study / n)
         if not chosen:
             raise InputError(f"--runs {name}: no {mode or 'run'} of that study is finished; go on "
@@ -595,35 +646,46 @@ def load_run(folder: Path) -> dict:
     minutes: of the run and the pretraining it began from; "" where one of them is not known.
     """
     log, rows = folder / "log.jsonl", []
+    (config,) = read_json(folder / "config.json", CONFIG)
+    args, cohort, init = config["args"], config["cohort"], config.get("init")
+    if init and (why := lack(init | {"cohort": init.get("cohort", cohort)}, INIT)):
+        raise InputError(f"{folder / 'config.json'}: init.{why}; train the run again with "
+                         "--overwrite")
+    if init:  # of another cohort; older configs do not say so
+        init["transfer"] = init.get("cohort", cohort)["sha256"] != cohort["sha256"]
+    if log.is_file():
+        rows = read_json(log, {"step": (int,)}, lines=True)
+    seconds = [next((row["run_seconds"] for row in rows[::-1] if "run_seconds" in row), None),
+               init.get("seconds") if init else 0.0]
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-        args, cohort, init = config["args"], config["cohort"], config.get("init")
-        if init:  # of another cohort; older configs do not say so
-            init["transfer"] = init.get("cohort", cohort)["sha256"] != cohort["sha256"]
-        if log.is_file():
-            rows = [json.loads(line) for line in log.read_bytes().splitlines()]
-        seconds = [next((row["run_seconds"] for row in rows[::-1] if "run_seconds" in row), None),
-                   init.get("seconds") if init else 0.0]
+        words = config.get("method") or method(args, init)
         return {"name": folder.name, "path": folder, "config": config, "args": args, "init": init,
-                "mode": args["mode"], "method": config.get("method") or method(args, init),
-                "frac": float(args["frac"]), "seed": args["seed"], "sha256": cohort["sha256"],
-                "cohort": cohort["name"], "source": cohort["source"],
-                "synthetic": bool(cohort["synthetic"]), "log": rows,
+                "mode": args["mode"], "method": words, "frac": float(args["frac"]),
+                "seed": args["seed"], "sha256": cohort["sha256"], "cohort": cohort["name"],
+                "source": cohort["source"], "synthetic": cohort["synthetic"], "log": rows,
                 "steps": rows[-1]["step"] if rows else "",
                 "minutes": "" if None in seconds else f"{sum(seconds) / 60:.1f}"
                 } | load_predictions(folder / "predictions_test.npz")
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"run {folder}: config.json or log.jsonl is damaged or not of train.py "
-                         f"({error!r}); train the run again with --overwrite") from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"run {folder}: config.json or log.jsonl holds {error!r}; train the run "
+                         "again with --overwrite") from None
 
 
 def load_predictions(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a predictions_*.npz of train.py; InputError where they cannot be scored."""
-    vectors = ("study_id", "subject_id", "first_in_stay", "pair_first", "has_label")
+    vectors = {"study_id": "iu", "subject_id": "iu"} | dict.fromkeys(
+        ("first_in_stay", "pair_first", "has_label"), "bui")
     try:
+        if fault := zip_fault(path):
+            raise ValueError(fault)
         with np.load(path, allow_pickle=False) as file:
+            for member in file.zip.infolist():  # nothing is taken for what is not there
+                with file.zip.open(member) as part:
+                    version = np.lib.format.read_magic(part)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(part) \
+                        if version == (1, 0) else np.lib.format.read_array_header_2_0(part)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"{member.filename} claims the shape {shape}")
             found = {key: file[key] for key in ("y_true", "y_score", "class_name", *vectors)}
     except FileNotFoundError:
         raise InputError(f"run {path.parent}: unfinished, there is no {path.name}; repeat the "
@@ -631,17 +693,28 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
                          "config.json)") from None
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}; predictions of train.py are wanted") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and "
-                         "repeat the train.py command with --resume") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError,
+            NotImplementedError, RuntimeError) as error:  # whatever a bad zip file may cause
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); delete "
+                         "it and repeat the train.py command with --resume") from None
     shape = found["y_true"].shape
     shapes = {"y_score": shape, "class_name": shape[1:]} | dict.fromkeys(vectors, shape[:1])
     if len(shape) != 2 or 0 in shape or any(found[k].shape != s for k, s in shapes.items()):
         raise InputError(f"{path}: the arrays do not fit together: y_true {shape}, "
                          + ", ".join(f"{key} {found[key].shape}" for key in shapes))
-    if np.isnan(found["y_score"]).any():
-        raise InputError(f"{path}: y_score holds {np.isnan(found['y_score']).sum():,} NaN: the "
-                         "training diverged; train again, e.g. with a lower --lr")
+    kinds = {"y_true": "bui", "y_score": "f", "class_name": "U"} | vectors
+    wrong = [f"{key} holds {found[key].dtype}" for key in kinds
+             if found[key].dtype.kind not in kinds[key]]
+    score = found["y_score"]
+    for key, limit in (("y_true", 1), ("y_score", 1)) if not wrong else ():
+        if n := np.count_nonzero(~((found[key] >= 0) & (found[key] <= limit))):
+            nan = f", {np.isnan(score).sum():,} of them NaN" * (key == "y_score")
+            wrong.append(f"{key} holds {n:,} values outside 0 to {limit}{nan}")
+    wrong += [f"{key} holds one twice" for key in ("study_id", "class_name")
+              if len(np.unique(found[key])) < len(found[key])]
+    if wrong:
+        raise InputError(f"{path}: {'; '.join(wrong)}; predictions of train.py are wanted: if the "
+                         "training diverged train again, e.g. with a lower --lr")
     return found
 
 
@@ -717,7 +790,15 @@ def embed(model, signal: np.ndarray, rows: np.ndarray, normalize: str = "zscore"
             z.append(model.project(h[-1]))
             if progress is not None:
                 progress.update(len(x))
-    return torch.cat(h), torch.cat(z)
+    h, z = torch.cat(h), torch.cat(z)
+    if not (good := h.isfinite().all(dim=1).cpu().numpy()).all():
+        bad, path = np.asarray(rows)[~good], getattr(signal, "filename", None)  # of a memory map
+        which = f"rows {bad[:5].tolist()}" if path is None else \
+            f"{path}: study_id {Cohort(path).study_id[bad[:5]].tolist()}"
+        raise InputError(f"{which}: {len(bad):,} records have no finite embedding, for a sample of "
+                         "theirs is NaN or infinite, or a weight is; `python prepare_data.py "
+                         f"--check {shlex.quote(str(path or 'FILE.h5'))}` tells which")
+    return h, z
 
 
 def recalibrate(modules, forward, batches) -> None:

@@ -7,6 +7,7 @@ Real-data tests run where the environment variable PTBXL_ROOT points at unpacked
 
 import ast
 import collections
+import contextlib
 import copy
 import csv
 import errno
@@ -18,7 +19,9 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal as signals
@@ -26,8 +29,12 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+import tracemalloc
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 
 import h5py
@@ -4791,3 +4798,783 @@ def test_ptbxl_trains_and_refuses_too_few_pairs(tmp_path, monkeypatch, capsys):
         assert run_train(*flags.split(), data="ptbxl.h5") == 0
     assert evaluate.main("--mode score --runs probe --n-boot 20".split()) == 0
     assert "not defined" in capsys.readouterr().out  # no stays, so no triage
+
+
+# ----------------------------------------------------------------------------------------------
+# The fault campaign: kills at random moments and mutated files, against the unharmed truth
+# CARDIOWM_SLOW=1 python -m pytest -q -s -k campaign
+# ----------------------------------------------------------------------------------------------
+
+CAMPAIGN_SEED = 10
+
+
+def same(a, b):
+    """Equal in values, types and shapes, through dicts and lists; NaN equals NaN."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (np.ndarray, torch.Tensor)) and type(a) is type(b):
+        a, b = np.asarray(a), np.asarray(b)
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return type(a) is type(b) and (a == b or a != a and b != b)
+
+
+def campaign_content(folder):
+    """{file: what a kill must not change of it}; the checkpoint before the last does not count."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.name in ("lock", "output.txt", "previous.pt"):
+            continue
+        if path.suffix == ".pt":
+            value = torch.load(path, weights_only=True)
+            del value["run_seconds"]
+        elif path.suffix == ".npz":
+            value = dict(np.load(path))
+        else:
+            value = clock_free(path.parent) if path.suffix == ".jsonl" else path.read_bytes()
+        found[str(path.relative_to(folder))] = value
+    return found
+
+
+def alive_in(group):
+    """Living processes of a group, and of it alone, by /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(own) == group and state != "Z":
+                yield int(stat.parent.name)
+
+
+def run_until(command, cwd, seconds=600.0, beyond=None, kind=signal.SIGKILL):
+    """(exit code, output, life in seconds) of a script that gets a signal after so many seconds.
+
+    beyond: a file; the seconds count from when it is there. What the script started shall be gone
+    soon after it.
+    """
+    began = start = time.monotonic()
+    seen, log = beyond is None, cwd / "output.txt"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=cwd, stdout=output, stderr=output,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        if not seen:
+            seen, start = beyond.exists(), time.monotonic()
+        if seen and time.monotonic() - start >= seconds:
+            process.send_signal(kind)
+            break
+        time.sleep(0.001)
+    code, ended = process.wait(60), time.monotonic()
+    while left := list(alive_in(process.pid)):
+        assert time.monotonic() - ended < 5, f"{left} outlive {command} ({code})"
+        time.sleep(0.02)
+    return code, log.read_text(errors="replace"), ended - began
+
+
+def kill_again_and_again(cwd, command, kills, moments):
+    """Kill a script `kills` times, in chains, each of which is then run to its end and compared.
+
+    moments: (file in cwd that is to be there or "", longest time after it as a share of the whole
+    life). One chain more each gets a SIGTERM and a SIGINT. Returns a line of figures.
+    """
+    def run(wanted, *more):
+        code, output, life = run_until(command, cwd, *more)
+        assert code in wanted and "Traceback" not in output, (command, code, output)
+        return code, life
+
+    def finish(code=None):
+        if code != 0:
+            run((0,))
+        found = campaign_content(cwd)
+        assert found.keys() == whole.keys(), cwd.name  # no .partial, no .tmp
+        assert not [file for file in whole if not same(found[file], whole[file])], cwd.name
+        shutil.rmtree(cwd)
+        cwd.mkdir()
+
+    rng = np.random.default_rng([CAMPAIGN_SEED, *cwd.name.encode()])
+    cwd.mkdir()
+    life, whole = run((0,))[1], campaign_content(cwd)
+    finish(0)
+    hit = ends = early = 0
+    while hit < kills:
+        for _ in range(int(rng.integers(1, 7))):
+            file, share = moments[rng.integers(len(moments))]
+            seconds = rng.uniform(0, share * life)
+            code, _ = run((0, -9), seconds, cwd / file if file else None)
+            hit, early = hit + (code == -9), early + (code == 0)
+            if code == 0 or hit == kills:
+                break
+        finish(code)
+        ends += 1
+    for kind, wanted in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        file, share = moments[-1]
+        run((wanted,), 0.3 * share * life, cwd / file, kind)
+        finish()
+    return (f"{cwd.name}: {hit} of {hit} kills, SIGTERM (143) and SIGINT (130) ended as the "
+            f"uninterrupted one, compared {ends + 2} times; {early} ended before the kill")
+
+
+def side_by_side(jobs):
+    """Print what these functions return, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        for line in pool.map(lambda job: job(), jobs):
+            print("  " + line)
+
+
+@slow
+def test_campaign_of_kills_of_preparation(tmp_path):
+    n, mimic, jobs = 1200, tmp_path / "mimic", []
+    for k in range(n):
+        prepare_write(mimic / f"files/{k % 50}/{k}", prepare_adc(k, 2500))
+    prepare_csv(mimic / "record_list.csv", PREPARE_LIST, [
+        [k // 4, k, k, f"2180-01-01 00:00:{k % 60:02d}", f"files/{k % 50}/{k}"] for k in range(n)])
+    prepare_csv(mimic / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [
+        [k, k // 4, f"['I{10 + k % 5}']", k // 4 % 20, k % 4] for k in range(n)])
+    for source, workers in itertools.product(("mimic", "demo"), (1, 2)):
+        command = [prepare_data.__file__, "--source", source, "--workers", workers, "--fs", 100,
+                   "--out", "c.h5", "--root", mimic if source == "mimic" else "demo"]
+        command += ["--patients", 24] if source == "demo" else []
+        partial = "c.h5.partial/"
+        moments = [("", 1), ("", 1), (partial + "plan.json", 0.3), (partial + "cohort.h5", 0.02)]
+        moments += [("demo/demo.json", 1)] * (source == "demo") + [(partial + "status.npy", 0.5)]
+        jobs.append(functools.partial(kill_again_and_again, tmp_path / f"{source}-{workers}",
+                                      command, 14, moments))
+    print("\nkills of preparation")
+    side_by_side(jobs)
+
+
+@slow
+def test_campaign_of_kills_of_training(tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_data.build("demo", root=tmp_path / "demo", out=tmp_path / "tiny.h5", patients=60,
+                           fs=20, workers=1)
+    every = [train.__file__, "--data", tmp_path / "tiny.h5", "--device", "cpu", "--resume",
+             "--checkpoint-minutes", "0", "--run"]
+    modes = {"pretrain": "--mode pretrain --epochs 2 --batch-size 24 --allow-tiny",
+             "finetune": "--mode finetune --init scratch --epochs 4 --batch-size 16",
+             "probe": f"--mode probe --init {tmp_path}/base --head mlp --augment dynamics "
+                      "--min-count 2 --epochs 6 --batch-size 64"}
+    run_until([*every, tmp_path / "base", *modes["pretrain"].split()], tmp_path)
+    print("\nkills of training")
+    side_by_side([functools.partial(
+        kill_again_and_again, tmp_path / name, [*every, "runs/run", *flags.split()], 17,
+        [("", 1), ("runs/run/last.pt", 0.5), ("runs/run/last.pt.tmp", 0.03)])
+        for name, flags in modes.items()])
+
+
+# Mutations: in a process of its own for each kind of file, with its memory bounded
+
+HOSTILE = (b"-1", b"0", b"7", b"1e400", b"nan", b"-inf", b"99999999999999999999", b"1e5", b"0x10",
+           b"", b"__import__('os').system('touch PWNED')", b"$(touch PWNED)", b"\0\0", b"\xb5V",
+           "µV".encode(), "\u2167\u0663".encode(), "I10".encode("utf-16"), b"../OUTSIDE",
+           b"../OUTSIDE.dat", b"/etc/passwd", b"s3://nowhere/x.dat", b"'I48' 'I10'", b"[['I10']]",
+           b"250", b"I48")
+
+
+def mutate(rng, data, text):
+    """One random fault: its kind, and the changed bytes."""
+    at, n = int(rng.integers(len(data))), int(rng.integers(1, 9))
+    if text and rng.random() < 0.65:
+        words = re.split(rb"([ ,\n\"])", data)  # words at the even places
+        i, j = (int(k) * 2 for k in rng.integers((len(words) + 1) // 2, size=2))
+        kind = str(rng.choice(["word", "word", "word", "digit", "swap"]))
+        if kind == "word":
+            words[i] = HOSTILE[rng.integers(len(HOSTILE))]
+        elif kind == "digit":
+            words[i] = re.sub(rb"\d", b"%d" % rng.integers(10), words[i], count=1)
+        else:
+            words[i], words[j] = words[j], words[i]
+        return kind, b"".join(words)
+    if text and rng.random() < 0.3:
+        lines = data.splitlines(keepends=True)
+        i, kind = int(rng.integers(len(lines))), str(rng.choice(["twice", "lost", "utf-16"]))
+        if kind == "utf-16":
+            return kind, data.decode().encode("utf-16")
+        return kind, b"".join(lines[:i] + lines[i:i + 1] * 2 * (kind == "twice") + lines[i + 1:])
+    kind = str(rng.choice(["bit", "bytes", "insert", "delete", "cut", "zeros", "samples", "more"]))
+    if kind == "samples":  # of a 12-lead signal, two frames change places: its sums stay
+        a, b = sorted(int(k) * 24 for k in rng.integers(len(data) // 24, size=2))
+        return kind, data[:a] + data[b:b + 24] + data[a + 24:b] + data[a:a + 24] + data[b + 24:]
+    new = {"bit": bytes([data[at] ^ 1 << int(rng.integers(8))]), "bytes": rng.bytes(n),
+           "insert": rng.bytes(n) + data[at:at + 1], "zeros": bytes(n)}.get(kind, b"")
+    past = {"bit": 1, "insert": 1, "cut": len(data)}.get(kind, n)
+    if kind == "more":
+        return kind, data + rng.bytes(n)
+    return kind, data[:at] + new + data[at + past:]
+
+
+class HeaderFaults:
+    """read_record of records whose header is changed; what it should say is known from the ADC."""
+
+    def __init__(self, root):
+        self.adc, self.root = {}, root
+        edits = [(slice(100, 140), 2, -32768)]
+        for name, adc, more in (
+                ("plain", prepare_adc(1), {}), ("order", prepare_adc(2), dict(
+                    names=PREPARE_MIMIC_LEADS[::-1], gain="0.4(-30)/uV")),
+                ("gap", prepare_adc(3, edits=edits), dict(gain="1000")),
+                ("fast", prepare_adc(4, n=10_000), dict(fs=1000))):
+            prepare_write(root / name, adc, **more)
+            self.adc[name] = adc
+        self.files = [(root / f"{name}.hea", True) for name in self.adc]
+
+    def read(self, path):
+        return prepare_data.read_record(path.with_suffix(""), 50)
+
+    def judge(self, path, data, truth, got):
+        if got[1] & ~truth[1]:
+            return "flagged"
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # what is not strictly a header
+            said = self.said(path, data.decode("ascii"))
+            if said is not None and np.allclose(got[0], said, **PREPARE_FLOAT16):
+                return "legal change"
+        return "WRONG"
+
+    def said(self, path, text):
+        """Signal (12, 500) at 50 Hz that a strict header of one format-16 file describes."""
+        adc = self.adc[path.stem]
+        first, *lines = (line for line in text.splitlines() if line and line[0] != "#")
+        record = re.fullmatch(r"\S+\s+(\d+)\s+(\d+(?:\.0*)?)\s+(\d+)(\s.*)?", first)
+        leads, fs, samples = int(record[1]), float(record[2]), int(record[3])
+        columns = {}
+        for k, line in enumerate(lines[:leads]):
+            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(-?\d+\.?\d*(?:e[+-]?\d+)?)"
+                                 r"(?:\((-?\d+)\))?(?:/(mV|uV|µV|nV|V))?"
+                                 r"\s+\S+\s+(\S+)\s+\S+\s+(-?\d+)\s+\S+\s+(\S+)", line)
+            baseline = int(field[2] if field[2] is not None else field[4])
+            gain = float(field[1]) or 200  # 0: not calibrated, 200 may be assumed (header(5))
+            if (int(field[5]) - int(adc[:, k].astype(int).sum())) % 2**16:
+                return None
+            x = (adc[:, k] - float(baseline)) / gain
+            x[adc[:, k] == -32768] = np.nan
+            bad = np.isnan(x)
+            x[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), x[~bad])
+            columns[field[6].lower()] = x * {"uV": 1e-3, "µV": 1e-3, "V": 1e3, "nV": 1e-6}.get(
+                field[3], 1)
+        if samples != len(adc) or len(lines) != leads or fs % 50:
+            return None
+        x = np.array([columns[lead.lower()] for lead in prepare_data.LEADS], np.float32)
+        return prepare_data.decimate(x, round(fs / 50))[:, :500]
+
+
+class SignalFaults(HeaderFaults):
+    """read_record of records whose signal file is changed."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.files = [(path.with_suffix(".dat"), False) for path, _ in self.files]
+
+    def judge(self, path, data, truth, got):
+        adc = self.adc[path.stem]
+        found = np.frombuffer(data[:adc.nbytes], "<i2").reshape(adc.shape).sum(axis=0, dtype="<i2")
+        alike = (found == adc.sum(axis=0, dtype="<i2")).all()
+        return "same 16-bit sum" if alike else "flagged" if got[1] & ~truth[1] else "WRONG"
+
+
+class TableFaults:
+    """read_mimic of changed CSV files, each row against a strict reading of what they say."""
+
+    def __init__(self, root):
+        self.root = root
+        rows = [dict(
+            subject_id=100 + k // 3, study_id=k, path=f"files/s{k}/{k}", file_name="x",
+            ecg_time=f"2180-0{k % 3 + 1}-02 08:00:0{k % 10}", fold=k // 3 + 13, age=50 + k,
+            gender="FM"[k % 2], ecg_no_within_stay=k % 3 - 1, hosp_hadm_id=700 + k // 2,
+            ed_stay_id="", all_diag_all=[["I10", "I4891"], ["J18", "I2510"], [], ["I10"]][k % 4])
+            for k in range(1, 19)]
+        for row in rows:
+            prepare_write(root / row["path"], np.ones((1, 12)))
+        prepare_write(root.parent / "OUTSIDE", np.ones((1, 12)))
+        columns = " ecg_time hosp_hadm_id ed_stay_id gender age"
+        prepare_csv(root / "record_list.csv", PREPARE_LIST, rows)
+        prepare_csv(root / "labels.csv", PREPARE_REQUIRED + columns, rows)
+        self.files = [(root / "record_list.csv", True), (root / "labels.csv", True)] * 2
+        self.files += [(root / "labels.csv", True)]
+
+    def read(self, path):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            table = prepare_data.read_mimic(self.root, self.root / "labels.csv", None)
+        names = np.array(table["class_name"])
+        rows = {int(study_id): tuple(
+            [table[name][i].item() for name in prepare_data.COLUMNS]
+            + [frozenset(names[table["label"][i] > 0].tolist()), table["path"][i]])
+            for i, study_id in enumerate(table["study_id"])}
+        counted = sum(table["rejected"].values()) + sum(table["flaws"].values())
+        return rows, counted, output.getvalue()
+
+    def judge(self, path, data, truth, got):
+        (rows, lost, said), (true_rows, true_lost, true_said) = got, truth
+        noted = lost > true_lost or said != true_said
+        wrong = [study_id for study_id in rows if not same(rows[study_id], true_rows.get(study_id))]
+        listed, labels = (list(self.strict(self.root / name)) for name in (
+            "record_list.csv", "labels.csv"))
+        legal = "flagged"
+        for study_id in wrong:
+            fits = [self.fits(rows[study_id], a, b, noted) for a in listed for b in labels
+                    if a.get("study_id") == b.get("study_id") == study_id]
+            if not any(fits):
+                return "WRONG"
+            legal = "legal change"
+        here = {a["study_id"] for a in listed if a["study_id"] is not None}
+        if (true_rows.keys() & here) - rows.keys() and not noted:
+            return "WRONG"
+        return legal if wrong or noted else "legal change"  # a line less in both: a smaller file
+
+    @staticmethod
+    def strict(path):
+        """Rows of a CSV as {column: value, None where the text is not plainly one}."""
+        whole = r"\s*\d{1,15}(\.0*)?\s*"
+        header, *rows = csv_rows(path.read_bytes().decode("utf-8-sig", "replace"))
+        for row in (dict(zip(header, row)) for row in rows if len(row) == len(header)):
+            row = {name.strip(): text for name, text in row.items()}
+            found = {name: int(float(row[name])) if re.fullmatch(whole, row.get(name, "")) else None
+                     for name in ("study_id", "subject_id", "fold", "hosp_hadm_id", "ed_stay_id")}
+            text = row.get("ecg_no_within_stay", "").strip()
+            found["ecg_no_within_stay"] = int(float(text)) if re.fullmatch(
+                r"-1(\.0)?|\d{1,4}(\.0*)?", text) else -1 if text == "" else None
+            age = row.get("age", "").strip()
+            found["age"] = float(age) if re.fullmatch(r"\d{1,3}(\.\d*)?", age) else None
+            found["sex"] = {"F": 0, "M": 1}.get(row.get("gender", "").strip().upper()[:1])
+            with contextlib.suppress(ValueError):
+                when = datetime.fromisoformat(row.get("ecg_time", "").strip())
+                found["time"] = int(when.replace(tzinfo=timezone.utc).timestamp())
+            codes = row.get("all_diag_all", "").strip()
+            code = r"\s*(?:'[^']*'|\"[^\"]*\")\s*"
+            if re.fullmatch(rf"\[\s*({code}(,{code})*)?,?\s*\]", codes):
+                found["codes"] = [c.strip().replace(".", "").upper() for c in
+                                  re.findall(r"'([^']*)'|\"([^\"]*)\"", codes) for c in c if c]
+            yield found | {"path": row.get("path", "").strip()}
+
+    @staticmethod
+    def fits(row, a, b, noted):
+        """Whether a row of the table is what these two rows of the files say."""
+        subject, when, _, fold, split, ecg_no, stay, age, sex, has_label, classes, path = row
+        codes = b.get("codes")
+        stays = (b["hosp_hadm_id"], b["ed_stay_id"])
+        return (subject == a["subject_id"] == b["subject_id"] and path == a["path"]
+                and when in (a.get("time", b.get("time", -1)), -1 if noted else None)
+                and fold == b["fold"] and fold <= 19 and split == max(fold - 17, 0)
+                and codes is not None and has_label == bool(codes)
+                and classes == {c[:3] for c in codes if re.fullmatch(r"I\d[0-9A-Z]{1,5}", c)}
+                and ecg_no == b["ecg_no_within_stay"]
+                and stay in (next((s for s in stays if s is not None), -1), -1 if noted else None)
+                and (age == b["age"] or age != age and (b["age"] is None or noted))
+                and sex == (-1 if b["sex"] is None else b["sex"]))
+
+
+def csv_rows(text):
+    """Rows of a CSV text, those that break its rules left out."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    while True:
+        with contextlib.suppress(csv.Error):
+            if (row := next(reader, None)) is None:
+                return
+            yield row
+
+
+class CohortFaults:
+    """Cohort and check_cohort of a changed file: what passes equals the truth in all it holds."""
+
+    def __init__(self, root):
+        prepare_mimic(root)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            path = prepare_data.build("mimic", root, root / "c.h5", fs=2, workers=1)
+        self.files = [(path, False)]
+
+    def read(self, path):
+        cohort = prepare_data.Cohort(path)
+        with contextlib.redirect_stderr(io.StringIO()):
+            prepare_data.check_cohort(cohort)
+        return vars(cohort) | {"signal": np.array(cohort.signal)}
+
+    def judge(self, path, data, truth, got):
+        older = got.get("crc32", truth) is None and same(got, truth | {"crc32": None, "sha256": got[
+            "sha256"], "changed": None})
+        return "flagged" if older else "WRONG"  # the checksums are gone, alone, and that is said
+
+
+class CheckpointFaults(CohortFaults):
+    """load_checkpoint of a changed file."""
+
+    def __init__(self, root):
+        path = root / "last.pt"
+        model = cardiowm.LinearProbe(8, 3)
+        optimizer = train.make_optimizer([model], 1e-3, 1e-4)
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+        torch.save(checkpoint_of(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                 args={"seed": 0, "lr": 1e-3}), path)
+        self.files = [(path, False)]
+        self.read = evaluate.load_checkpoint
+
+
+class RunFaults:
+    """load_run of a folder with a changed config, log or predictions."""
+
+    def __init__(self, root):
+        write_run(root, "run", init="base", objective="dynamics")
+        self.files = [(root / "run" / name, name[-1] != "z") for name in (
+            "config.json", "log.jsonl", "predictions_test.npz")]
+
+    def read(self, path):
+        return evaluate.load_run(path.parent)
+
+    def judge(self, path, data, truth, got):
+        """Legal: JSON whose needed values are of their types, and were read as they are."""
+        if path.suffix == ".npz":
+            return "WRONG"
+        needed = {"step": (int,)}
+        if path.name == "config.json":
+            needed = {"args": {"mode": (str,), "frac": (int, float), "seed": (int,)},
+                      "cohort": {"name": (str,), "path": (str,), "source": (str,),
+                                 "synthetic": (bool,), "sha256": (str,)}}
+        rows = [json.loads(data)] if path.name == "config.json" else [
+            json.loads(line) for line in data.splitlines()]
+        found = [got["config"]] if path.name == "config.json" else got["log"]
+        for row in found:
+            (row.get("init") or {}).pop("transfer", None)  # added by the reader
+        fits = all(self.has(row, needed) for row in rows) and same(rows, found)
+        return "legal change" if fits else "WRONG"
+
+    def has(self, row, needed):
+        return all(name in row and (self.has(row[name], kind) if isinstance(kind, dict)
+                                    else type(row[name]) in kind) for name, kind in needed.items())
+
+
+FAULTS = {HeaderFaults: 600, SignalFaults: 200, TableFaults: 600, CohortFaults: 500,
+          CheckpointFaults: 200, RunFaults: 300}
+
+
+def mutate_in_this_process(kind, root, n):
+    """Mutate, read, judge n times; one line of JSON each on stdout, before and after."""
+    faults, opened = globals()[kind](Path(root)), []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    rng = np.random.default_rng([CAMPAIGN_SEED, *kind.encode()])
+    truths = {path: faults.read(path) for path, _ in faults.files}
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
+    for i in range(n):
+        path, text = faults.files[rng.integers(len(faults.files))]
+        whole = path.read_bytes()
+        fault, data = mutate(rng, whole, text)
+        while data == whole:
+            fault, data = mutate(rng, whole, text)
+        print(json.dumps([i, fault]), flush=True)
+        path.write_bytes(data)
+        opened.clear()
+        signal.alarm(20)  # its default action ends the process, wherever it hangs
+        try:
+            got = faults.read(path)
+            outcome = "right" if same(got, truths[path]) else \
+                faults.judge(path, data, truths[path], got)
+            detail = ""
+        except (InputError, prepare_data.Rejected) as error:
+            outcome, detail = type(error).__name__.lower().replace("inputerror", "refused"), error
+        except BaseException as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            outcome, detail = "TRACEBACK", f"{error!r} {where.name}:{where.lineno}"
+        signal.alarm(0)
+        path.write_bytes(whole)
+        if any("OUTSIDE" in name or "passwd" in name for name in opened):
+            outcome = "READ OUTSIDE"
+        if outcome.isupper():
+            detail = f"{detail} {difference_of(whole, data)}"
+        print(json.dumps([i, fault, path.name, outcome, str(detail)[:700]]), flush=True)
+
+
+def difference_of(whole, data):
+    """Where two files differ first, with what stands there."""
+    at = next((k for k, (a, b) in enumerate(zip(whole, data)) if a != b),
+              min(len(whole), len(data)))
+    return f"byte {at}: {whole[max(0, at - 30):at + 40]!r} -> {data[max(0, at - 30):at + 40]!r}"
+
+
+@slow
+def test_campaign_of_mutations(tmp_path):
+    def mutated(kind, n):
+        root = tmp_path / kind / "root"
+        root.mkdir(parents=True)
+        code = f"import test_cardiowm as t; t.mutate_in_this_process({kind!r}, {str(root)!r}, {n})"
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                               cwd=root, timeout=400, env=os.environ | {
+                                   "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        lines = [json.loads(line) for line in child.stdout.splitlines() if line[:1] == "["]
+        done = [line for line in lines if len(line) > 2]
+        if len(done) < n:  # a hang (exit code -14), a crash
+            done.append([*(lines or [[0, "?"]])[-1], "", f"ENDED {child.returncode}",
+                         child.stderr[-1500:]])
+        bad = [line for line in done if line[3].upper() == line[3]]
+        examples = {line[3]: line for line in done}
+        outcomes[kind] = collections.Counter(line[3] for line in done), bad
+        counts = ", ".join(f"{name} {count}" for name, count in outcomes[kind][0].most_common())
+        return "\n    ".join([f"{kind}: {len(done)} mutations: {counts}",
+                              *(str(line)[:300] for line in (bad or examples.values()))])
+
+    outcomes = {}
+    print("\nmutations")
+    side_by_side([functools.partial(mutated, kind.__name__, n) for kind, n in FAULTS.items()])
+    total = sum((counts for counts, _ in outcomes.values()), collections.Counter())
+    print(f"  in all {total.total()}: {dict(total.most_common())}")
+    assert not list(tmp_path.rglob("PWNED")) and not (HERE / "PWNED").exists()
+    assert total.total() >= 1500 and not [line for _, bad in outcomes.values() for line in bad]
+
+
+# Files made to harm: refused at once by name, nothing run, nothing outside read, little memory
+
+
+class Harm:
+    """What a pickle may hold: to load it is to run a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
+
+
+def replaced(name, value=None, **how):
+    """An edit of a cohort file: the dataset anew, from a value or with h5py's `create_dataset`."""
+    def edit(file):
+        old = file[name][()] if value is None or callable(value) else None
+        del file[name]
+        if how:
+            file.create_dataset(name, **({"data": old} if "shape" not in how else {}) | how)
+        else:
+            file[name] = value(old) if callable(value) else value
+    return edit
+
+
+def changed(name, at, value):
+    """An edit of a cohort file: one value of a dataset, or a whole attribute."""
+    def edit(file):
+        if at is None:
+            file.attrs[name] = value
+        else:
+            file[name][at] = value
+    return edit
+
+
+def linked(name):
+    """Edits of a cohort file that make a dataset stand elsewhere."""
+    def virtual(file):
+        shape, dtype = file[name].shape, file[name].dtype
+        del file[name]
+        layout = h5py.VirtualLayout(shape, dtype)
+        layout[...] = h5py.VirtualSource("OUTSIDE.h5", name, shape)
+        file.create_virtual_dataset(name, layout)
+    return {"external link": replaced(name, h5py.ExternalLink("OUTSIDE.h5", name)),
+            "soft link": replaced(name, h5py.SoftLink("/fold")),
+            "endless link": replaced(name, h5py.SoftLink(f"/{name}")),
+            "virtual": virtual,
+            "external storage": replaced(name, shape=(14,), dtype="i8",
+                                         external=[("OUTSIDE", 0, 14 * 8)])}
+
+
+HOSTILE_COHORTS = {  # {(dataset or attribute, what is wrong): edit}
+    (name, what): edit
+    for name in (*prepare_data.COLUMNS, "label", "quality", "pair", "action", "gap_days",
+                 "pair_kind", "class_name", "signal", "signal_crc32")
+    for what, edit in {
+        "missing": lambda file, name=name: file.pop(name) and None,
+        "text": replaced(name, np.array([b"x"] * 14)),
+        "shorter": replaced(name, lambda old: old[:-1]),
+        "scalar": replaced(name, 7),
+        "enormous": replaced(name, shape=(10**12, 12, 1000) if name == "signal" else (10**12, 4),
+                             chunks=(1, 1, 1000) if name == "signal" else (1000, 4), dtype="u1"),
+        "a group": lambda file, name=name: replaced(name, 0)(file) or file.pop(name)
+        and file.create_group(name)}.items()} | {
+    (name, what): edit for name in ("study_id", "signal", "label")
+    for what, edit in linked(name).items()} | {
+    ("signal", "compressed"): replaced("signal", compression="gzip"),
+    ("signal", "without storage"): replaced("signal", shape=(14, 12, 1000), dtype="<f2"),
+    ("signal", "NaN"): changed("signal", (3, 2, 1), np.nan),
+    ("label", "2"): changed("label", (0, 1), 2),
+    ("action", "5"): changed("action", (0, 1), 5),
+    ("pair", "beyond"): changed("pair", (0, 1), 10**6), ("pair", "-1"): changed("pair", (0, 0), -1),
+    ("split", "3"): changed("split", 0, 3), ("sex", "7"): changed("sex", 0, 7),
+    ("fold", "-3"): changed("fold", 0, -3), ("pair_kind", "9"): changed("pair_kind", 0, 9),
+    ("class_name", "twice"): replaced("class_name", np.array([b"I10"] * 4)),
+    ("class_name", "no text"): replaced("class_name", np.array([b"\xff\xfe"] * 4)),
+    **{(name, str(value)[:12]): changed(name, None, value) for name, value in (
+        ("fs", "many"), ("fs", 0), ("fs", -5), ("fs", 10**9), ("fs", np.nan), ("leads", "[1"),
+        ("leads", '["I"]'), ("leads", 3.5), ("unit", "V"), ("unit", np.zeros(9)),
+        ("source", '["mimic"]'), ("synthetic", "perhaps"), ("normal_codes", "{"),
+        ("format_version", "two"), ("format_version", np.zeros(3)), ("arguments", "[" * 100_000),
+        ("csv_sha256", 7), ("rejected", '{"a": '), ("rejected", '["a"]'), ("listed", "all"),
+        ("codes", '{"distinct": "x"}'))}}
+
+
+@pytest.fixture
+def little_memory():
+    """Whoever takes more than 64 MB or 5 s, or runs a command, fails."""
+    def too_long(*_):
+        raise TimeoutError
+
+    before, began = signal.signal(signal.SIGALRM, too_long), time.monotonic()
+    signal.alarm(10)
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize("name, what", HOSTILE_COHORTS)
+def test_a_hostile_cohort_is_refused_by_file_and_dataset(
+        name, what, prepare_folder, tmp_path, monkeypatch, little_memory):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(prepare_folder[1], "OUTSIDE.h5")
+    Path("OUTSIDE").write_bytes(bytes(range(112)))
+    path = shutil.copy(prepare_folder[1], tmp_path / "c.h5")
+    with h5py.File(path, "r+") as file:
+        HOSTILE_COHORTS[name, what](file)
+    with pytest.raises(InputError) as error:
+        prepare_data.check_cohort(prepare_data.Cohort(path))
+    message = str(error.value)
+    # a dataset that others are counted by may be told by the first of those
+    names = "|".join([name] + ["age", "action", "leads"] * (
+        name in ("study_id", "pair", "class_name", "unit")) + ["attributes"] * (name == "codes"))
+    assert str(path) in message and re.search(rf"\b({names})\b", message), message
+    assert "\n" not in message and len(message) < 600
+
+
+def hostile_zip(path, compression=zipfile.ZIP_STORED, **members):
+    """A zip file of these members, bytes each."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+
+
+def npy(shape, dtype, content=b""):
+    """The bytes of an .npy file that claims this shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {
+        "shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(
+            np.dtype(dtype))})
+    return buffer.getvalue() + content
+
+
+HOSTILE_ZIPS = {  # what a checkpoint and predictions may be: writes a path
+    "a folder": lambda path: path.mkdir(),
+    "empty": lambda path: path.touch(),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Harm())),
+    "a pickle in zip": lambda path: torch.save(checkpoint_of(x=Harm()), path),
+    "a pickle of older torch": lambda path: torch.save(
+        checkpoint_of(x=Harm()), path, _use_new_zipfile_serialization=False),
+    "a bomb": lambda path: hostile_zip(path, zipfile.ZIP_DEFLATED, **{
+        "x/data.pkl": bytes(10**8), "x/version": b"3", "y_true.npy": npy((10**8, 1), "u1",
+                                                                       bytes(10**8))}),
+    "enormous": lambda path: hostile_zip(path, **{
+        "x/data.pkl": pickle.dumps(1), "x/version": b"3", "y_true.npy": npy((10**12, 76), "u1")}),
+    "objects": lambda path: np.savez(path.open("wb"), **dict.fromkeys(
+        ("y_true", "y_score", "class_name", "study_id", "subject_id", "first_in_stay", "pair_first",
+         "has_label"), np.array([Harm()], object))),
+    "no zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)),
+    "a loop": lambda path: path.symlink_to(path)}
+
+
+@pytest.mark.parametrize("what", HOSTILE_ZIPS)
+@pytest.mark.parametrize("name, read", [
+    ("last.pt", lambda path: evaluate.load_checkpoint(path)),
+    ("predictions_test.npz", lambda path: evaluate.load_run(path.parent))])
+def test_a_hostile_checkpoint_or_prediction_is_refused_by_name(
+        name, read, what, tmp_path, monkeypatch, little_memory):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "run")
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    HOSTILE_ZIPS[what](path)
+    tracemalloc.reset_peak()
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", [  # of the record, then of a lead
+    "r -12 500 5000", "r 1000000000 500 5000", "r 12 500 -5000", "r 12 500 1000000000000000",
+    "r 12 inf 5000", "r 12 nan 5000", "r 12 0 5000", "r 12 -500 5000", "r 12 1e308 5000",
+    "r/1000000000 12 500 5000", "../OUTSIDE 12 500 5000", "r 12 500", "r", "r 12 500/1e400 5000",
+    "r.dat 16 nan/mV 16 0 0 0 0 I", "r.dat 16 1e-400/mV 16 0 0 0 0 I",
+    "r.dat 16 mV 16 0 0 0 0 I", "r.dat 16x1000000000 200 16 0 0 0 0 I",
+    "r.dat 16:1000000000 200 16 0 0 0 0 I", "r.dat 16+1000000000000 200 16 0 0 0 0 I",
+    "r.dat 16+-2 200 16 0 0 0 0 I", "r.dat 999 200 16 0 0 0 0 I",
+    "../OUTSIDE.dat 16 200 16 0 0 0 0 I", "/etc/passwd 16 200 16 0 0 0 0 I",
+    "s3://nowhere/x.dat 16 200 16 0 0 0 0 I",
+    "r.dat 16 200(99999999999999999999)/mV 16 0 0 0 0 I"])
+def test_a_hostile_header_is_rejected_or_changes_nothing(
+        line, tmp_path, monkeypatch, little_memory):
+    (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path / "root")
+    for path, seed in ((tmp_path / "OUTSIDE", 1), (Path("r"), 0)):
+        adc = prepare_adc(seed)
+        adc[-1] -= adc.sum(axis=0, dtype=np.int16)  # checksum 0, as the lines above say
+        prepare_write(path, adc)
+    lines = Path("r.hea").read_text().splitlines()
+    truth = prepare_data.read_record("r", 100)
+    lines[" 16" in line] = line  # the second line is lead I's
+    Path("r.hea").write_text("\n".join(lines))
+    with contextlib.suppress(prepare_data.Rejected):
+        assert same(prepare_data.read_record("r", 100), truth)
+
+
+@pytest.mark.parametrize("column, text", [
+    ("all_diag_all", "__import__('os').system('touch PWNED')"), ("all_diag_all", "[" * 100_000),
+    ("all_diag_all", "['I10'] + [__import__('os').system('touch PWNED')]"),
+    ("all_diag_all", "[10**10**10]"), ("all_diag_all", "'I48' + 'I10'"), ("fold", "9" * 5000),
+    ("fold", "0x1"), ("study_id", "1e400"), ("subject_id", "__import__('os')"),
+    ("path", "../OUTSIDE"), ("path", "/etc/passwd"), ("path", "files/../../OUTSIDE"),
+    ("path", "x" * 5000), ("path", "a\0b"), ("ecg_no_within_stay", "nan")])
+def test_a_hostile_cell_is_counted_or_refused(column, text, tmp_path, monkeypatch, little_memory):
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(subject_id=k, study_id=k, path=f"f{k}", fold=k, ecg_no_within_stay=0,
+                 all_diag_all="['I10']") for k in range(4)]
+    for path in (root / "f0", root / "f1", root / "f2", root / "f3", tmp_path / "OUTSIDE"):
+        prepare_write(path, prepare_adc(0, 2))
+    rows[3][column] = text
+    prepare_csv(root / "record_list.csv", "subject_id study_id path", rows)
+    prepare_csv(root / "labels.csv", PREPARE_REQUIRED, rows)
+    try:
+        table = prepare_data.read_mimic(root, root / "labels.csv", None)
+    except InputError as error:
+        assert "csv" in str(error) and "\n" not in str(error) and len(str(error)) < 600
+    else:
+        assert table["study_id"].tolist() == [0, 1, 2] and sum(table["rejected"].values()) >= 1
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("config.json", "{", "config.json: damaged"), ("config.json", "[]", "an object wanted"),
+    ("config.json", '{"args": 7}', "args is 7"), ("config.json", "[" * 100_000, "damaged"),
+    ("config.json", '{"args": {"mode": "finetune", "frac": NaN}}', "number NaN"),
+    ("config.json", '{"args": {"mode": "finetune", "frac": 1.0, "seed": "0"}}', "seed is '0'"),
+    ("log.jsonl", '{"step": 1e400}', "number 1e400"), ("log.jsonl", "7", "7, an object wanted"),
+    ("log.jsonl", '{"loss": 1.0}', "step is None"), ("log.jsonl", "\0", "damaged"),
+    ("predictions_test.npz", {"y_true": np.full((80, 4), 2)}, "320 values outside 0 to 1"),
+    ("predictions_test.npz", {"y_score": np.full((80, 4), np.inf)}, "y_score holds 320 values"),
+    ("predictions_test.npz", {"y_score": np.full((80, 4), "x")}, "y_score holds <U1"),
+    ("predictions_test.npz", {"study_id": np.zeros(80, int)}, "study_id holds one twice"),
+    ("predictions_test.npz", {"study_id": np.ones(80) / 3}, "study_id holds float64"),
+    ("predictions_test.npz", {"class_name": np.arange(4)}, "class_name holds int64")])
+def test_a_broken_run_is_refused_by_file_and_value(file, content, words, tmp_path):
+    arrays = write_run(tmp_path, "run")
+    if isinstance(content, dict):
+        np.savez(tmp_path / "run" / file, **arrays | content)
+    else:
+        (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        evaluate.load_run(tmp_path / "run")
+    assert str(tmp_path / "run" / file) in str(error.value)
+
+
+def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace, tmp_path):
+    path = shutil.copy(workplace / "data/tiny.h5", tmp_path / "nan.h5")
+    with h5py.File(path, "r+") as file:
+        file["signal"][5, 3] = np.nan
+    cohort, model = prepare_data.Cohort(path), cardiowm.WorldModel(20).eval()
+    wanted = rf"nan.h5: study_id \[{cohort.study_id[5]}\]: 1 records .*--check {path}"
+    with pytest.raises(InputError, match=wanted):
+        evaluate.embed(model, cohort.signal, np.arange(3, 9))
+    with pytest.raises(InputError, match=r"rows \[5\]: 1 records have no finite embedding"):
+        evaluate.embed(model, np.array(cohort.signal), np.arange(3, 9))
