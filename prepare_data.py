@@ -346,17 +346,47 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             signals.signal(signals.SIGTERM, before)
 
 
-def read_json(path: Path) -> dict:
-    """The dict in a JSON file; InputError for anything else."""
-    with system_errors(path):
-        content = path.read_bytes()
+def lack(found, wanted: dict, at: str = "") -> str:
+    """The first thing that an object read from JSON lacks, with what was found; "" if nothing.
+
+    wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
+    """
+    if not isinstance(found, dict):
+        return f"{at[:-1] or 'a line'} is {found!r}, an object wanted"
+    for key, kinds in wanted.items():
+        for name in found if key == "*" else [key]:
+            value = found.get(name)
+            if isinstance(kinds, dict):
+                if why := lack(value, kinds, f"{at}{name}."):
+                    return why
+            elif type(value) not in kinds:
+                return f"{at}{name} is {value!r}, {kinds[0].__name__} wanted"
+    return ""
+
+
+def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
+    """The object in a JSON file, or one of each line; InputError unless it holds `wanted`.
+
+    Numbers are finite: JSON knows no others.
+    """
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"a number {text}")
+        return value
+
+    why = ""
     try:
-        if isinstance(value := json.loads(content), dict):
-            return value
-    except (ValueError, RecursionError):
-        pass
-    raise InputError(f"{path}: found {content[:40]!r}; wanted: a JSON object, as this project writes "
-                     "it; delete what is damaged")
+        content = path.read_bytes()
+        objects = [json.loads(part, parse_float=finite, parse_constant=finite)
+                   for part in (content.splitlines() if lines else [content])]
+        why = next(filter(None, (lack(found, wanted) for found in objects)),
+                   "" if objects else "it is empty")
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error)
+    if why:
+        raise InputError(f"{path}: damaged, or of another program: {why[:200]}; move it aside and "
+                         "make it anew (train.py: --overwrite)")
+    return objects
 
 
 def sha256_of(path: Path) -> str:
@@ -1173,7 +1203,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
         begun = plan.exists()
-        if begun and (differs := difference(read_json(plan), identity)):
+        if begun and (differs := difference(*read_json(plan, {}), identity)):
             raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
                              "repeat the command that began it, or delete that folder")
         need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading

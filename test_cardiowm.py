@@ -4846,7 +4846,7 @@ def alive_in(group):
                 yield int(stat.parent.name)
 
 
-def run_until(command, cwd, seconds=600.0, beyond=None, kind=signal.SIGKILL):
+def run_until(command, cwd, seconds=600.0, beyond=None, kind=signals.SIGKILL):
     """(exit code, output, life in seconds) of a script that gets a signal after so many seconds.
 
     beyond: a file; the seconds count from when it is there. What the script started shall be gone
@@ -4907,7 +4907,7 @@ def kill_again_and_again(cwd, command, kills, moments):
                 break
         finish(code)
         ends += 1
-    for kind, wanted in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for kind, wanted in ((signals.SIGTERM, 143), (signals.SIGINT, 130)):
         file, share = moments[-1]
         run((wanted,), 0.3 * share * life, cwd / file, kind)
         finish()
@@ -5264,7 +5264,7 @@ def mutate_in_this_process(kind, root, n):
         print(json.dumps([i, fault]), flush=True)
         path.write_bytes(data)
         opened.clear()
-        signal.alarm(20)  # its default action ends the process, wherever it hangs
+        signals.alarm(20)  # its default action ends the process, wherever it hangs
         try:
             got = faults.read(path)
             outcome = "right" if same(got, truths[path]) else \
@@ -5275,7 +5275,7 @@ def mutate_in_this_process(kind, root, n):
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             outcome, detail = "TRACEBACK", f"{error!r} {where.name}:{where.lineno}"
-        signal.alarm(0)
+        signals.alarm(0)
         path.write_bytes(whole)
         if any("OUTSIDE" in name or "passwd" in name for name in opened):
             outcome = "READ OUTSIDE"
@@ -5409,14 +5409,14 @@ def little_memory():
     def too_long(*_):
         raise TimeoutError
 
-    before, began = signal.signal(signal.SIGALRM, too_long), time.monotonic()
-    signal.alarm(10)
+    before, began = signals.signal(signals.SIGALRM, too_long), time.monotonic()
+    signals.alarm(10)
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signals.alarm(0)
+    signals.signal(signals.SIGALRM, before)
     assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
 
 

@@ -58,7 +58,8 @@ import cardiowm
 import evaluate
 from evaluate import (CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc,
                       recalibrate)
-from prepare_data import Cohort, InputError, Progress, locked, replace_file, system_errors
+from prepare_data import (Cohort, InputError, Progress, locked, read_json, replace_file,
+                          system_errors)
 
 DEFAULT_DATA = Path("data/cohort.h5")
 MIN_PAIRS = 64            # SIGReg tests a distribution: on fewer embeddings it says little
@@ -944,26 +945,14 @@ def is_finished(run: Path) -> bool:
     return (run / "predictions_test.npz").exists()
 
 
-def read_json(path: Path, keys: tuple, line: slice = slice(None)) -> dict:
-    """The object in a JSON file, or in some of its lines; InputError if it lacks one of `keys`."""
-    try:
-        found = json.loads("\n".join(path.read_text(encoding="utf-8").splitlines()[line]))
-        for key in keys:
-            found[key]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, or not by train.py ({type(error).__name__}: {error}); "
-                         "move its folder away, or give --overwrite, and run it anew") from None
-    return found
-
-
 def config_of(run: Path) -> dict:
     """config.json of a run folder."""
-    return read_json(run / "config.json", ("args", "cohort", "init"))
+    return read_json(run / "config.json", evaluate.CONFIG)[0]
 
 
 def last_row(run: Path) -> dict:
     """The last row of a run's log: its last step and, once it is finished, its run_seconds."""
-    return read_json(run / "log.jsonl", ("step",), slice(-1, None))
+    return read_json(run / "log.jsonl", {"step": (int,)}, lines=True)[-1]
 
 
 def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
@@ -2044,7 +2033,7 @@ def open_study(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict:
     study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in kept}
     old = study | {"runs": {}}
     if (folder / "study.json").exists():
-        old = read_json(folder / "study.json", ("runs",))
+        old = read_json(folder / "study.json", {"runs": {"*": {"frac": evaluate.NUMBER}}})[0]
     refuse([(old.get(name) != value, f"--run {folder}: holds a study with {name} = {old.get(name)},"
              f" asked for {value}; choose another --run") for name, value in study.items()])
     return old
