@@ -122,19 +122,15 @@ class Progress:
 # ----------------------------------------------------------------------------------------------
 
 SPIN_COUNT = 30_000  # turns that a waiting OpenMP thread spins before it sleeps
-REMEDY = {  # what to do about an error of the system
-    errno.ENOSPC: "free some space or choose another disk; the same command goes on",
-    errno.EDQUOT: "free some of your quota or choose another disk; the same command goes on",
-    errno.EACCES: "ask for the permission, or choose another place",
-    errno.EPERM: "ask for the permission, or choose another place",
-    errno.EROFS: "choose a place that can be written to",
-    errno.ENOENT: "check the name, and that its disk is mounted",
-    errno.EISDIR: "name a file", errno.ENOTDIR: "name a folder", errno.EEXIST: "name a folder",
-    errno.EIO: "check the disk; the same command goes on",
-    errno.ESTALE: "the network file system lost it: mount it anew; the same command goes on",
-    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close other programs",
-    errno.ENOMEM: "close other programs, or ask for more memory",
-    errno.ENAMETOOLONG: "choose a shorter name"}
+REMEDY = {code: text for text, codes in {  # what to do about an error of the system
+    "free some space or choose another disk; the same command goes on": (errno.ENOSPC, errno.EDQUOT),
+    "ask for the permission, or choose another place": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "check the name, and that its disk is mounted": (errno.ENOENT,),
+    "name a folder": (errno.ENOTDIR, errno.EEXIST), "name a file": (errno.EISDIR,),
+    "check the disk or the network mount; the same command goes on": (errno.EIO, errno.ESTALE),
+    "raise `ulimit -n`, or close other programs": (errno.EMFILE, errno.ENFILE),
+    "close other programs, or ask for more memory": (errno.ENOMEM,),
+    "choose a shorter name": (errno.ENAMETOOLONG,)}.items() for code in codes}
 
 
 def system_error(error: OSError, what: str | Path = "") -> str:
@@ -207,51 +203,33 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         yield
 
 
-def limits_of(group: str, *names: str) -> Iterator[list[Path]]:
-    """Existing files `names` of this process's control groups, its own first, then those above it.
-
-    group: "" for version 2, else a controller of version 1. Linux alone; nothing elsewhere.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, own = line.split(":", 2)
-            if group not in controllers.split(","):
-                continue
-            own = Path("/sys/fs/cgroup", group, own.lstrip("/"))
-            for folder in (own, *own.parents[:-3 - bool(group)]):
-                if all((folder / name).exists() for name in names):
-                    yield [folder / name for name in names]
-
-
 def available_cores() -> int:
-    """CPU cores that this process may use: by affinity (taskset, SLURM) and container quota."""
+    """CPU cores that this process may use (taskset and SLURM allow some of the machine's)."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        for (file,) in limits_of("", "cpu.max"):  # "max 100000" without a limit
-            quota, period = file.read_text().split()
-            cores = cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
-        for quota, period in limits_of("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
-            if int(quota.read_text()) > 0:
-                share = int(quota.read_text()) / int(period.read_text())
-                cores = min(cores, math.ceil(share))
-    return max(1, cores)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def available_memory() -> float:
-    """Bytes of RAM that this process may still take: of the machine and of its container."""
-    free = math.inf
+    """Bytes of RAM that this process may still take, of the machine and of its container (Linux).
+
+    0 where that is not known. A container is a control group; those above it have limits as well.
+    """
+    free = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = Path("/proc/meminfo").read_text()
-        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
-    for group, limit, usage in (("", "memory.max", "memory.current"),
-                                ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            for most, used, counts in limits_of(group, limit, usage, "memory.stat"):
-                if (text := most.read_text().strip()) != "max":  # the page cache gives way
-                    cache = int(counts.read_text().split("inactive_file ")[1].split()[0])
-                    free = min(free, int(text) - int(used.read_text()) + cache)
-    return free if math.isfinite(free) else 0.0
+        free.append(1024 * int(text.split("MemAvailable:")[1].split()[0]))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, version, own = line.split(":", 2)  # "" is version 2, "memory" of version 1
+            if version not in ("", "memory"):
+                continue
+            limit, usage = ("limit_in_bytes", "usage_in_bytes") if version else ("max", "current")
+            own = Path("/sys/fs/cgroup", version, own.lstrip("/"))
+            for group in (own, *own.parents):
+                most, used = (group / f"memory.{name}" for name in (limit, usage))
+                if most.exists() and (text := most.read_text().strip()) != "max":
+                    cache = (group / "memory.stat").read_text().split("inactive_file ")[1]
+                    free.append(int(text) - int(used.read_text()) + int(cache.split()[0]))
+    return max(0, min(free, default=0))
 
 
 def wait_passively() -> None:
@@ -2423,8 +2401,11 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         files.append(root / "demo_state.csv")
         state, _ = read_rows(files[2], {"study_id": number, "state": parse_codes}, {}, "state row",
                              table["rejected"])
+        if lacking := [study for study in table["study_id"].tolist() if not state.get(study)]:
+            raise InputError(f"{files[2]}: no sound row of study_id {lacking[0]} and "
+                             f"{len(lacking) - 1} more; delete {root} and simulate anew")
         table["state"] = np.array([[name in state[study_id][1] for name in table["class_name"]]
-                                   for study_id in table["study_id"]], np.uint8)
+                                   for study_id in table["study_id"].tolist()], np.uint8)
     identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments,
                 "csv_sha256": {file.name: sha256_of(file) for file in files},
                 "records_sha256": hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()}
@@ -2435,7 +2416,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
             examples = run_workers(folder, root, fs, status, workers)
-            table["examples"] = table.get("examples", {}) | examples
+            table["examples"] |= examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
     cohort = Cohort(out)
     print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")
