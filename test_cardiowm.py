@@ -4895,7 +4895,7 @@ def test_campaign_of_kills_of_preparation(tmp_path):
 
 @slow
 def test_campaign_of_kills_of_training(tmp_path):
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare_data.build("demo", root=tmp_path / "demo", out=tmp_path / "tiny.h5", patients=60,
                            fs=20, workers=1)
     every = [train.__file__, "--data", tmp_path / "tiny.h5", "--device", "cpu", "--resume",
@@ -5085,7 +5085,7 @@ class TableFaults:
                 r"-1(\.0)?|\d{1,4}(\.0*)?", text) else -1 if text == "" else None
             age = row.get("age", "").strip()
             found["age"] = float(age) if re.fullmatch(r"\d{1,3}(\.\d*)?", age) else None
-            found["sex"] = {"F": 0, "M": 1}.get(row.get("gender", "").strip().upper()[:1])
+            found["sex"] = {"F": 0, "M": 1}.get(row.get("gender", "").strip().upper())
             with contextlib.suppress(ValueError):
                 when = datetime.fromisoformat(row.get("ecg_time", "").strip())
                 found["time"] = int(when.replace(tzinfo=timezone.utc).timestamp())
