@@ -26,7 +26,6 @@ import difflib
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import pickle
@@ -41,8 +40,8 @@ from pathlib import Path
 import numpy as np
 
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
-                          count_rows, golden_lines, replace_file, resimulate, run_script,
-                          system_errors, wait_passively, without_signature)
+                          count_rows, golden_lines, lack, read_json, replace_file, resimulate,
+                          run_script, system_errors, wait_passively, without_signature)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
@@ -526,48 +525,6 @@ CONFIG = {  # what is read of a config.json, and of the `init` in it
                "sha256": (str,)}}
 INIT = {"args": {"mode": (str,)}, "sha256": (str,), "cohort": {"sha256": (str,)},
         "seconds": (*NUMBER, type(None))}
-
-
-def lack(found, wanted: dict, at: str = "") -> str:
-    """The first thing that an object read from JSON lacks, with what was found; "" if nothing.
-
-    wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
-    """
-    if not isinstance(found, dict):
-        return f"{at[:-1] or 'a line'} is {found!r}, an object wanted"
-    for key, kinds in wanted.items():
-        for name in found if key == "*" else [key]:
-            value = found.get(name)
-            if isinstance(kinds, dict):
-                if why := lack(value, kinds, f"{at}{name}."):
-                    return why
-            elif type(value) not in kinds:
-                return f"{at}{name} is {value!r}, {kinds[0].__name__} wanted"
-    return ""
-
-
-def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
-    """The object in a file of train.py, or one of each line; InputError unless it holds `wanted`.
-
-    Numbers are finite: JSON knows no others.
-    """
-    def finite(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            raise ValueError(f"a number {text}")
-        return value
-
-    why = ""
-    try:
-        content = path.read_bytes()
-        objects = [json.loads(part, parse_float=finite, parse_constant=finite)
-                   for part in (content.splitlines() if lines else [content])]
-        why = next(filter(None, (lack(found, wanted) for found in objects)), "")
-    except (OSError, ValueError, RecursionError) as error:
-        why = str(error)
-    if why:
-        raise InputError(f"{path}: damaged, or not of train.py: {why[:200]}; train the run again "
-                         "with --overwrite")
-    return objects
 
 
 def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:

@@ -27,7 +27,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.connection
 import os
 import re
 import shlex
@@ -123,19 +122,15 @@ class Progress:
 # ----------------------------------------------------------------------------------------------
 
 SPIN_COUNT = 30_000  # turns that a waiting OpenMP thread spins before it sleeps
-REMEDY = {  # what to do about an error of the system
-    errno.ENOSPC: "free some space or choose another disk; the same command goes on",
-    errno.EDQUOT: "free some of your quota or choose another disk; the same command goes on",
-    errno.EACCES: "ask for the permission, or choose another place",
-    errno.EPERM: "ask for the permission, or choose another place",
-    errno.EROFS: "choose a place that can be written to",
-    errno.ENOENT: "check the name, and that its disk is mounted",
-    errno.EISDIR: "name a file", errno.ENOTDIR: "name a folder", errno.EEXIST: "name a folder",
-    errno.EIO: "check the disk; the same command goes on",
-    errno.ESTALE: "the network file system lost it: mount it anew; the same command goes on",
-    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close other programs",
-    errno.ENOMEM: "close other programs, or ask for more memory",
-    errno.ENAMETOOLONG: "choose a shorter name"}
+REMEDY = {code: text for text, codes in {  # what to do about an error of the system
+    "free some space or choose another disk; the same command goes on": (errno.ENOSPC, errno.EDQUOT),
+    "ask for the permission, or choose another place": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "check the name, and that its disk is mounted": (errno.ENOENT,),
+    "name a folder": (errno.ENOTDIR, errno.EEXIST), "name a file": (errno.EISDIR,),
+    "check the disk or the network mount; the same command goes on": (errno.EIO, errno.ESTALE),
+    "raise `ulimit -n`, or close other programs": (errno.EMFILE, errno.ENFILE),
+    "close other programs, or ask for more memory": (errno.ENOMEM,),
+    "choose a shorter name": (errno.ENAMETOOLONG,)}.items() for code in codes}
 
 
 def system_error(error: OSError, what: str | Path = "") -> str:
@@ -208,51 +203,33 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         yield
 
 
-def limits_of(group: str, *names: str) -> Iterator[list[Path]]:
-    """Existing files `names` of this process's control groups, its own first, then those above it.
-
-    group: "" for version 2, else a controller of version 1. Linux alone; nothing elsewhere.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, own = line.split(":", 2)
-            if group not in controllers.split(","):
-                continue
-            own = Path("/sys/fs/cgroup", group, own.lstrip("/"))
-            for folder in (own, *own.parents[:-3 - bool(group)]):
-                if all((folder / name).exists() for name in names):
-                    yield [folder / name for name in names]
-
-
 def available_cores() -> int:
-    """CPU cores that this process may use: by affinity (taskset, SLURM) and container quota."""
+    """CPU cores that this process may use (taskset and SLURM allow some of the machine's)."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        for (file,) in limits_of("", "cpu.max"):  # "max 100000" without a limit
-            quota, period = file.read_text().split()
-            cores = cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
-        for quota, period in limits_of("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
-            if int(quota.read_text()) > 0:
-                share = int(quota.read_text()) / int(period.read_text())
-                cores = min(cores, math.ceil(share))
-    return max(1, cores)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def available_memory() -> float:
-    """Bytes of RAM that this process may still take: of the machine and of its container."""
-    free = math.inf
+    """Bytes of RAM that this process may still take, of the machine and of its container (Linux).
+
+    0 where that is not known. A container is a control group; those above it have limits as well.
+    """
+    free = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = Path("/proc/meminfo").read_text()
-        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
-    for group, limit, usage in (("", "memory.max", "memory.current"),
-                                ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            for most, used, counts in limits_of(group, limit, usage, "memory.stat"):
-                if (text := most.read_text().strip()) != "max":  # the page cache gives way
-                    cache = int(counts.read_text().split("inactive_file ")[1].split()[0])
-                    free = min(free, int(text) - int(used.read_text()) + cache)
-    return free if math.isfinite(free) else 0.0
+        free.append(1024 * int(text.split("MemAvailable:")[1].split()[0]))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, version, own = line.split(":", 2)  # "" is version 2, "memory" of version 1
+            if version not in ("", "memory"):
+                continue
+            limit, usage = ("limit_in_bytes", "usage_in_bytes") if version else ("max", "current")
+            own = Path("/sys/fs/cgroup", version, own.lstrip("/"))
+            for group in (own, *own.parents):
+                most, used = (group / f"memory.{name}" for name in (limit, usage))
+                if most.exists() and (text := most.read_text().strip()) != "max":
+                    cache = (group / "memory.stat").read_text().split("inactive_file ")[1]
+                    free.append(int(text) - int(used.read_text()) + int(cache.split()[0]))
+    return max(0, min(free, default=0))
 
 
 def wait_passively() -> None:
@@ -347,17 +324,47 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             signals.signal(signals.SIGTERM, before)
 
 
-def read_json(path: Path) -> dict:
-    """The dict in a JSON file; InputError for anything else."""
-    with system_errors(path):
-        content = path.read_bytes()
+def lack(found, wanted: dict, at: str = "") -> str:
+    """The first thing that an object read from JSON lacks, with what was found; "" if nothing.
+
+    wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
+    """
+    if not isinstance(found, dict):
+        return f"{at[:-1] or 'a line'} is {found!r}, an object wanted"
+    for key, kinds in wanted.items():
+        for name in found if key == "*" else [key]:
+            value = found.get(name)
+            if isinstance(kinds, dict):
+                if why := lack(value, kinds, f"{at}{name}."):
+                    return why
+            elif type(value) not in kinds:
+                return f"{at}{name} is {value!r}, {kinds[0].__name__} wanted"
+    return ""
+
+
+def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
+    """The object in a JSON file, or one of each line; InputError unless it holds `wanted`.
+
+    Numbers are finite: JSON knows no others.
+    """
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"a number {text}")
+        return value
+
+    why = ""
     try:
-        if isinstance(value := json.loads(content), dict):
-            return value
-    except (ValueError, RecursionError):
-        pass
-    raise InputError(f"{path}: found {content[:40]!r}; wanted: a JSON object, as this project writes "
-                     "it; delete what is damaged")
+        content = path.read_bytes()
+        objects = [json.loads(part, parse_float=finite, parse_constant=finite)
+                   for part in (content.splitlines() if lines else [content])]
+        why = next(filter(None, (lack(found, wanted) for found in objects)),
+                   "" if objects else "it is empty")
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error)
+    if why:
+        raise InputError(f"{path}: damaged, or of another program: {why[:200]}; move it aside and "
+                         "make it anew (train.py: --overwrite)")
+    return objects
 
 
 def sha256_of(path: Path) -> str:
@@ -391,7 +398,7 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
 FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
                           re.ASCII)
-GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?/?(.*)", re.ASCII)
+GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?(?:/(.*))?", re.ASCII)
 COMMENT = re.compile(r"(?:^|\s)#.*")
 
 # A header's record line, then its signal lines by column; what a line lacks is None
@@ -441,7 +448,7 @@ def read_header(folder: str, record: str) -> Header:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
     count, samples = whole(signals_stated, "number of signals"), whole(samples, "number of samples")
     segments = ()
-    if name.rpartition("/")[2] == str(len(rows)) and all(len(row) == 2 for row in rows):
+    if rows and name.endswith(f"/{len(rows)}") and all(len(row) == 2 for row in rows):
         segments = tuple((row[0], whole(row[1], "length of a segment")) for row in rows)
     elif count != len(rows) or not rows:
         raise Rejected("unreadable", f"{count} signals stated, {len(rows)} described")
@@ -468,7 +475,8 @@ def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
         kind, frame, skew, offset = map(int, parts.groups("0")) if parts else [0] * 4
         layout.append((kind, frame or 1, skew, offset))
     for i in order:
-        gain, base, unit = GAIN_FIELD.fullmatch(gains[i] or "").groups()
+        parts = GAIN_FIELD.fullmatch(gains[i] or "")
+        gain, base, unit = parts.groups("") if parts else ["?"] * 3
         if (unit.lower() or "mv") not in MILLIVOLTS:
             raise Rejected("unit unknown", f"{gains[i]!r}")
         base = base or zeros[i] or "0"
@@ -578,10 +586,8 @@ def read_plain(folder: str, header: Header, order: list[int], offset: int,
     rows = 50 if samples % 50 == 0 else 1
     sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
     verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
-    x = empty("stored", (width, samples), "<f4")
-    x[...] = raw.T
-    if order != list(range(width)):
-        x = x.take(order, axis=0, out=empty("x", (len(order), samples), "<f4"), mode="clip")
+    x = empty("x", (len(order), samples), "<f4")
+    x[...] = raw.T[order]
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
     return x
@@ -693,7 +699,10 @@ def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
     padded[:, :start], padded[:, start:stop], padded[:, stop:] = 0, x, 0
     padded = padded.reshape(leads, blocks + 1, 20 * q)
     y = empty("blocks", (leads, blocks + 1, 40), "<f4")
-    np.matmul(padded, decimation_matrix(q), out=y)  # (leads, ., 20 q) @ (20 q, 40)
+    rows = max(1, 2**18 // (800 * q))  # of so small a product that BLAS takes one thread for it:
+    for i in range(0, blocks + 1, rows):  # the bits may not depend on the number of threads
+        part = slice(i, i + rows)
+        np.matmul(padded[:, part], decimation_matrix(q), out=y[:, part])  # @ (20 q, 40)
     return (y[:, :-1, :20] + y[:, 1:, 20:]).reshape(leads, -1)[:, :outputs]
 
 
@@ -1172,7 +1181,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
         begun = plan.exists()
-        if begun and (differs := difference(read_json(plan), identity)):
+        if begun and (differs := difference(*read_json(plan, {}), identity)):
             raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
                              "repeat the command that began it, or delete that folder")
         need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
@@ -1221,8 +1230,8 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-def serve(call: Callable, pipe: multiprocessing.connection.Connection) -> None:
-    """A worker process: answer the jobs in the pipe until None, or until the parent is no more."""
+def serve(call: Callable, pipe) -> None:
+    """A worker process: answer the jobs in its pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := pipe.recv()) is not None:
@@ -1242,6 +1251,8 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
     if workers == 1:
         yield from ((position, call(job)) for position, job in enumerate(jobs))
         return
+    import multiprocessing.connection  # here alone: one worker has no need of it
+
     context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
     queue, busy = iter(enumerate(jobs)), {}
     try:
@@ -1308,8 +1319,9 @@ def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
     progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
     try:
         call = functools.partial(read_chunk, str(folder), str(root), fs)
-        for _, tried in in_workers(call, todo.tolist(), workers):
-            progress.update(tried)
+        with contextlib.closing(in_workers(call, todo.tolist(), workers)) as chunks:
+            for _, tried in chunks:
+                progress.update(tried)
     finally:
         progress.close()
     path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
@@ -1341,29 +1353,15 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
                                    normal_codes=table["normal_codes"], rejected=rejected,
                                    rejected_examples=table["examples"], flaws=table["flaws"],
                                    not_chosen=table["not_chosen"])
+    # lists and dicts as JSON text: every HDF5 reader can show it
+    attributes = {name: value if isinstance(value, (bool, int, float, str)) else
+                  json.dumps(value, sort_keys=True) for name, value in attributes.items()}
+    rows |= make_pairs(rows) | {
+        "quality": quality[keep],
+        "class_name": np.array([name.encode() for name in table["class_name"]])}
     temporary = folder / "cohort.h5"
     try:
-        with h5py.File(temporary, "w") as file:
-            for name, array in (rows | make_pairs(rows) | {"quality": quality[keep]}).items():
-                file[name] = array
-            file["class_name"] = np.array([name.encode() for name in table["class_name"]])
-            stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")
-            crc = []  # the dataset is contiguous
-            for first in range(0, len(keep), CRC_ROWS):
-                at, rows = first, keep[first:first + CRC_ROWS]
-                crc.append(0)
-                for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
-                    block = signal[run[0]:run[-1] + 1]  # straight from the map
-                    stored[at:at + len(run)], at = block, at + len(run)
-                    crc[-1] = zlib.crc32(block, crc[-1])
-            file["signal_crc32"] = np.array(crc, np.uint32)
-            for name, value in attributes.items():
-                # lists and dicts as JSON text: every HDF5 reader can show it
-                plain = isinstance(value, (bool, int, float, str))
-                file.attrs[name] = value if plain else json.dumps(value, sort_keys=True)
-            file.attrs["crc32"] = json.dumps(content_crc(file))
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        write_hdf5(temporary, rows, signal, keep, attributes)
         os.replace(temporary, out)
     except BaseException:  # a full disk, say: what was read stays, for the same command to go on
         temporary.unlink(missing_ok=True)
@@ -1371,6 +1369,33 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     # The cohort is whole. Network file systems keep files that are still open, under other names.
     del status, signal, quality
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
+               attributes: dict) -> None:
+    """Write datasets, the kept rows of the signal with their checksums, and attributes; sync."""
+    h5py.File(path, "w").close()
+    if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
+        room = sum(array.nbytes for array in rows.values()) + len(keep) * signal[0].nbytes
+        with open(path, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
+    with h5py.File(path, "r+") as file:  # which gives back what it does not need
+        for name, array in rows.items():
+            file[name] = array
+        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
+        crc = []
+        for first in range(0, len(keep), CRC_ROWS):
+            at, block_rows = first, keep[first:first + CRC_ROWS]
+            crc.append(0)
+            for run in np.split(block_rows, np.flatnonzero(np.diff(block_rows) > 1) + 1):
+                block = signal[run[0]:run[-1] + 1]  # straight from the map
+                stored[at:at + len(run)], at = block, at + len(run)
+                crc[-1] = zlib.crc32(block, crc[-1])
+        file["signal_crc32"] = np.array(crc, np.uint32)
+        file.attrs.update(attributes)
+        file.attrs["crc32"] = json.dumps(content_crc(file))
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2242,9 +2267,9 @@ def _write_demo(root: Path, patients: int, label_fidelity: float, nuisance: floa
     first = 10_000_000 + SPACING * seed
     jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
     histories, progress = {}, Progress(patients, "patients", "simulating")
-    for i, own in in_workers(_write_patient, jobs, workers):
-        histories[i] = own
-        progress.update()
+    with contextlib.closing(in_workers(_write_patient, jobs, workers)) as done:
+        for i, histories[i] in done:
+            progress.update()
     progress.close()
     rows = [row for i in sorted(histories) for row in histories[i]]
     for name, columns in DEMO_FILES.items():
@@ -2376,8 +2401,11 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         files.append(root / "demo_state.csv")
         state, _ = read_rows(files[2], {"study_id": number, "state": parse_codes}, {}, "state row",
                              table["rejected"])
+        if lacking := [study for study in table["study_id"].tolist() if not state.get(study)]:
+            raise InputError(f"{files[2]}: no sound row of study_id {lacking[0]} and "
+                             f"{len(lacking) - 1} more; delete {root} and simulate anew")
         table["state"] = np.array([[name in state[study_id][1] for name in table["class_name"]]
-                                   for study_id in table["study_id"]], np.uint8)
+                                   for study_id in table["study_id"].tolist()], np.uint8)
     identity = {"format_version": FORMAT_VERSION, "source": source, "arguments": arguments,
                 "csv_sha256": {file.name: sha256_of(file) for file in files},
                 "records_sha256": hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()}
@@ -2388,7 +2416,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
             examples = run_workers(folder, root, fs, status, workers)
-            table["examples"] = table.get("examples", {}) | examples
+            table["examples"] |= examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
     cohort = Cohort(out)
     print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")

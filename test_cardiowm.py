@@ -24,7 +24,7 @@ import re
 import resource
 import shlex
 import shutil
-import signal
+import signal as signals
 import socket
 import subprocess
 import sys
@@ -840,7 +840,7 @@ def prepare_records():
         46: ("lead missing or twice", dict(signals=11), dict(names=PREPARE_MIMIC_LEADS[1:])),
         39: ("checksum differs", {}, dict(checksum=7)),
         40: ("unit unknown", {}, dict(gain="200/mmHg")),
-        42: ("unit unknown", {}, dict(gain="x")),  # to wfdb this is a unit without a gain
+        42: ("unit unknown", {}, dict(gain="uV")),  # to wfdb a unit without a gain
         41: ("beyond float16", {}, dict(gain="0.001/mV")),
         43: ("no label row", {}, {}),
         44: ("label row malformed", {}, {}),
@@ -1125,6 +1125,8 @@ def test_mutated_headers_are_read_or_rejected_and_nothing_else(tmp_path, recwarn
         (tmp_path / "x.hea").write_bytes(text)
         try:
             signal, _ = prepare_data.read_record(tmp_path / "x", 100)
+            np.testing.assert_array_equal(
+                *(prepare_data.read_signal(tmp_path / "x", plain=plain)[0] for plain in (1, 0)))
             assert signal.shape == (12, 1000) and np.isfinite(signal).all()
             outcomes["read"] += 1
         except prepare_data.Rejected as error:
@@ -1241,6 +1243,12 @@ def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
     assert cohort.rejected == dict(wanted)
     assert cohort.flaws == {"gender unreadable, stored as missing": 8}
     assert cohort.rejected_examples.keys() == wanted.keys() | cohort.flaws.keys()
+    for study_id, found in ((32, "32.dat: No such file or directory"), (36, "360 Hz"),
+                            (33, "33.dat: 119,976 of 120,000 bytes"), (39, "I: 7 stated, "),
+                            (40, "'200/mmHg'"), (41, "mV")):
+        example = cohort.rejected_examples[fate[study_id]]  # of the first such row
+        assert example.startswith("files/p1000/p") and f"/s{study_id}/{study_id}: " in example
+        assert found in example
     assert cohort.listed == len(fate) + 3
     prepare_data.check_cohort(cohort)
 
@@ -1418,7 +1426,7 @@ def test_a_killed_build_resumes_and_ends_in_the_same_bytes(tmp_path, capsys):
     whole = build(tmp_path / "whole.h5", fs=100, workers=2)
     process = subprocess.Popen(
         [sys.executable, prepare_data.__file__, "--source", "mimic", "--root", str(tmp_path),
-         "--fs", "100", "--workers", "1", "--out", str(out)], stderr=subprocess.DEVNULL)
+         "--fs", "100", "--workers", "2", "--out", str(out)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (partial / "plan.json").exists() and np.load(partial / "status.npy").any():
@@ -1437,6 +1445,49 @@ def test_a_killed_build_resumes_and_ends_in_the_same_bytes(tmp_path, capsys):
     (partial / "cohort.h5").write_bytes(b"torn")  # what a kill while compacting would leave
     assert build(out, fs=100, workers=2).read_bytes() == whole.read_bytes()
     assert "going on" in capsys.readouterr().out and not partial.exists()
+
+
+def test_a_full_disk_leaves_what_was_read_and_the_same_command_goes_on(
+        prepare_folder, tmp_path, monkeypatch):
+    root, whole, _ = prepare_folder
+    real, out = os.posix_fallocate, tmp_path / "full.h5"
+
+    def full(descriptor, *where):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("cohort.h5"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, *where)
+
+    build = functools.partial(prepare_data.build, "mimic", root, out, fs=100, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(InputError, match="full.h5: No space left on device; free some space"):
+            build()
+    assert sorted(path.name for path in (tmp_path / "full.h5.partial").iterdir()) == [
+        "lock", "path.npy", "plan.json", "quality.npy", "signal.npy", "status.npy"]
+    assert build().read_bytes() == whole.read_bytes()
+    assert os.listdir(tmp_path) == ["full.h5"]
+
+
+def test_workers_need_no_semaphores_and_a_killed_one_is_named(monkeypatch):
+    monkeypatch.setattr("_multiprocessing.SemLock", None)  # as without /dev/shm
+    for workers in (1, 2, 5):
+        done = dict(prepare_data.in_workers(math.factorial, [3, 4, 5], workers))
+        assert done == {0: 6, 1: 24, 2: 120}
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        list(prepare_data.in_workers(os.listdir, ["/", "/nowhere"], 2))
+    with pytest.raises(InputError, match="a worker was killed by SIGKILL"):
+        list(prepare_data.in_workers(signals.raise_signal, [signals.SIGKILL] * 2, 2))
+    with pytest.raises(RuntimeError, match="ended early, exit code 1"):
+        list(prepare_data.in_workers(math.factorial, [-1, -1], 2))
+
+
+def test_where_no_record_can_be_read_the_reasons_and_examples_are_told(tmp_path):
+    prepare_write(tmp_path / "a/1", prepare_adc(1, 900), fs=257)
+    prepare_csv(tmp_path / "record_list.csv", PREPARE_LIST, [[1, 1, 1, "2180-01-01", "a/1"]])
+    prepare_csv(tmp_path / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [[1, 1, "['I10']", 0, 0]])
+    with pytest.raises(InputError, match=r"1 fs not a multiple \(e.g. a/1: 257 Hz\)"):
+        prepare_data.build("mimic", tmp_path, tmp_path / "none.h5", fs=100, workers=1)
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_an_existing_file_is_never_overwritten(prepare_folder, tmp_path):
@@ -1523,7 +1574,7 @@ def test_cohort_signal_is_a_read_only_memory_map_of_the_file(prepare_cohort):
 
 
 @pytest.mark.parametrize("name, fault", [
-    ("signal", "checksum"), ("label", "label"), ("fold", "fold"), ("pair", "pair"),
+    ("signal", "checksum"), ("fold", "fold"), ("pair", "pair"),
     ("age", "the checksum of age"), ("stay", "the checksum of stay")])
 def test_check_finds_a_changed_value(name, fault, prepare_cohort, tmp_path, capsys):
     path = shutil.copy(prepare_cohort.path, tmp_path / "c.h5")
@@ -1574,7 +1625,7 @@ def test_ptbxl_sample_builds_to_its_known_counts(tmp_path):
     for row in range(0, 1987, 200):
         file = root / path[row]
         np.testing.assert_allclose(cohort.signal[row], prepare_oracle(file), **PREPARE_FLOAT16)
-        a, b = prepare_data.read_signal(file), prepare_data.read_with_wfdb(str(file))
+        a, b = prepare_data.read_signal(file), prepare_data.read_signal(file, plain=False)
         np.testing.assert_array_equal(a[0], b[0])
     first = cohort.study_id.tolist().index(1)
     assert np.array(cohort.class_name)[cohort.label[first] > 0].tolist() == ["LVOLT", "NORM", "SR"]
@@ -3951,7 +4002,7 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     kind = flags.split()[1]
     flags += f" --run {{}}-{kind}"
     assert run_train(flags.format("whole")) == 0
-    pulled = {2: signal.SIGTERM, 5: signal.SIGINT}  # in the middle of an epoch; 4 of them: SIGKILL
+    pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # in the middle of an epoch; 4 of them: SIGKILL
     steps, descend, threads = itertools.count(1), train.descend, torch.get_num_threads()
 
     def pull(*args):
@@ -4795,7 +4846,7 @@ def alive_in(group):
                 yield int(stat.parent.name)
 
 
-def run_until(command, cwd, seconds=600.0, beyond=None, kind=signal.SIGKILL):
+def run_until(command, cwd, seconds=600.0, beyond=None, kind=signals.SIGKILL):
     """(exit code, output, life in seconds) of a script that gets a signal after so many seconds.
 
     beyond: a file; the seconds count from when it is there. What the script started shall be gone
@@ -4856,7 +4907,7 @@ def kill_again_and_again(cwd, command, kills, moments):
                 break
         finish(code)
         ends += 1
-    for kind, wanted in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for kind, wanted in ((signals.SIGTERM, 143), (signals.SIGINT, 130)):
         file, share = moments[-1]
         run((wanted,), 0.3 * share * life, cwd / file, kind)
         finish()
@@ -5213,7 +5264,7 @@ def mutate_in_this_process(kind, root, n):
         print(json.dumps([i, fault]), flush=True)
         path.write_bytes(data)
         opened.clear()
-        signal.alarm(20)  # its default action ends the process, wherever it hangs
+        signals.alarm(20)  # its default action ends the process, wherever it hangs
         try:
             got = faults.read(path)
             outcome = "right" if same(got, truths[path]) else \
@@ -5224,7 +5275,7 @@ def mutate_in_this_process(kind, root, n):
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             outcome, detail = "TRACEBACK", f"{error!r} {where.name}:{where.lineno}"
-        signal.alarm(0)
+        signals.alarm(0)
         path.write_bytes(whole)
         if any("OUTSIDE" in name or "passwd" in name for name in opened):
             outcome = "READ OUTSIDE"
@@ -5358,14 +5409,14 @@ def little_memory():
     def too_long(*_):
         raise TimeoutError
 
-    before, began = signal.signal(signal.SIGALRM, too_long), time.monotonic()
-    signal.alarm(10)
+    before, began = signals.signal(signals.SIGALRM, too_long), time.monotonic()
+    signals.alarm(10)
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signals.alarm(0)
+    signals.signal(signals.SIGALRM, before)
     assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
 
 

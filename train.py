@@ -58,7 +58,8 @@ import cardiowm
 import evaluate
 from evaluate import (CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc,
                       recalibrate)
-from prepare_data import Cohort, InputError, Progress, locked, replace_file, system_errors
+from prepare_data import (Cohort, InputError, Progress, locked, read_json, replace_file,
+                          system_errors)
 
 DEFAULT_DATA = Path("data/cohort.h5")
 MIN_PAIRS = 64            # SIGReg tests a distribution: on fewer embeddings it says little
@@ -531,6 +532,15 @@ class Loop:
         if average(torch.tensor(float(self.run.asked), device=self.args.device)):
             self.run.end(self.at["step"])
 
+    @staticmethod
+    def finish(path: Path, modules: dict[str, nn.Module]) -> None:
+        """Put the weights of a checkpoint into the modules, for use."""
+        state = on_first_rank(lambda: load_checkpoint(path))  # which has just written it
+        for name, module in modules.items():
+            evaluate.check_tensors(module.state_dict(), state[name], f"{path}: {name}")
+            module.load_state_dict(state[name])
+            module.eval()
+
 
 def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
         header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
@@ -584,11 +594,7 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
         print(f"note: {better[0]} was never defined (too few validation records or pairs); best.pt "
               "is the last epoch's")
         loop.save("best.pt", args.epochs)
-    state = on_first_rank(lambda: load_checkpoint(run.path / result))  # which has just written it
-    for name, module in modules.items():
-        evaluate.check_tensors(module.state_dict(), state[name], f"{run.path / result}: {name}")
-        module.load_state_dict(state[name])
-        module.eval()
+    loop.finish(run.path / result, modules)
 
 
 def checkpoint_header(args, cohort: Cohort, kind: str, model_args: dict) -> dict:
@@ -939,26 +945,14 @@ def is_finished(run: Path) -> bool:
     return (run / "predictions_test.npz").exists()
 
 
-def read_json(path: Path, keys: tuple, line: slice = slice(None)) -> dict:
-    """The object in a JSON file, or in some of its lines; InputError if it lacks one of `keys`."""
-    try:
-        found = json.loads("\n".join(path.read_text(encoding="utf-8").splitlines()[line]))
-        for key in keys:
-            found[key]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, or not by train.py ({type(error).__name__}: {error}); "
-                         "move its folder away, or give --overwrite, and run it anew") from None
-    return found
-
-
 def config_of(run: Path) -> dict:
     """config.json of a run folder."""
-    return read_json(run / "config.json", ("args", "cohort", "init"))
+    return read_json(run / "config.json", evaluate.CONFIG)[0]
 
 
 def last_row(run: Path) -> dict:
     """The last row of a run's log: its last step and, once it is finished, its run_seconds."""
-    return read_json(run / "log.jsonl", ("step",), slice(-1, None))
+    return read_json(run / "log.jsonl", {"step": (int,)}, lines=True)[-1]
 
 
 def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
@@ -1732,7 +1726,7 @@ def compare(stage: str, today: Timed, here: Timed, wanted: str, repeats: int, sc
 
 
 def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
-    """WFDB record -> 100 Hz float16: one core, then two workers that fill one memory map."""
+    """WFDB record -> 100 Hz float16: one core, the whole build, two workers that fill one map."""
     import wfdb
     from scipy.signal import resample_poly
     paths, fs = [str(p)[:-4] for p in sorted(root.glob("files/**/*.hea"))], 100
@@ -1748,15 +1742,29 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
             with contextlib.suppress(prepare_data.Rejected):  # a planted defect
                 prepare_data.read_record(path, fs)
 
-    def build(workers: int) -> None:
+    def build() -> None:
         with tempfile.TemporaryDirectory(dir=root.parent) as folder:
-            prepare_data.build("mimic", root, Path(folder) / "cohort.h5", fs,
-                               root / "records_w_diag_icd10.csv", workers)
+            subprocess.run([sys.executable, prepare_data.__file__, "--source", "mimic", "--root",
+                            root, "--out", f"{folder}/cohort.h5", "--fs", str(fs), "--workers",
+                            "1"], check=True, capture_output=True)
 
+    def read(workers: int) -> None:
+        with tempfile.TemporaryDirectory(dir=root.parent) as folder, prepare_data.workspace(
+                Path(folder, "cohort.h5"), many, {"arguments": {"fs": fs}}) as (work, status):
+            prepare_data.run_workers(work, root, fs, status, workers)
+
+    def cpu_seconds() -> float:  # of this process and of those it started
+        return sum(os.times()[:4])
+
+    many = [os.path.relpath(path, root) for path in paths] * (1 if quick else 4)
+    repeats = 1 if quick else 3
     yield compare(f"read {len(some)} records, one core", ("wfdb.rdsamp + resample_poly", today),
                   ("read_record", here), "≥ 15×", 1 if quick else 5, clock=time.process_time)
-    yield compare(f"build a cohort of {len(paths):,} records", ("one worker", lambda: build(1)),
-                  ("two workers, one map", lambda: build(2)), "≥ 1.7×", 1 if quick else 3)
+    yield compare(f"build a cohort of {len(paths):,} records", ("wfdb.rdsamp + resample_poly",
+                  today), ("one worker, whole process", build), "≥ 10×", repeats,
+                  scale=len(paths) / len(some), clock=cpu_seconds)
+    yield compare(f"read {len(many):,} records", ("one worker", lambda: read(1)),
+                  ("two workers, one map", lambda: read(2)), "≥ 1.7×", repeats)
 
 
 def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
@@ -1905,7 +1913,7 @@ def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             tempfile.TemporaryDirectory(dir=folder) as scratch, \
             contextlib.redirect_stdout(io.StringIO()):  # of the stages
         root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
-        prepare_data.write_demo(root, 40 if quick else 600, workers=prepare_data.available_cores())
+        prepare_data.write_demo(root, 40 if quick else 920, workers=prepare_data.available_cores())
         prepare_data.build("mimic", root, data, 100, root / "records_w_diag_icd10.csv")
         cohort = Cohort(data)
         for row in itertools.chain(
@@ -2025,7 +2033,7 @@ def open_study(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict:
     study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in kept}
     old = study | {"runs": {}}
     if (folder / "study.json").exists():
-        old = read_json(folder / "study.json", ("runs",))
+        old = read_json(folder / "study.json", {"runs": {"*": {"frac": evaluate.NUMBER}}})[0]
     refuse([(old.get(name) != value, f"--run {folder}: holds a study with {name} = {old.get(name)},"
              f" asked for {value}; choose another --run") for name, value in study.items()])
     return old
