@@ -4937,7 +4937,7 @@ def test_campaign_of_kills_of_preparation(tmp_path):
         command += ["--patients", 24] if source == "demo" else []
         partial = "c.h5.partial/"
         moments = [("", 1), ("", 1), (partial + "plan.json", 0.3), (partial + "cohort.h5", 0.02)]
-        moments += [("demo/demo.json", 1)] * (source == "demo") + [(partial + "status.npy", 0.5)]
+        moments += [("demo/demo.json", 1)] * (source == "demo") + [(partial + "status.npy", 0.05)]
         jobs.append(functools.partial(kill_again_and_again, tmp_path / f"{source}-{workers}",
                                       command, 14, moments))
     print("\nkills of preparation")
@@ -5142,7 +5142,7 @@ class TableFaults:
                 found["time"] = int(when.replace(tzinfo=timezone.utc).timestamp())
             codes = row.get("all_diag_all", "").strip()
             code = r"\s*(?:'[^']*'|\"[^\"]*\")\s*"
-            if re.fullmatch(rf"\[\s*({code}(,{code})*)?,?\s*\]", codes):
+            if re.fullmatch(rf"\[\s*({code}([,\s]{code})*)?,?\s*\]", codes):
                 found["codes"] = [c.strip().replace(".", "").upper() for c in
                                   re.findall(r"'([^']*)'|\"([^\"]*)\"", codes) for c in c if c]
             yield found | {"path": row.get("path", "").strip()}
