@@ -448,8 +448,10 @@ def zip_fault(path: Path) -> str:
         claimed, size = sum(member.file_size for member in file.infolist()), path.stat().st_size
         if claimed > size:
             return f"a zip file of {size:,} bytes whose members claim {claimed:,}, so not unpacked"
-        bad = file.testzip()  # torch itself does not look at the checksums
-    return bad and f"a damaged PyTorch file (checksum of {bad})"
+        # torch looks at no checksum, and leaves the memory of what is marked as a folder as it is
+        marked = [member.filename for member in file.infolist() if member.external_attr & 0x10]
+        bad = marked[0] if marked else file.testzip()
+    return bad and f"a damaged PyTorch file (checksum or kind of {bad})"
 
 
 def check_tensors(wanted: dict, state: dict, where: str) -> None:
