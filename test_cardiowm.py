@@ -4880,7 +4880,9 @@ def kill_again_and_again(cwd, command, kills, moments):
     """
     def run(wanted, *more):
         code, output, life = run_until(command, cwd, *more)
-        assert code in wanted and "Traceback" not in output, (command, code, output)
+        # a worker that starts as its parent is killed may say that
+        told = "Traceback" in output and code != -9
+        assert code in wanted and not told, (command, code, output)
         return code, life
 
     def finish(code=None):
