@@ -870,13 +870,18 @@ STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
 ITEM = re.compile(rf"\s*(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*")
 
 
-@functools.lru_cache(maxsize=200_000)
-def icd10(code: str) -> str:
-    """`i48.91` -> `I4891`"""
-    return code.upper().replace(".", "")
-
-
 @functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
+def icd10_codes(text: str) -> tuple[str, ...]:
+    """parse_codes with one way to write a code: `i48.91` -> `I4891`"""
+    return tuple(code.upper().replace(".", "", 1) for code in parse_codes(text))
+
+
+@functools.lru_cache(maxsize=200_000)
+def category(code: str) -> str:
+    """`I4891` -> `I48`; "" for what is no code of ICD-10 (ICD-9: digits alone, mostly)."""
+    return code[:3] if re.fullmatch(r"[A-Z][0-9][0-9A-Z]{1,5}", code) else ""
+
+
 def parse_codes(text: str) -> tuple[str, ...]:
     """Codes in the text of a list of strings, or of the keys of a dict of numbers.
 
@@ -1059,21 +1064,22 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
                         examples=tally.examples, not_chosen=len(found) - len(chosen))
 
 
-def check_codes(column: str, rows: list[tuple], makes_class: Callable, foreign: Callable,
+def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Callable,
                 wanted: str, tally: Tally, most: float = 1.0) -> None:
     """InputError where the labels, (place, codes) of each row, are of another coding system.
 
     They would be zero for all patients or for some, without a word: fewer than 1 % of the rows have
-    a code that makes a class, or more than `most` of them one that is foreign. Those are counted.
+    a code of a class, or more than `most` of them one that is foreign: class_of(code) is "". Those
+    are counted.
     """
-    reason = f"code that is not of {wanted.partition(',')[0]}"
     distinct = set().union(*(codes for _, codes in rows))
-    classes, odd_ones = set(filter(makes_class, distinct)), set(filter(foreign, distinct))
-    strange = [(place, code) for place, codes in rows if not odd_ones.isdisjoint(codes)
-               for code in codes if code in odd_ones]
+    known = {code for code in distinct if class_of(code) in classes}
+    foreign = {code for code in distinct if not class_of(code)}
+    strange = [(place, code) for place, codes in rows if not foreign.isdisjoint(codes)
+               for code in codes if code in foreign]
     for place, code in strange:
-        tally.add(reason, f"{place}: {code!r}", kept=True)
-    usual = sum(not classes.isdisjoint(codes) for _, codes in rows)
+        tally.add(f"code that is not of {wanted.partition(',')[0]}", f"{place}: {code!r}", kept=True)
+    usual = sum(not known.isdisjoint(codes) for _, codes in rows)
     odd = len({place for place, _ in strange})
     if rows and (usual < 0.01 * len(rows) or odd > most * len(rows)):
         shown = strange or [(place, code) for place, codes in rows for code in codes]
@@ -1092,7 +1098,7 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
     """
     tally, rows, clock = Tally(), [], one_clock()
     known, _ = read_rows(labels, {
-        "study_id": number, "subject_id": number, "all_diag_all": parse_codes,
+        "study_id": number, "subject_id": number, "all_diag_all": icd10_codes,
         "fold": within(0, 19), "ecg_no_within_stay": within(-1, 2**15 - 1, missing=-1),
     }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years, "gender": SEX.__getitem__,
         "ecg_time": clock}, "label row", tally)
@@ -1114,13 +1120,12 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
             ecg_time = at if ecg_time is None else ecg_time
             rows.append((row_values(subject_id, ecg_time, study_id, fold, max(fold - 17, 0), ecg_no,
                                     ed if hospital is None else hospital, age, sex, codes),
-                         tuple(map(icd10, codes)), path))
-    told_of = [(f"study_id {row[0]}", tuple(map(icd10, row[2]))) for row in known.values() if row]
+                         codes, path))
+    told_of = [(f"study_id {row[0]}", row[2]) for row in known.values() if row]
     distinct = set().union(*(codes for _, codes in told_of))
-    classes = sorted({code[:3] for code in distinct if re.match(r"I[0-9][0-9A-Z]", code)})
-    table = make_table(root, rows, classes, lambda code: code[:3], patients, tally)
-    check_codes(f"{labels.name}, all_diag_all", told_of, re.compile(r"I[0-9][0-9A-Z]").match,
-                lambda code: not re.match(r"[A-Z][0-9][0-9A-Z]", code),
+    classes = sorted({category(code) for code in distinct if category(code)[:1] == "I"})
+    table = make_table(root, rows, classes, category, patients, tally)
+    check_codes(f"{labels.name}, all_diag_all", told_of, classes, category,
                 "ICD-10, such as 'I4891' of chapter IX", tally, most=0.01)
     return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
 
@@ -1793,7 +1798,7 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     table = make_table(root, rows, classes, lambda code: code, patients, tally)
     check_codes(f"{database.name}, scp_codes",
                 [(f"ecg_id {ecg_id}", row[2]) for ecg_id, row in known.items()],
-                set(classes).__contains__, lambda code: code not in classes,
+                classes, lambda code: code if code in classes else "",
                 f"scp_statements.csv, such as {', '.join(classes[:3])}", tally)
     normal = [code for code in ("NORM", "SR") if code in classes]
     return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=normal)
@@ -2411,6 +2416,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
                 "records_sha256": hashlib.sha256("\n".join(table["path"]).encode()).hexdigest()}
     if out.exists():
         refuse_other(out, identity)
+        shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)  # killed at its end
         print(f"{out}: complete already, built of the same files with the same arguments")
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
