@@ -1241,8 +1241,10 @@ def signals_held() -> Iterator[None]:
 
     One started inside holds them until it is in `serve`.
     """
-    mask = getattr(signals, "pthread_sigmask", None)  # Windows has none
-    before = mask and mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
+    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
+        from multiprocessing import resource_tracker  # which lets them through when it starts
+        resource_tracker.ensure_running()
+        before = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
     try:
         yield
     finally:
