@@ -4335,7 +4335,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file", "found a file"),
-    ("finetune --init broken", "runs/broken/config.json: damaged, or not by train.py"),
+    ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
     ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
     ("pretrain --seed 1 2", "--seed: found 1 2, wanted one seed"),
