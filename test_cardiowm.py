@@ -5580,3 +5580,15 @@ def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace,
         evaluate.embed(model, cohort.signal, np.arange(3, 9))
     with pytest.raises(InputError, match=r"rows \[5\]: 1 records have no finite embedding"):
         evaluate.embed(model, np.array(cohort.signal), np.arange(3, 9))
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing_half_written(
+        runs_root, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_run(runs_root, "run")
+    monkeypatch.setattr(os, "replace", full)
+    code, _, said = run_evaluate(capsys, "--runs", "run", "--n-boot", 5, "--out", "page")
+    assert code == 2 and re.match(r"error: page/\S+: No space left on device; free", said), said
+    assert not list(Path("page").iterdir())
