@@ -5041,11 +5041,11 @@ class HeaderFaults:
         leads, fs, samples = int(record[1]), float(record[2]), int(record[3])
         columns = {}
         for k, line in enumerate(lines[:leads]):
-            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(-?\d+\.?\d*(?:e[+-]?\d+)?)"
+            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(-?\d+\.?\d*(?:e[+-]?\d+)?|(?=/))"
                                  r"(?:\((-?\d+)\))?(?:/(mV|uV|µV|nV|V))?"
                                  r"\s+\S+\s+(\S+)\s+\S+\s+(-?\d+)\s+\S+\s+(\S+)", line)
             baseline = int(field[2] if field[2] is not None else field[4])
-            gain = float(field[1]) or 200  # 0: not calibrated, 200 may be assumed (header(5))
+            gain = float(field[1] or 0) or 200  # not calibrated: 200 may be assumed (header(5))
             if (int(field[5]) - int(adc[:, k].astype(int).sum())) % 2**16:
                 return None
             x = (adc[:, k] - float(baseline)) / gain
@@ -5127,7 +5127,7 @@ class TableFaults:
     @staticmethod
     def strict(path):
         """Rows of a CSV as {column: value, None where the text is not plainly one}."""
-        whole = r"\s*\d{1,15}(\.0*)?\s*"
+        whole = r"(?a)\s*\d{1,15}(\.0*)?\s*"  # ASCII
         header, *rows = csv_rows(path.read_bytes().decode("utf-8-sig", "replace"))
         for row in (dict(zip(header, row)) for row in rows if len(row) == len(header)):
             row = {name.strip(): text for name, text in row.items()}
