@@ -1235,9 +1235,28 @@ def without_main() -> Iterator[None]:
             main.__file__ = file
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the end of it: a process half started could not be ended.
+
+    One started inside holds them until it is in `serve`.
+    """
+    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
+        from multiprocessing import resource_tracker  # which lets them through when it starts
+        resource_tracker.ensure_running()
+        before = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
+    try:
+        yield
+    finally:
+        if mask:
+            mask(signals.SIG_SETMASK, before)
+
+
 def serve(call: Callable, pipe) -> None:
     """A worker process: answer the jobs in its pipe until None, or until the parent is no more."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
+    if hasattr(signals, "pthread_sigmask"):
+        signals.pthread_sigmask(signals.SIG_UNBLOCK, {signals.SIGINT, signals.SIGTERM})
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := pipe.recv()) is not None:
             try:
@@ -1265,7 +1284,8 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
             for job in itertools.islice(queue, workers):
                 pipe, theirs = context.Pipe()
                 busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
-                busy[pipe].start()
+                with signals_held():
+                    busy[pipe].start()
                 theirs.close()  # so that the end of the worker is the end of the pipe
                 pipe.send(job)
         while busy:
@@ -1288,8 +1308,9 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
                     busy.pop(pipe).join()
     finally:
         for process in busy.values():
-            process.terminate()
-            process.join()
+            if process.pid is not None:  # it was started
+                process.terminate()
+                process.join()
 
 
 def read_chunk(folder: str, root: str, fs: int, first: int) -> int:

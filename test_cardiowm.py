@@ -4880,7 +4880,9 @@ def kill_again_and_again(cwd, command, kills, moments):
     """
     def run(wanted, *more):
         code, output, life = run_until(command, cwd, *more)
-        assert code in wanted and "Traceback" not in output, (command, code, output)
+        # a worker that starts as its parent is killed may say that
+        told = "Traceback" in output and code != -9
+        assert code in wanted and not told, (command, code, output)
         return code, life
 
     def finish(code=None):
@@ -5039,11 +5041,11 @@ class HeaderFaults:
         leads, fs, samples = int(record[1]), float(record[2]), int(record[3])
         columns = {}
         for k, line in enumerate(lines[:leads]):
-            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(-?\d+\.?\d*(?:e[+-]?\d+)?)"
+            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(-?\d+\.?\d*(?:e[+-]?\d+)?|(?=/))"
                                  r"(?:\((-?\d+)\))?(?:/(mV|uV|µV|nV|V))?"
                                  r"\s+\S+\s+(\S+)\s+\S+\s+(-?\d+)\s+\S+\s+(\S+)", line)
             baseline = int(field[2] if field[2] is not None else field[4])
-            gain = float(field[1]) or 200  # 0: not calibrated, 200 may be assumed (header(5))
+            gain = float(field[1] or 0) or 200  # not calibrated: 200 may be assumed (header(5))
             if (int(field[5]) - int(adc[:, k].astype(int).sum())) % 2**16:
                 return None
             x = (adc[:, k] - float(baseline)) / gain
@@ -5125,7 +5127,7 @@ class TableFaults:
     @staticmethod
     def strict(path):
         """Rows of a CSV as {column: value, None where the text is not plainly one}."""
-        whole = r"\s*\d{1,15}(\.0*)?\s*"
+        whole = r"(?a)\s*\d{1,15}(\.0*)?\s*"  # ASCII
         header, *rows = csv_rows(path.read_bytes().decode("utf-8-sig", "replace"))
         for row in (dict(zip(header, row)) for row in rows if len(row) == len(header)):
             row = {name.strip(): text for name, text in row.items()}
@@ -5578,3 +5580,15 @@ def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace,
         evaluate.embed(model, cohort.signal, np.arange(3, 9))
     with pytest.raises(InputError, match=r"rows \[5\]: 1 records have no finite embedding"):
         evaluate.embed(model, np.array(cohort.signal), np.arange(3, 9))
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing_half_written(
+        runs_root, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_run(runs_root, "run")
+    monkeypatch.setattr(os, "replace", full)
+    code, _, said = run_evaluate(capsys, "--runs", "run", "--n-boot", 5, "--out", "page")
+    assert code == 2 and re.match(r"error: page/\S+: No space left on device; free", said), said
+    assert not list(Path("page").iterdir())
