@@ -4381,7 +4381,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --objective invariance --action state", "no action"),
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --augment dynamics", "--mode probe"),
-    ("pretrain --run file", "found a file"),
+    ("pretrain --run file --allow-tiny", "File exists; name a folder"),
     ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
     ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),

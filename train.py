@@ -126,6 +126,13 @@ def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bo
     return np.flatnonzero(keep)
 
 
+def training_items(args: argparse.Namespace, cohort: Cohort) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows and pairs for training, and the number of those that --mode trains on."""
+    rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
+    pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+    return rows, pairs, len(pairs) if args.mode == "pretrain" else len(rows)
+
+
 def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Full batches of a permutation that depends on (seed, epoch) alone: (steps, batch_size)."""
     order = np.random.default_rng([seed, epoch]).permutation(n)
@@ -512,9 +519,8 @@ class Loop:
                 and now[0] > max(SLOWER * first[0], 0.01):
             self.slowed = True
             print(f"note: a step takes {now[0]:.2g} s now, {first[0]:.2g} s when this run started: "
-                  "another process keeps the cores busy (see `top`), or they are throttled. Stop "
-                  "that process; a new run with OMP_NUM_THREADS=1 suffers less (one of other "
-                  "numbers of threads differs in the last digits)", flush=True)
+                  "another process keeps the cores busy (see `top`), or they are throttled; a new "
+                  "run with OMP_NUM_THREADS=1 suffers less", flush=True)
 
     def judge(self, values: dict, better: tuple[str, int], epoch: int) -> None:
         """Log a validation; store the weights, and as the best ones if they are."""
@@ -806,10 +812,8 @@ def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, T
 
 
 def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y: Tensor) -> None:
-    """Fill the last args.total rows of inputs (n + total, dim) and y (n + total, K) as in paper B.
-
-    They are made from the first n rows, the real ones.
-    """
+    """Paper B's last args.total rows of inputs (n + total, dim) and y (n + total, K), made from the
+    first n, the real ones."""
     combinations, counts, normal = plan
     n = len(inputs) - args.total
     generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 4))
@@ -1029,15 +1033,14 @@ class Run:
 
     def _find_state(self, old: dict | None, resume: bool) -> None:
         """Read the checkpoint to go on from, if there is one; nothing changes yet."""
-        for name in ("last.pt", "previous.pt"):
-            self.found = self.path / name
-            if old and self.found.exists():
-                break
-        else:
+        there = [path for path in (self.path / "last.pt", self.path / "previous.pt")
+                 if old and path.exists()]
+        if not there:
             if old or resume:
                 print(f"{self.path}: " + ("found unfinished, without a checkpoint" if old else
                                           "nothing to resume there") + "; starting at step 0")
             return
+        self.found = there[0]
         try:
             self.state = load_checkpoint(self.found)
             why = lack(self.state, {
@@ -1049,7 +1052,7 @@ class Run:
             raise self._unusable(error) from None
         print(f"RESUMING {self.path} at step {self.state['step']} (epoch {self.state['epoch']}): "
               "found unfinished, same configuration, same cohort")
-        if name == "previous.pt":
+        if self.found.name == "previous.pt":
             print(f"note: last.pt is missing there; {self.found} is the checkpoint before it")
         self.began -= self.state.get("run_seconds", 0.0)
         code, (new,) = old["code"], self.config["code"]
@@ -1074,10 +1077,8 @@ class Run:
         return InputError(f"{text}. No other checkpoint is there: start anew with --overwrite")
 
     def begin(self, wanted: dict, parts: dict) -> None:
-        """Put the checkpoint found into the parts of a loop, all or nothing; open the folder.
-
-        wanted: what it holds besides, if it is one of this run.
-        """
+        """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
+        nothing; open the folder."""
         if self.state:
             try:
                 self._restore(wanted, parts)
@@ -1175,11 +1176,8 @@ def hold(path: Path, overwrite: bool, until: contextlib.ExitStack) -> None:
         f"{path}: another process trains in that folder; wait until it ends, or choose another "
         "--run")
     own = {"lock", "config.json.tmp"}  # of a run that has just begun
-    refuse([
-        (path.exists() and not path.is_dir(),
-         f"--run {path}: found a file; wanted: the name of a run folder"),
-        (path.is_dir() and not is_run and {file.name for file in path.iterdir()} - own,
-         f"{path}: found a folder that is no run (no config.json); choose another --run")])
+    refuse([(path.is_dir() and not is_run and {file.name for file in path.iterdir()} - own,
+             f"{path}: found a folder that is no run (no config.json); choose another --run")])
     if is_run and overwrite:
         with locked(path, refusal):
             numbered = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
@@ -1319,8 +1317,7 @@ def load_start(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel |
     if state["fs"] != cohort.fs:
         print(f"note: {init} was trained at {state['fs']} Hz, the cohort has {cohort.fs} Hz")
     if not same_classes:
-        print(f"note: {init} knows {len(state['class_name'])} classes "
-              f"({' '.join(state['class_name'])}), the cohort has {len(cohort.class_name)} "
+        print(f"note: {init} knows other classes ({' '.join(state['class_name'])}) than the cohort "
               f"({' '.join(cohort.class_name)}): the encoder goes over")
     return model
 
@@ -1335,8 +1332,7 @@ def compute_of(name: str) -> int:
          f"--compute-of {name}: found a {mode} run from {config['args'].get('init')}; wanted the "
          "finetuning of a pretraining"),
         ("steps" not in (init or {}),
-         f"--compute-of {name}: its config.json does not say how many steps its pretraining took "
-         "(an older version wrote it); finetune again")])
+         f"--compute-of {name}: its config.json lacks its pretraining's steps; finetune again")])
     passes = 0
     for part, steps in ((config, last_row(run)["step"]), (init, init["steps"])):
         pairs = part["args"]["mode"] == "pretrain"  # of two records each
@@ -1448,8 +1444,7 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
         *((name in given, f"{flag_of(name)}: means nothing with {flag_of(owner)} "
            f"{getattr(args, owner)}; leave it out") for name, owner in idle),
         (args.objective == "invariance" and args.action != "coded",
-         f"--action {args.action}: the invariance objective takes no action; leave --action out, "
-         "or use --objective dynamics"),
+         f"--action {args.action}: the invariance objective takes no action; leave it out"),
         (args.compile and args.mode == "probe",
          "--compile: a probe trains no encoder; leave it out"),
         (args.head == "linear" and (augments or args.class_weight is not None),
@@ -1460,11 +1455,9 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
          "--compute-of: trains a supervised baseline as long as a finetuned run: give --init "
          "scratch, and leave --epochs out"),
         (args.mode == "finetune" and untrained_draw(args.init) is not None,
-         f"--init {args.init}: a finetuned untrained encoder is the supervised baseline: give "
-         "--init scratch"),
+         f"--init {args.init}: of an untrained encoder, give --init scratch"),
         (args.mode == "probe" and scratch,
-         "--init scratch: a probe needs a frozen encoder: give a pretraining run, or --init random "
-         "for an untrained one")]
+         "--init scratch: a probe needs a frozen encoder: give a pretraining run or --init random")]
 
 
 def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: str) -> str:
@@ -1597,10 +1590,8 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     init = find_init(args, cohort)
     torch.manual_seed(args.seed)
     start = load_start(init, args, cohort)
-    rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
-    pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+    rows, pairs, n = training_items(args, cohort)
     pretraining = args.mode == "pretrain"
-    n = len(pairs) if pretraining else len(rows)
     strict = pretraining and not args.allow_tiny
     least = MIN_PAIRS if strict else 2
     refuse([(n < least, f"--frac {args.frac:g}: found {n} training "
@@ -1617,8 +1608,6 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     if passes is not None:
         print(f"compute of {args.compute_of} and its pretraining: {passes:,} records forward and "
               f"back, {args.epochs} epochs of {n}")
-    if size < min(args.batch_size, n):
-        print(f"batch size: {size}, the largest multiple of {world_size()} ranks")
     plan = plan_augmentation(args, cohort, rows) if args.augment != "none" else None
     return path, init, start, recipe, rows, pairs, plan
 
@@ -1986,9 +1975,7 @@ def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, coho
     for name, argv in runs.items():
         args = parser.parse_args(argv)
         check_arguments(args, parser)
-        rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
-        pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
-        n, unit = (len(pairs), "pairs") if args.mode == "pretrain" else (len(rows), "records")
+        n, unit = training_items(args, cohort)[2], "pairs" if args.mode == "pretrain" else "records"
         start = Path(args.compute_of or args.init or "").name
         start, passes, init = start if start in runs else None, None, None
         if args.compute_of:
