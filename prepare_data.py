@@ -193,6 +193,9 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            name = folder / "lock"  # another process may have moved the folder aside meanwhile
+            if not os.path.exists(name) or not os.path.samefile(name, handle.fileno()):
+                raise BlockingIOError
         except BlockingIOError:
             raise InputError(refusal) from None
         except (ImportError, OSError) as error:  # ImportError: Windows has no such lock

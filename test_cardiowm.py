@@ -3643,6 +3643,7 @@ def ranks(workplace):
         "batch": f"{data} {pretrain} --device cpu --batch-size 3",
         "data": f"--data nowhere.h5 {pretrain} --device cpu",
         "finished": two["vicreg"],
+        "long": f"{data} --mode pretrain --allow-tiny --device cpu --run {'x' * 300}",
     }
     both, stdout = run_ranks(workplace / "two", 2, two | refused)
     return types.SimpleNamespace(alone=alone, both=both, stdout=stdout)
@@ -3710,6 +3711,7 @@ def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
     ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
     ("data", "nowhere.h5"),
     ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
+    ("long", "File name too long; choose a shorter name"),
 ])
 def test_two_ranks_refuse_bad_input_in_one_line_each(ranks, name, message):
     for rank, found in enumerate(ranks.both[name]):
@@ -4015,10 +4017,10 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
 
     monkeypatch.setattr(train, "descend", pull)
     parts = flags.format("parts") + " --checkpoint-minutes 0"
-    assert run_train(parts) == 143
+    assert run_train(parts, "--overwrite") == 143
     path = f"runs/parts-{kind}/last.pt"
-    assert last_line(capsys) == (
-        f"SIGTERM: stopped at step 2, which {path} holds; the same command goes on from there")
+    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same command "
+                                 "without --overwrite goes on from there")
     assert state_of(f"parts-{kind}")["step"] == 2
     try:
         torch.set_num_threads(threads + 1)
@@ -4075,14 +4077,17 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
     assert state["step"] == 5
     assert torch.load(io.BytesIO(previous), weights_only=True)["step"] == 4
     some = next(iter(state["model"]))
-    changes = {"another run, with seed = 7, this one has 0": {"args": state["args"] | {"seed": 7}},
-               "holds a probe, wanted a classifier": {"kind": "probe"},
+    changes = {"holds a run with seed = 7, asked for 0": {"args": state["args"] | {"seed": 7}},
+               "kind is probe, classifier wanted": {"kind": "probe"},
+               "batch_size is 15, 16 wanted: of another run, or of another number": {
+                   "batch_size": 15},
                "tensors fit; w is not wanted": {"model": state["model"] | {"w": torch.ones(1)}},
                f"tensors fit; {some} is (1,)": {"model": state["model"] | {some: torch.ones(1)}},
                f"tensors fit; {some} holds a NaN": {
                    "model": state["model"] | {some: state["model"][some] * math.nan}},
                "optimizer, parameter 0": {"optimizer": state["optimizer"] | {"state": {0: {}}}},
-               "TypeError: step is 'x'": {"step": "x"}, "truncated": None}
+               "step is 'x', int wanted": {"step": "x"}, "best is 'x'": {"best": "x"},
+               "args is None": {"args": None}, "truncated": None}
     for message, change in changes.items():
         if change is None:
             (folder / "last.pt").write_bytes(last[:len(last) // 2])
@@ -4148,6 +4153,43 @@ def test_a_second_process_is_kept_out_of_a_run_and_of_a_study(workplace, capsys)
     assert not list(Path("runs").glob("held.old*"))
 
 
+def test_a_folder_that_is_moved_while_it_is_being_locked_is_not_held(tmp_path, monkeypatch):
+    import fcntl
+    flock = fcntl.flock
+    for again in (False, True):  # what another process with --overwrite does
+
+        def move(*args):
+            (tmp_path / "run").rename(tmp_path / f"aside-{again}")
+            if again:
+                (tmp_path / "run").mkdir()
+                (tmp_path / "run/lock").touch()
+            flock(*args)
+
+        monkeypatch.setattr(fcntl, "flock", move)
+        with pytest.raises(prepare_data.InputError, match="held by another"):
+            with prepare_data.locked(tmp_path / "run", "held by another"):
+                pass
+
+
+def test_a_log_stays_readable_and_an_ignored_signal_ignored(tmp_path):
+    run = train.Run(tmp_path, {}, False, {})
+    run.log({"step": 1, "val_loss": math.inf, "grad_ratio": math.nan})
+    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "grad_ratio": None}
+    before = signals.signal(signals.SIGINT, signals.SIG_IGN)  # `train.py &` in a script
+    try:
+        with run.noting_signals():
+            os.kill(os.getpid(), signals.SIGINT)
+            os.kill(os.getpid(), signals.SIGTERM)
+        assert run.asked == signals.SIGTERM
+    finally:
+        signals.signal(signals.SIGINT, before)
+
+
+def test_a_name_lies_under_runs_in_every_mode_and_a_path_where_it_says():
+    for name, wanted in (("a", "runs/a"), ("a/", "runs/a"), ("./a", "a"), ("/b/a/", "/b/a")):
+        assert train.folder_of(name) == Path(wanted)
+
+
 def test_a_finished_run_is_never_overwritten(pretrained, capsys):
     before = (pretrained / "last.pt").read_bytes()
     again = "--mode pretrain --run base --batch-size 48 --allow-tiny --epochs"
@@ -4179,7 +4221,7 @@ def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained
     assert run_train(flags) == 2 and "the weights of init" in last_line(capsys)
 
 
-def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained):
+def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys):
     flags, run = "--mode probe --init base --epochs 2 --run older", Path("runs/older")
     assert run_train(flags) == 0
     (run / "predictions_test.npz").unlink()  # as if interrupted at the end
@@ -4190,6 +4232,11 @@ def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained
     old = new["sha256"] | {"train.py": "0"}
     (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
     assert run_train(flags, "--seed 1") == 2  # another run all the same
+    broken = config | {"speed": {"threads": "many"}}
+    before = (run / "config.json").read_text()
+    (run / "config.json").write_text(json.dumps(broken))
+    assert run_train(flags) == 2 and "damaged: speed.threads is 'many'" in last_line(capsys)
+    (run / "config.json").write_text(before)
     assert run_train(flags) == 0
     code = json.loads((run / "config.json").read_text())["code"]
     assert code == [{"git": "abc", "sha256": old, "step": 0},
@@ -4334,7 +4381,7 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --objective invariance --action state", "no action"),
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --augment dynamics", "--mode probe"),
-    ("pretrain --run file", "found a file"),
+    ("pretrain --run file --allow-tiny", "File exists; name a folder"),
     ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
     ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
@@ -4389,7 +4436,7 @@ def test_check_finite_names_the_first_bad_step_and_its_records():
     good = [step(5, 1.0), step(6, -2.0)]
     for bad, found in ((step(7, math.inf), "inf, gradient norm 1"),
                        (step(7, 2.0, math.nan), "2, gradient norm nan")):
-        with pytest.raises(train.Diverged, match=rf"^step 7: .*\(minimised {found}\); rows \[9 7"):
+        with pytest.raises(train.InputError, match=rf"^step 7: .*\(minimised {found}\); rows \[9 7"):
             train.check_finite([*good, bad, step(8, math.nan)], lambda items: f"rows {items}")
     train.check_finite(good, None)
     assert good == []
@@ -4484,6 +4531,7 @@ def test_quick_bench_fills_its_table(workplace, capsys):
     for row in rows:
         assert row["stage"] in out and row["stage"] in (folder / "bench.md").read_text()
         assert float(row["today_seconds"]) > 0 < float(row["here_seconds"])
+    assert f"written: {folder}/bench.md, bench.csv" in out
     assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md", "lock"]
 
 

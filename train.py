@@ -56,9 +56,9 @@ from torch.nn import functional as F
 
 import cardiowm
 import evaluate
-from evaluate import (CHECKPOINT_FORMAT, auroc, find_run, load_checkpoint, macro_auroc,
-                      recalibrate)
-from prepare_data import (Cohort, InputError, Progress, locked, read_json, replace_file,
+from evaluate import (CHECKPOINT_FORMAT, auroc, check_tensors, find_run, load_checkpoint,
+                      macro_auroc, recalibrate)
+from prepare_data import (Cohort, InputError, Progress, lack, locked, read_json, replace_file,
                           system_errors)
 
 DEFAULT_DATA = Path("data/cohort.h5")
@@ -124,6 +124,13 @@ def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bo
     if kinds == "between":
         keep &= cohort.pair_kind == 1
     return np.flatnonzero(keep)
+
+
+def training_items(args: argparse.Namespace, cohort: Cohort) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows and pairs for training, and the number of those that --mode trains on."""
+    rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
+    pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+    return rows, pairs, len(pairs) if args.mode == "pretrain" else len(rows)
 
 
 def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -270,13 +277,14 @@ def join_ranks(device: torch.device) -> None:
 
 
 def on_first_rank(make: Callable):
-    """The result of make(), called on rank 0 alone and sent to all; so is an InputError."""
+    """The result of make(), called on rank 0 alone and sent to all; so is what it refuses."""
     if world_size() == 1:
         return make()
     sent = [None, None]
     if rank() == 0:
         try:
-            sent[0] = make()
+            with system_errors():
+                sent[0] = make()
         except InputError as error:
             sent[1] = str(error)
     dist.broadcast_object_list(sent, src=0)
@@ -386,7 +394,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None =
     norm = nn.utils.clip_grad_norm_(parameters, clip) if clip is not None else \
         nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.isfinite(loss.detach() + norm)
-    if optimizer.defaults["fused"]:  # it leaves out the step by itself: nobody waits for the answer
+    if optimizer.param_groups[0]["fused"]:  # it leaves out the step by itself: nobody waits
         optimizer.found_inf = bad.float()
     elif bad:
         return norm
@@ -403,10 +411,6 @@ def global_batch(args: argparse.Namespace, n: int) -> int:
 def quoted(word: str | Path) -> str:
     """A word of a command line as a shell takes it."""
     return shlex.quote(str(word))
-
-
-class Diverged(InputError):
-    """A loss, gradient or score that is no longer finite."""
 
 
 def blame(cohort: Cohort, rows: np.ndarray) -> str:
@@ -433,7 +437,7 @@ def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
     for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
         step, items, terms = unchecked[bad]
         found = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
-        raise Diverged(f"step {step}: loss or gradient not finite ({found}); {culprit(items)}")
+        raise InputError(f"step {step}: loss or gradient not finite ({found}); {culprit(items)}")
     unchecked.clear()
 
 
@@ -458,7 +462,7 @@ class Loop:
         self.parts = modules | {"optimizer": self.optimizer, "schedule": self.schedule}
         # bad_epochs: validations since the best one
         self.at = {"step": 0, "epoch": 0, "best": None, "bad_epochs": 0}
-        run.begin(header["kind"], self.parts)
+        run.begin({"kind": header["kind"], "batch_size": self.batch_size}, self.parts)
         if run.state:
             self.at = {key: run.state[key] for key in self.at}
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
@@ -515,9 +519,8 @@ class Loop:
                 and now[0] > max(SLOWER * first[0], 0.01):
             self.slowed = True
             print(f"note: a step takes {now[0]:.2g} s now, {first[0]:.2g} s when this run started: "
-                  "another process keeps the cores busy (see `top`), or they are throttled. Stop "
-                  "that process; a new run with OMP_NUM_THREADS=1 suffers less (one of other "
-                  "numbers of threads differs in the last digits)", flush=True)
+                  "another process keeps the cores busy (see `top`), or they are throttled; a new "
+                  "run with OMP_NUM_THREADS=1 suffers less", flush=True)
 
     def judge(self, values: dict, better: tuple[str, int], epoch: int) -> None:
         """Log a validation; store the weights, and as the best ones if they are."""
@@ -531,15 +534,6 @@ class Loop:
         self.save("last.pt", epoch + 1)
         if average(torch.tensor(float(self.run.asked), device=self.args.device)):
             self.run.end(self.at["step"])
-
-    @staticmethod
-    def finish(path: Path, modules: dict[str, nn.Module]) -> None:
-        """Put the weights of a checkpoint into the modules, for use."""
-        state = on_first_rank(lambda: load_checkpoint(path))  # which has just written it
-        for name, module in modules.items():
-            evaluate.check_tensors(module.state_dict(), state[name], f"{path}: {name}")
-            module.load_state_dict(state[name])
-            module.eval()
 
 
 def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
@@ -594,7 +588,10 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
         print(f"note: {better[0]} was never defined (too few validation records or pairs); best.pt "
               "is the last epoch's")
         loop.save("best.pt", args.epochs)
-    loop.finish(run.path / result, modules)
+    state = on_first_rank(lambda: load_checkpoint(run.path / result))
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
+        module.eval()
 
 
 def checkpoint_header(args, cohort: Cohort, kind: str, model_args: dict) -> dict:
@@ -769,7 +766,7 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
                             for _, x in prefetch(signals.read, chunks)]).cpu().numpy()
         bad = ~np.isfinite(scores).all(axis=1)
         if bad.any():
-            raise Diverged(f"scores of {bad.sum():,} records are not finite: "
+            raise InputError(f"scores of {bad.sum():,} records are not finite: "
                            f"{blame(cohort, which[bad])}")
         return scores
 
@@ -815,10 +812,8 @@ def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, T
 
 
 def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y: Tensor) -> None:
-    """Fill the last args.total rows of inputs (n + total, dim) and y (n + total, K) as in paper B.
-
-    They are made from the first n rows, the real ones.
-    """
+    """Paper B's last args.total rows of inputs (n + total, dim) and y (n + total, K), made from the
+    first n, the real ones."""
     combinations, counts, normal = plan
     n = len(inputs) - args.total
     generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 4))
@@ -926,9 +921,6 @@ def probe(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
 
 # ----------------------------------------------------------------------------------------------
 # Beyond the papers (nothing above calls what is below)
-# ----------------------------------------------------------------------------------------------
-
-# ----------------------------------------------------------------------------------------------
 # Run folders: a run is new, unfinished or finished, and never overwritten
 # ----------------------------------------------------------------------------------------------
 
@@ -938,6 +930,12 @@ def refuse(rules: list[tuple]) -> None:
     for broken, message in rules:
         if broken:
             raise InputError(message)
+
+
+def folder_of(name: str) -> Path:
+    """--run as a path: a mere name lies under runs/."""
+    name = name.rstrip("/" + os.sep)
+    return Path(name) if os.sep in name else Path("runs") / name
 
 
 def is_finished(run: Path) -> bool:
@@ -988,6 +986,11 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
     }
 
 
+def same_command(overwrite: bool) -> str:
+    """What goes on with an interrupted run."""
+    return "the same command" + " without --overwrite" * overwrite
+
+
 class Run:
     """A run folder: its life cycle (new, unfinished, finished), its log and its checkpoints."""
 
@@ -998,55 +1001,67 @@ class Run:
         """
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
         self.began, self.asked, self.log_rows = time.monotonic(), 0, 0
-        is_run = (path / "config.json").exists()
-        self.finished, old = is_finished(path), config_of(path) if is_run else None
-        if old:
-            self._check_same(old, defaults)
+        self.finished, old = is_finished(path), None
+        if (path / "config.json").exists():
+            old = config_of(path)
+            # what older versions did not write
+            old = {"init": None, "speed": config["speed"], "code": [
+                {"git": old.get("git"), "sha256": old.get("sha256"), "step": 0}]} | old
+            why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
+                             "init": (dict, type(None))})
+            refuse([(why, f"{path / 'config.json'}: damaged: {why}; start anew with --overwrite")])
+            self._check_same(path, defaults | old["args"], old)
             refuse([(self.finished and not resume,
                      f"{path}: this run is finished; score it with `python evaluate.py --mode "
                      f"score --runs {quoted(path)}`, or start anew with --overwrite")])
         if not self.finished:
             self._find_state(old, resume)
 
+    def _check_same(self, where: Path, args: dict, config: dict) -> None:
+        """InputError if a folder or a checkpoint is one of another run."""
+        def content(args: dict, config: dict) -> dict:
+            init = config["init"] or {}
+            return {k: v for k, v in args.items() if k not in HOW_FLAGS} | {
+                "cohort": config["cohort"]["sha256"][:12], "init": init.get("run"),
+                "the weights of init": init.get("sha256")}
+
+        now = content(self.config["args"], self.config)
+        refuse([(value != now.get(key),
+                 f"{where}: holds a run with {key} = {value}, asked for {now.get(key)}; choose "
+                 "another --run, or move the old one aside with --overwrite")
+                for key, value in content(args, config).items()])
+
     def _find_state(self, old: dict | None, resume: bool) -> None:
         """Read the checkpoint to go on from, if there is one; nothing changes yet."""
-        for name in ("last.pt", "previous.pt"):
-            self.found = self.path / name
-            if old and self.found.exists():
-                break
-        else:
+        there = [path for path in (self.path / "last.pt", self.path / "previous.pt")
+                 if old and path.exists()]
+        if not there:
             if old or resume:
                 print(f"{self.path}: " + ("found unfinished, without a checkpoint" if old else
                                           "nothing to resume there") + "; starting at step 0")
             return
+        self.found = there[0]
         try:
             self.state = load_checkpoint(self.found)
-            self._check_state()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = lack(self.state, {
+                **dict.fromkeys(("step", "epoch", "bad_epochs", "log_rows"), (int,)),
+                "best": (float, int, type(None)), "args": {}, "optimizer": {"state": {}}})
+            refuse([(why, f"{self.found}: no checkpoint of this run ({why})")])
+            self._check_same(self.found, self.state["args"], self.config)
+        except InputError as error:
             raise self._unusable(error) from None
         print(f"RESUMING {self.path} at step {self.state['step']} (epoch {self.state['epoch']}): "
               "found unfinished, same configuration, same cohort")
-        if name == "previous.pt":
+        if self.found.name == "previous.pt":
             print(f"note: last.pt is missing there; {self.found} is the checkpoint before it")
         self.began -= self.state.get("run_seconds", 0.0)
-        code = old.get("code") or [{"git": old["git"], "sha256": old["sha256"], "step": 0}]
-        (new,) = self.config["code"]
+        code, (new,) = old["code"], self.config["code"]
         if code[-1]["sha256"] != new["sha256"]:  # the code of each part, the first one first
             print("note: the code changed since this run began")
             code.append(new | {"step": self.state["step"]})
         self.config["code"] = code
         if self.config["args"]["device"] == "cpu":  # where the last digits depend on it
-            self.config["speed"]["threads"] = old.get("speed", self.config["speed"])["threads"]
-
-    def _check_state(self) -> None:
-        """InputError if the checkpoint found is one of another run."""
-        args, state = self.config["args"], self.state
-        for name in ("step", "epoch", "bad_epochs", "log_rows"):
-            if not isinstance(state[name], int):
-                raise TypeError(f"{name} is {state[name]!r}")
-        refuse([(name in args and name not in HOW_FLAGS and args[name] != value,
-                 f"{self.found}: of another run, with {name} = {value}, this one has "
-                 f"{args.get(name)}") for name, value in state.get("args", {}).items()])
+            self.config["speed"]["threads"] = old["speed"]["threads"]
 
     def _unusable(self, error: Exception) -> InputError:
         """What is said of a checkpoint that this run cannot go on from, and what to do instead."""
@@ -1061,11 +1076,12 @@ class Run:
                                   "command")
         return InputError(f"{text}. No other checkpoint is there: start anew with --overwrite")
 
-    def begin(self, kind: str, parts: dict) -> None:
-        """Put the checkpoint found into the parts of a loop, all or nothing; open the folder."""
+    def begin(self, wanted: dict, parts: dict) -> None:
+        """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
+        nothing; open the folder."""
         if self.state:
             try:
-                self._restore(kind, parts)
+                self._restore(wanted, parts)
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise self._unusable(error) from None
         if rank() > 0:
@@ -1080,49 +1096,39 @@ class Run:
         self.log_rows = len(lines)
         replace_file(log, "".join(lines).encode())
 
-    def _restore(self, kind: str, parts: dict) -> None:
+    def _restore(self, wanted: dict, parts: dict) -> None:
         state = self.state
-        refuse([(state["kind"] != kind, f"{self.found}: holds a {state['kind']}, wanted a {kind}")])
+        refuse([(state.get(name, value) != value, f"{self.found}: {name} is {state[name]}, "
+                 f"{value} wanted: of another run, or of another number of processes")
+                for name, value in wanted.items()])
         modules = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
         for name, module in modules.items():
-            evaluate.check_tensors(module.state_dict(), state[name], f"{self.found}: {name}")
-        groups = parts["optimizer"].param_groups
-        parameters = [p for group in groups for p in group["params"]]
+            check_tensors(module.state_dict(), state[name], f"{self.found}: {name}")
+        parameters = [p for group in parts["optimizer"].param_groups for p in group["params"]]
         for i, moments in state["optimizer"]["state"].items():
-            wanted = {"step": torch.tensor(0.0), "exp_avg": parameters[i],
-                      "exp_avg_sq": parameters[i]}
-            evaluate.check_tensors(wanted, moments, f"{self.found}: optimizer, parameter {i}")
+            like = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[i])
+            check_tensors(like | {"step": torch.tensor(0.0)}, moments,
+                          f"{self.found}: optimizer, parameter {i}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         n = sum(len(module.state_dict()) for module in modules.values())
         print(f"{n} of {n} tensors loaded from {self.found}, and the optimizer's")
-
-    def _check_same(self, old: dict, defaults: dict) -> None:
-        def content(config):
-            init = config["init"] or {"run": None, "sha256": None}
-            return {k: v for k, v in config["args"].items() if k not in HOW_FLAGS} | {
-                "cohort": config["cohort"]["sha256"][:12], "init": init["run"],
-                "the weights of init": init["sha256"]}
-        now = content(self.config)
-        was = {k: defaults.get(k, v) for k, v in now.items()} | content(old)
-        refuse([(value != now.get(key),
-                 f"{self.path}: holds a run with {key} = {value}, asked for {now.get(key)}; choose "
-                 "another --run, or move the old one aside with --overwrite")
-                for key, value in was.items()])
 
     def seconds(self) -> float:
         """Time spent in this run, the parts before each interruption included."""
         return time.monotonic() - self.began
 
     def log(self, row: dict) -> None:
-        """Append a row to log.jsonl (NaN as null); print it, training rows once a second."""
+        """Append a row to log.jsonl, without NaN and infinity; print some rows."""
         if rank() > 0:
             return
-        row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+               for k, v in row.items()}
         log = self.path / "log.jsonl"
         with system_errors(log), open(log, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.log_rows += 1
+        # every validation, else one row a second
         if any(k.startswith("val_") for k in row) or time.monotonic() - self.printed_at > 1:
             self.printed_at = time.monotonic()
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
@@ -1148,21 +1154,18 @@ class Run:
                 raise KeyboardInterrupt
             self.asked = number
 
-        before = {}
-        try:
+        with contextlib.ExitStack() as until:
             with contextlib.suppress(ValueError):  # not in the main thread
                 for number in (signal.SIGINT, signal.SIGTERM):
-                    before[number] = signal.signal(number, note)
+                    if signal.getsignal(number) != signal.SIG_IGN:  # `&` in a script: ignored
+                        until.callback(signal.signal, number, signal.signal(number, note))
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def end(self, step: int) -> None:
         """End the process as the signal asked that `noting_signals` noted, here or on a rank."""
         number = signal.Signals(self.asked or signal.SIGTERM)
-        line = (f"{number.name}: stopped at step {step}, which {self.path / 'last.pt'} holds; the "
-                "same command goes on from there")
+        line = (f"{number.name}: stopped at step {step}, which {self.path / 'last.pt'} holds; "
+                f"{same_command(self.config['args']['overwrite'])} goes on from there")
         raise KeyboardInterrupt(line) if number == signal.SIGINT else \
             prepare_data.Stopped(number, line)
 
@@ -1173,11 +1176,8 @@ def hold(path: Path, overwrite: bool, until: contextlib.ExitStack) -> None:
         f"{path}: another process trains in that folder; wait until it ends, or choose another "
         "--run")
     own = {"lock", "config.json.tmp"}  # of a run that has just begun
-    refuse([
-        (path.exists() and not path.is_dir(),
-         f"--run {path}: found a file; wanted: the name of a run folder"),
-        (path.is_dir() and not is_run and {file.name for file in path.iterdir()} - own,
-         f"{path}: found a folder that is no run (no config.json); choose another --run")])
+    refuse([(path.is_dir() and not is_run and {file.name for file in path.iterdir()} - own,
+             f"{path}: found a folder that is no run (no config.json); choose another --run")])
     if is_run and overwrite:
         with locked(path, refusal):
             numbered = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
@@ -1190,8 +1190,7 @@ def hold(path: Path, overwrite: bool, until: contextlib.ExitStack) -> None:
 @contextlib.contextmanager
 def own_folder(args: argparse.Namespace, default: str) -> Iterator[Path]:
     """Where bench and reproduce write, locked: --run or a name under runs/, but no training run."""
-    folder = Path(args.run or default)
-    folder = folder if len(folder.parts) > 1 else Path("runs") / folder
+    folder = folder_of(args.run or default)
     refuse([
         (int(os.environ.get("WORLD_SIZE", "1")) > 1,
          f"torchrun: --mode {args.mode} uses one device; run `python train.py` instead"),
@@ -1318,8 +1317,7 @@ def load_start(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel |
     if state["fs"] != cohort.fs:
         print(f"note: {init} was trained at {state['fs']} Hz, the cohort has {cohort.fs} Hz")
     if not same_classes:
-        print(f"note: {init} knows {len(state['class_name'])} classes "
-              f"({' '.join(state['class_name'])}), the cohort has {len(cohort.class_name)} "
+        print(f"note: {init} knows other classes ({' '.join(state['class_name'])}) than the cohort "
               f"({' '.join(cohort.class_name)}): the encoder goes over")
     return model
 
@@ -1334,8 +1332,7 @@ def compute_of(name: str) -> int:
          f"--compute-of {name}: found a {mode} run from {config['args'].get('init')}; wanted the "
          "finetuning of a pretraining"),
         ("steps" not in (init or {}),
-         f"--compute-of {name}: its config.json does not say how many steps its pretraining took "
-         "(an older version wrote it); finetune again")])
+         f"--compute-of {name}: its config.json lacks its pretraining's steps; finetune again")])
     passes = 0
     for part, steps in ((config, last_row(run)["step"]), (init, init["steps"])):
         pairs = part["args"]["mode"] == "pretrain"  # of two records each
@@ -1447,8 +1444,7 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
         *((name in given, f"{flag_of(name)}: means nothing with {flag_of(owner)} "
            f"{getattr(args, owner)}; leave it out") for name, owner in idle),
         (args.objective == "invariance" and args.action != "coded",
-         f"--action {args.action}: the invariance objective takes no action; leave --action out, "
-         "or use --objective dynamics"),
+         f"--action {args.action}: the invariance objective takes no action; leave it out"),
         (args.compile and args.mode == "probe",
          "--compile: a probe trains no encoder; leave it out"),
         (args.head == "linear" and (augments or args.class_weight is not None),
@@ -1459,11 +1455,9 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
          "--compute-of: trains a supervised baseline as long as a finetuned run: give --init "
          "scratch, and leave --epochs out"),
         (args.mode == "finetune" and untrained_draw(args.init) is not None,
-         f"--init {args.init}: a finetuned untrained encoder is the supervised baseline: give "
-         "--init scratch"),
+         f"--init {args.init}: of an untrained encoder, give --init scratch"),
         (args.mode == "probe" and scratch,
-         "--init scratch: a probe needs a frozen encoder: give a pretraining run, or --init random "
-         "for an untrained one")]
+         "--init scratch: a probe needs a frozen encoder: give a pretraining run or --init random")]
 
 
 def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: str) -> str:
@@ -1563,7 +1557,8 @@ def cohort_lines(cohort: Cohort, device: torch.device) -> str:
     """What a cohort is, and what is to be said of its file."""
     return "\n".join([
         f"cohort: {cohort.path} ({'SYNTHETIC' if cohort.synthetic else 'real'}, {cohort.source}), "
-        f"{len(cohort):,} records, {len(cohort.class_name)} classes, {cohort.fs} Hz; device {device}",
+        f"{len(cohort):,} records, {len(cohort.class_name)} classes, {cohort.fs} Hz; device "
+        f"{device}",
         *(f"note: {note}" for note in prepare_data.notes(cohort))])
 
 
@@ -1579,34 +1574,24 @@ def pick_device(name: str) -> torch.device:
     return evaluate.pick_device(name)
 
 
-def split_patients(cohort: Cohort) -> list[tuple]:
-    """For `refuse`: the first patient whose records lie in more than one split."""
-    order = np.lexsort((cohort.split, cohort.subject_id))
-    patient, split = cohort.subject_id[order], cohort.split[order]
-    return [(True, f"{cohort.path}: patient {patient[i]} lies in {prepare_data.SPLITS[split[i]]} "
-             f"and in {prepare_data.SPLITS[split[i + 1]]}, wanted in one fold alone; see `python "
-             f"prepare_data.py --check {quoted(cohort.path)}`, and build the cohort anew")
-            for i in np.flatnonzero((patient[1:] == patient[:-1]) & (np.diff(split) != 0))[:1]]
-
-
 def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
             device: torch.device) -> tuple:
     """Everything that can be wrong with the input, found before a run folder is touched."""
+    patient = np.unique(np.stack([cohort.subject_id, cohort.split], axis=1), axis=0)[:, 0]
     refuse([
         (args.cache == "gpu" and device.type == "cpu",
          "--cache gpu: the device is the CPU; leave --cache out"),
-        *split_patients(cohort),
+        *((True, f"{cohort.path}: patient {twice} lies in two of train, val and test, wanted in "
+           f"one fold alone; see `python prepare_data.py --check {quoted(cohort.path)}`, and build "
+           "the cohort anew") for twice in patient[1:][patient[1:] == patient[:-1]][:1]),
         *((len(which) == 0, f"{cohort.path}: found no {name} record; every run is judged on them: "
            "prepare a cohort with more patients") for name, which in judged_rows(cohort).items())])
-    name = (args.run or run_name(args, parser, cohort.name)).rstrip("/" + os.sep)
-    path = Path(name) if os.sep in name else Path("runs") / name
+    path = folder_of(args.run or run_name(args, parser, cohort.name))
     init = find_init(args, cohort)
     torch.manual_seed(args.seed)
     start = load_start(init, args, cohort)
-    rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
-    pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+    rows, pairs, n = training_items(args, cohort)
     pretraining = args.mode == "pretrain"
-    n = len(pairs) if pretraining else len(rows)
     strict = pretraining and not args.allow_tiny
     least = MIN_PAIRS if strict else 2
     refuse([(n < least, f"--frac {args.frac:g}: found {n} training "
@@ -1623,8 +1608,6 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     if passes is not None:
         print(f"compute of {args.compute_of} and its pretraining: {passes:,} records forward and "
               f"back, {args.epochs} epochs of {n}")
-    if size < min(args.batch_size, n):
-        print(f"batch size: {size}, the largest multiple of {world_size()} ranks")
     plan = plan_augmentation(args, cohort, rows) if args.augment != "none" else None
     return path, init, start, recipe, rows, pairs, plan
 
@@ -1909,19 +1892,20 @@ def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
              f"{np.__version__}; medians of repeats that take turns, seed {args.seed}")
     print(title, flush=True)
     rows, out = [], sys.stdout
-    with own_folder(args, "bench") as folder, \
-            tempfile.TemporaryDirectory(dir=folder) as scratch, \
-            contextlib.redirect_stdout(io.StringIO()):  # of the stages
-        root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
-        prepare_data.write_demo(root, 40 if quick else 920, workers=prepare_data.available_cores())
-        prepare_data.build("mimic", root, data, 100, root / "records_w_diag_icd10.csv")
-        cohort = Cohort(data)
-        for row in itertools.chain(
-                bench_reading(root, quick), bench_batches(cohort, quick),
-                bench_encoder(args, device), bench_training(args, cohort, device),
-                bench_bootstrap(quick), bench_augmentation(args, device)):
-            rows.append(row)
-            print("{}: {} {} s, {} {} s: {}, wanted {}".format(*row), file=out, flush=True)
+    with own_folder(args, "bench") as folder:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, \
+                contextlib.redirect_stdout(io.StringIO()):  # of the stages
+            root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
+            prepare_data.write_demo(root, 40 if quick else 920,
+                                    workers=prepare_data.available_cores())
+            prepare_data.build("mimic", root, data, 100, root / "records_w_diag_icd10.csv")
+            cohort = Cohort(data)
+            for row in itertools.chain(
+                    bench_reading(root, quick), bench_batches(cohort, quick),
+                    bench_encoder(args, device), bench_training(args, cohort, device),
+                    bench_bootstrap(quick), bench_augmentation(args, device)):
+                rows.append(row)
+                print("{}: {} {} s, {} {} s: {}, wanted {}".format(*row), file=out, flush=True)
         evaluate.publish(folder, "bench", [title, "", *evaluate.markdown(BENCH_COLUMNS, rows)],
                          {"bench.csv": [BENCH_COLUMNS, *rows]})
 
@@ -1991,9 +1975,7 @@ def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, coho
     for name, argv in runs.items():
         args = parser.parse_args(argv)
         check_arguments(args, parser)
-        rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
-        pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
-        n, unit = (len(pairs), "pairs") if args.mode == "pretrain" else (len(rows), "records")
+        n, unit = training_items(args, cohort)[2], "pairs" if args.mode == "pretrain" else "records"
         start = Path(args.compute_of or args.init or "").name
         start, passes, init = start if start in runs else None, None, None
         if args.compute_of:
@@ -2158,7 +2140,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return prepare_data.run_script(
-            work, "interrupted; the same command goes on from the last checkpoint")
+            work, f"interrupted; {same_command(args.overwrite)} goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
