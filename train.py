@@ -1301,19 +1301,15 @@ def load_start(init: Path | None, args, cohort: Cohort) -> cardiowm.WorldModel |
     if args.mode == "probe":
         args.normalize = state["normalize"]
     same_classes = list(state["class_name"]) == list(cohort.class_name)
-    augment = args.augment == "dynamics"
     refuse([
         (list(state["leads"]) != list(cohort.leads),
          f"--init {init}: was trained on leads {state['leads']}, the cohort has {cohort.leads}"),
         (state["normalize"] != args.normalize,
          f"--init {init}: was trained with --normalize {state['normalize']}, asked for "
          f"{args.normalize}; give --normalize {state['normalize']}"),
-        (augment and not same_classes,
-         f"--augment dynamics: the action encoder of {init} has another vocabulary; pretrain on "
-         "this cohort"),
-        (augment and model.action_encoder is None,
-         f"--augment dynamics: {init} is an invariance model, which has no action encoder; give "
-         "--init with a dynamics pretraining")])
+        (args.augment == "dynamics" and (not same_classes or model.action_encoder is None),
+         f"--augment dynamics: {init} has no action encoder (--objective invariance), or one of "
+         "another vocabulary; pretrain on this cohort")])
     if state["fs"] != cohort.fs:
         print(f"note: {init} was trained at {state['fs']} Hz, the cohort has {cohort.fs} Hz")
     if not same_classes:
