@@ -123,7 +123,8 @@ class Progress:
 
 SPIN_COUNT = 30_000  # turns that a waiting OpenMP thread spins before it sleeps
 REMEDY = {code: text for text, codes in {  # what to do about an error of the system
-    "free some space or choose another disk; the same command goes on": (errno.ENOSPC, errno.EDQUOT),
+    "free some space or choose another disk; the same command goes on": (
+        errno.ENOSPC, errno.EDQUOT),
     "ask for the permission, or choose another place": (errno.EACCES, errno.EPERM, errno.EROFS),
     "check the name, and that its disk is mounted": (errno.ENOENT,),
     "name a folder": (errno.ENOTDIR, errno.EEXIST), "name a file": (errno.EISDIR,),
@@ -842,8 +843,8 @@ def one_clock() -> Callable[[str], int]:
         if len(seen) < 2:
             seen.setdefault(when.tzinfo is not None, text)
         if len(seen) == 2:
-            raise InputError(f"ecg_time: found {seen[True]!r} with a UTC offset and {seen[False]!r} "
-                             "without one; such times cannot be ordered: write all of one kind")
+            raise InputError(f"ecg_time: found {seen[True]!r} with a UTC offset, {seen[False]!r} "
+                             "without one; they cannot be ordered: write all of one kind")
         value = int((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp())
         if value < 0:  # which would mean "missing"
             raise ValueError(text)
@@ -921,8 +922,8 @@ def open_table(path: Path, columns: str):
         raise InputError(f"{system_error(error, path)}; wanted: a CSV file with the columns "
                          f"{columns}") from None
     if start == b"PK\x03\x04":
-        raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with the "
-                         f"columns {columns}: unpack it, or export it as CSV")
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with "
+                         f"the columns {columns}: unpack it, or export it as CSV")
     opened = gzip.open if start[:2] == b"\x1f\x8b" else open
     return opened(path, "rt", encoding=ENCODINGS.get(start[:2], "utf-8-sig"), errors="replace",
                   newline="")
@@ -975,9 +976,9 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                     values.append(convert(row[index]))
                 except Rounded:
                     raise InputError(
-                        f"{found} is a rounded number, as a spreadsheet writes a long one: rows can "
-                        "no longer be told apart; take the original file, or format that column as "
-                        "text before saving") from None
+                        f"{found} is a rounded number, as a spreadsheet writes a long one: rows "
+                        "can no longer be told apart; take the original file, or format that "
+                        "column as text before saving") from None
                 except InputError:
                     raise
                 except (ValueError, KeyError, OverflowError):
@@ -1017,8 +1018,8 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     for name in {"ecg_time", "recording_date"} & lost.keys():
         at = [*required, *optional].index(name)
         if all(row is None or row[at] is None for row in rows.values()):
-            raise InputError(f"{lost[name]} is no time, nor is any other of that column; wanted: such "
-                             "as '2180-07-23 08:44:00'; without times there are no pairs")
+            raise InputError(f"{lost[name]} is no time, nor is any other of that column; wanted: "
+                             "such as '2180-07-23 08:44:00'; without times there are no pairs")
     return rows, listed
 
 
@@ -1080,8 +1081,9 @@ def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Ca
     foreign = {code for code in distinct if not class_of(code)}
     strange = [(place, code) for place, codes in rows if not foreign.isdisjoint(codes)
                for code in codes if code in foreign]
+    reason = f"code that is not of {wanted.partition(',')[0]}"
     for place, code in strange:
-        tally.add(f"code that is not of {wanted.partition(',')[0]}", f"{place}: {code!r}", kept=True)
+        tally.add(reason, f"{place}: {code!r}", kept=True)
     usual = sum(not known.isdisjoint(codes) for _, codes in rows)
     odd = len({place for place, _ in strange})
     if rows and (usual < 0.01 * len(rows) or odd > most * len(rows)):
@@ -1464,9 +1466,9 @@ def mapped(file: h5py.File, name: str) -> h5py.Dataset:
     """
     dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
-        raise InputError(f"{name} is no dataset of its own (a link, a group, or kept in another file)")
+        raise InputError(f"{name} is no dataset of its own (a link, a group, kept elsewhere)")
     if dataset.chunks is not None or (dataset.size and dataset.id.get_offset() is None):
-        raise InputError(f"{name} is compressed, chunked or empty, as a repacked copy has it; wanted: "
+        raise InputError(f"{name} is compressed, chunked or empty, as in a repacked copy; wanted: "
                          "one block, to be memory-mapped: `h5repack -l CONTI -f NONE OLD NEW` "
                          "restores it")
     return dataset
@@ -1476,7 +1478,8 @@ def content_crc(file: h5py.File) -> dict[str, int]:
     """CRC-32 of every dataset but `signal`, which has its own, and of the attributes together."""
     crc = {name: zlib.crc32(np.ascontiguousarray(mapped(file, name)[()]))
            for name in SHAPES if name in file and name != "signal"}
-    text = "".join(f"{name}={value!r};" for name, value in plain_attributes(file) if name != "crc32")
+    text = "".join(f"{name}={value!r};" for name, value in plain_attributes(file)
+                   if name != "crc32")
     return crc | {"attributes": zlib.crc32(text.encode())}
 
 
@@ -1518,9 +1521,9 @@ class Cohort:
     label (N, K) uint8; quality (N,) uint16, bits of QUALITY; pair (P, 2) int32 rows; action (P, K)
     int8; gap_days (P,) float32; pair_kind (P,) uint8; the (N,) columns of COLUMNS; state (N, K)
     uint8, what the simulator truly expressed, or None; class_name, leads, normal_codes lists of
-    str; fs Hz; rejected, rejected_examples, flaws, arguments, csv_sha256, codes dicts. Beside them path,
-    name (file stem), sha256 (hex, over all of it; the signal enters through its checksums, so this
-    is quick), changed (what differs from its stored checksum; None: an older file has none).
+    str; fs Hz; rejected, rejected_examples, flaws, arguments, csv_sha256, codes dicts. Beside them
+    path, name (file stem), sha256 (hex, over all of it; the signal enters through its checksums, so
+    this is quick), changed (what differs from its stored checksum; None: an older file has none).
     Raises: InputError for anything but a whole cohort file. Nothing outside the file is read, and
     no more memory is taken than the file is long.
     """
@@ -1552,11 +1555,13 @@ class Cohort:
     def _read(self, file: h5py.File, wanted: str) -> None:
         content, size, digest = {*file, *file.attrs}, os.path.getsize(self.path), hashlib.sha256()
         if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | LATER]:
-            raise InputError(f"{self.path} is an HDF5 file without {', '.join(lacking[:4])}; {wanted}")
+            raise InputError(f"{self.path} is an HDF5 file without {', '.join(lacking[:4])}; "
+                             f"{wanted}")
         datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
         extents = sorted((d.id.get_offset(), d.nbytes) for d in datasets.values() if d.size)
         if extents and max(map(sum, extents)) > size:
-            raise InputError(f"{self.path} is truncated: its datasets reach beyond its end; {wanted}")
+            raise InputError(f"{self.path} is truncated: its datasets reach beyond its end; "
+                             f"{wanted}")
         refuse_endless(self.path, size, extents)
         for name, value in plain_attributes(file):
             digest.update(f"{name}={value!r};".encode())
@@ -1582,8 +1587,8 @@ class Cohort:
             shape, found = tuple(letters[axis] for axis in axes), (dataset.dtype, dataset.shape)
             if found != (dtype or dataset.dtype, shape) or dataset.dtype.hasobject:
                 raise InputError(f"{name} is {found[0]} {found[1]}, wanted {dtype or 'strings'} "
-                                 f"{shape} beside {letters['N']} study_id, {letters['K']} class_name, "
-                                 f"{letters['P']} pair")
+                                 f"{shape} beside {letters['N']} study_id, {letters['K']} "
+                                 f"class_name, {letters['P']} pair")
             digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
             if name != "signal":
                 setattr(self, name, dataset[()])
@@ -1605,9 +1610,10 @@ class Cohort:
         faults = []
         for name, (low, high) in LIMITS.items():
             values = getattr(self, name)
-            if values is not None and values.size and (bad := (values < low) | (values > high)).any():
-                row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
-                faults.append(f"{name} holds {values[bad][0]} in row {row}; wanted: {low} to {high}")
+            if values is None or not (bad := (values < low) | (values > high)).any():
+                continue
+            row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
+            faults.append(f"{name} holds {values[bad][0]} in row {row}; wanted: {low} to {high}")
         if self.pair.size and not (0 <= self.pair.min() and self.pair.max() < len(self)):
             faults.append(f"pair holds row {self.pair.max()} or {self.pair.min()}; wanted: 0 to "
                           f"{len(self) - 1}")
@@ -1815,8 +1821,8 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
         "sex": {"0": 1, "1": 0, "0.0": 1, "1.0": 0}.__getitem__},  # the release: 0 male, 1 female
         "label row", tally)
     known = {ecg_id: row for ecg_id, row in known.items() if row}
-    rows = [(row_values(patient_id, date, ecg_id, fold, max(fold - 8, 0), -1, None, age, sex, codes),
-             codes, path)
+    rows = [(row_values(patient_id, date, ecg_id, fold, max(fold - 8, 0), -1, None, age, sex,
+                        codes), codes, path)
             for ecg_id, patient_id, codes, fold, path, date, age, sex in known.values()]
     distinct = set().union(*(codes for _, codes, _ in rows))
     table = make_table(root, rows, classes, lambda code: code, patients, tally)
@@ -2379,8 +2385,8 @@ def check_arguments(source, root, fs, labels, workers, patients, label_fidelity,
     if source not in SOURCES:
         raise InputError(f"--source {source}: wanted one of {', '.join(SOURCES)}")
     if source != "demo" and not (root and Path(root).is_dir()):
-        raise InputError(f"--root: found {root or 'nothing'}; wanted: the folder that holds the CSV "
-                         f"files of {source}")
+        raise InputError(f"--root: found {root or 'nothing'}; wanted: the folder that holds the "
+                         f"CSV files of {source}")
     most = SPACING if source == "demo" else 10**9  # patients
     for name, value, low, high in (
             ("fs", fs, 1, 10_000), ("workers", workers, 1, 10_000), ("patients", patients, 1, most),
