@@ -949,6 +949,20 @@ def table_header(reader, path: Path, required: dict, optional: dict) -> list[str
     return header
 
 
+def table_rows(reader, path: Path) -> Iterator[list[str]]:
+    """The rows of a CSV file, but for blank lines; one that csv cannot read has no field."""
+    row: list[str] | None = []
+    while row is not None:
+        try:
+            row = next(reader, None)
+            if row:
+                yield row
+        except csv.Error:
+            yield []
+        except (EOFError, OSError, zlib.error) as error:  # of a gzip file
+            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}") from None
+
+
 def read_rows(path: Path, required: dict, optional: dict, what: str,
               tally: Tally) -> tuple[dict, int]:
     """{id: [id, *values]} of a CSV file, and its count of rows.
@@ -990,17 +1004,7 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                     values.append(None)
             return values
 
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                row = [*header, str(error)]  # a field too many: malformed
-            except (EOFError, OSError, zlib.error) as error:  # of a gzip file
-                raise InputError(f"{path}: damaged after {listed:,} rows: {error}") from None
-            if row is None:
-                break
-            if not row:
-                continue  # a blank line is no row
+        for row in table_rows(reader, path):
             listed += 1
             if len(row) != len(header):
                 tally.add(f"{what} malformed", f"{path.name} line {reader.line_num}: {len(row)} "
