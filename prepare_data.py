@@ -257,6 +257,7 @@ class Lasting:
 
     def __init__(self, stream):
         self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
