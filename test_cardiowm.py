@@ -3757,8 +3757,8 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("flags", [
-    "--mode pretrain --epochs 2 --batch-size 40 --allow-tiny",
-    "--mode finetune --init scratch --epochs 2 --batch-size 64",
+    "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
+    "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24",
     "--mode probe --init base --head mlp --epochs 4 --batch-size 64",
 ])
 def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
@@ -3812,7 +3812,7 @@ def test_a_second_interrupt_ends_at_once(workplace, monkeypatch):
 def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offered(
     pretrained, monkeypatch, capsys
 ):
-    flags = "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 16 --run"
+    flags = "--mode finetune --init scratch --frac 0.3 --epochs 2 --batch-size 12 --run"
     assert run_train(flags, "unspoilt") == 0
     Path("runs/un spoilt").mkdir()
     words = flags.split() + ["runs/un spoilt", "--data", "data/tiny.h5", "--device", "cpu"]
