@@ -1653,12 +1653,6 @@ def demo_tree(root):
             for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def demo_rows(path):
-    """The rows of a CSV file as dicts."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def demo_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
@@ -1675,15 +1669,15 @@ def demo_cohort(demo_root, tmp_path):
 def test_the_demo_lies_as_mimic_and_holds_what_was_simulated(demo_root, tmp_path):
     out = prepare_data.build("mimic", demo_root, tmp_path / "m.h5", fs=50, workers=1)
     assert prepare_data.Cohort(out).synthetic  # even so
-    rows = demo_rows(demo_root / "records_w_diag_icd10.csv")
+    rows = read_csv(demo_root / "records_w_diag_icd10.csv")
     assert " ".join(rows[0]) == (
         "file_name study_id subject_id ecg_time ed_stay_id ed_hadm_id hosp_hadm_id ed_diag_ed "
         "ed_diag_hosp hosp_diag_hosp all_diag_hosp all_diag_all gender age anchor_year anchor_age "
         "dod ecg_no_within_stay ecg_taken_in_ed ecg_taken_in_hosp ecg_taken_in_ed_or_hosp fold "
         "strat_fold")
-    listed = demo_rows(demo_root / "record_list.csv")
+    listed = read_csv(demo_root / "record_list.csv")
     assert " ".join(listed[0]) == PREPARE_LIST
-    states = demo_rows(demo_root / "demo_state.csv")
+    states = read_csv(demo_root / "demo_state.csv")
     for row, truth in zip(listed, states, strict=True):
         record = wfdb.rdrecord(str(demo_root / row["path"]), physical=False)
         assert record.fs == 500 and record.sig_len == 5000 and set(record.units) == {"mV"}
@@ -1704,7 +1698,7 @@ def test_a_larger_demo_begins_with_the_smaller_and_another_seed_has_others(demo_
         a, b = ((root / name).read_bytes() for root in (demo_root, tmp_path))
         assert b.startswith(a) if name.suffix == ".csv" else a == b, name
     prepare_data.write_demo(tmp_path / "other", patients=2, seed=1)
-    people = [{row["subject_id"] for row in demo_rows(root / "record_list.csv")}
+    people = [{row["subject_id"] for row in read_csv(root / "record_list.csv")}
               for root in (tmp_path, tmp_path / "other")]
     assert len(people[0]) == 9 and len(people[1]) == 2 and not people[0] & people[1]
 
@@ -4234,8 +4228,7 @@ def test_a_row_of_the_bench_has_medians_of_calls_that_take_turns_without_the_fir
 def test_quick_bench_fills_its_table(workplace, capsys):
     assert train.main("--mode bench --quick --run bench-quick".split()) == 0
     out, folder = capsys.readouterr().out, Path("runs/bench-quick")
-    with open(folder / "bench.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder / "bench.csv")
     stages = " ".join(row["stage"] for row in rows)
     for word in ("one core", "build a cohort", "batch of 512 pairs", "encoder step", "SIGReg",
                  "pretraining step", "bootstraps", "synthetic rows"):
