@@ -22,6 +22,7 @@ import os
 import pickle
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal as signals
@@ -208,15 +209,20 @@ def sigreg_by_quadrature(z, directions, t_max=3.0, knots=17):
     return np.mean(values)
 
 
-def test_sigreg_equals_the_complex_integral_on_any_data():
+@pytest.mark.parametrize("knots", [2, 3, 17])  # the first knots are given, the rest a recurrence
+def test_sigreg_equals_the_complex_integral_on_any_data(knots):
     rng = np.random.default_rng(0)
-    sigreg = cardiowm.SIGReg()
-    for z in (rng.normal(size=(50, 8)), rng.exponential(size=(7, 8)) * 3, np.ones((3, 8))):
-        directions = rng.normal(size=(8, 5))
+    sigreg = cardiowm.SIGReg(knots=knots)
+    for z in (rng.normal(size=(50, 8)), rng.exponential(size=(7, 8)) * 3, np.ones((3, 8)),
+              rng.normal(size=(3, 8)) * 1e-3, rng.normal(size=(50, 8)) * 30):
+        z, directions = z.astype(np.float32), rng.normal(size=(8, 5)).astype(np.float32)
         directions /= np.linalg.norm(directions, axis=0)
         got = sigreg(torch.from_numpy(z), directions=torch.from_numpy(directions))
+        wanted = sigreg_by_quadrature(z.astype(float), directions.astype(float), knots=knots)
         assert got.dtype == torch.float32
-        assert got.item() == pytest.approx(sigreg_by_quadrature(z, directions), rel=1e-5)
+        # u = 100 is known to 4e-6 in float32, its phase t u at t = 3 to 1e-5, half of that on
+        # average; n * 17 * 5 independent errors leave less than 1e-5 of a sum of about 1.2 n
+        assert got.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_sigreg_known_values():
@@ -286,47 +292,6 @@ def test_sigreg_gradient_matches_finite_differences():
         assert grad[i, j].item() == pytest.approx(numeric, rel=1e-3, abs=1e-4)
 
 
-def direct_means(u, dt, knots):
-    """mean_n cos(q dt u_ns) and mean_n sin(q dt u_ns), each by its own call, in float64."""
-    phase = np.arange(knots)[:, None, None] * dt * u.double().numpy()  # (Q, N, S)
-    return np.stack([np.cos(phase).mean(1), np.sin(phase).mean(1)])  # (2, Q, S)
-
-
-def test_characteristic_function_by_recurrence_equals_direct_cosines_and_sines():
-    apply, dt = cardiowm._CharacteristicFunction.apply, 3 / 16
-    for scale in (0.0, 1.0, 30.0):
-        u = torch.randn(40, 6, generator=generator(), dtype=torch.float64) * scale
-        # 16 steps of the recurrence add up to 16^2 roundings: 256 * 1.1e-16 = 3e-14
-        np.testing.assert_allclose(apply(u, dt, 17), direct_means(u, dt, 17), rtol=0, atol=1e-13)
-        u = u.float()  # 256 * 6e-8 = 1.5e-5 at worst; the phase itself, 300 at most, rounds alike
-        np.testing.assert_allclose(apply(u, dt, 17), direct_means(u, dt, 17), rtol=0, atol=2e-5)
-    for knots in (2, 3):  # the first knots are given, not computed
-        u = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
-        np.testing.assert_allclose(apply(u, 1.5, knots), direct_means(u, 1.5, knots), atol=1e-15)
-
-
-def test_characteristic_function_passes_gradcheck():
-    u = torch.randn(6, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
-    u.data[0] = 20.0  # far out
-    assert torch.autograd.gradcheck(
-        lambda u: cardiowm._CharacteristicFunction.apply(u, 3 / 16, 17), u
-    )
-
-
-@pytest.mark.parametrize("scale", [1e-3, 30.0])
-def test_sigreg_of_collapsed_and_far_away_embeddings_equals_the_complex_integral(scale):
-    rng = np.random.default_rng(1)
-    for n in (3, 50):
-        z, directions = (rng.normal(size=size).astype(np.float32) for size in ((n, 8), (8, 5)))
-        z *= np.float32(scale)
-        directions /= np.linalg.norm(directions, axis=0)
-        got = cardiowm.SIGReg()(torch.from_numpy(z), directions=torch.from_numpy(directions))
-        wanted = sigreg_by_quadrature(z.astype(float), directions.astype(float))
-        # u = 100 is known to 4e-6 in float32, its phase t u at t = 3 to 1e-5, half of that on
-        # average; n * 17 * 5 independent errors leave less than 1e-5 of a sum of about 1.2 n
-        assert got.item() == pytest.approx(wanted, rel=1e-5)
-
-
 def test_sigreg_keeps_two_values_an_embedding_and_slice_whatever_the_number_of_knots():
     n, d, s = 64, 4, 32
     z, directions = torch.randn(n, d, requires_grad=True), F.normalize(torch.randn(d, s), dim=0)
@@ -336,68 +301,6 @@ def test_sigreg_keeps_two_values_an_embedding_and_slice_whatever_the_number_of_k
             value = cardiowm.SIGReg(s, knots)(z, directions=directions)
         assert sum(t.numel() for t in kept if t.numel() >= n * s) == 2 * n * s
         assert torch.autograd.grad(value, z)[0].abs().max() > 0
-
-
-def halves(function, *tensors):
-    """Value and gradients of `function` as two ranks see it, each with its half of the rows.
-
-    First each rank's local means are recorded, call by call; then each rank is evaluated with the
-    other's as constants, which is what a differentiable all-reduce hands to the local gradient.
-    """
-    n = len(tensors[0]) // 2
-    parts = [
-        [t[:n].clone().requires_grad_() for t in tensors],
-        [t[n:].clone().requires_grad_() for t in tensors],
-    ]
-    known: list[list] = [[], []]
-    while True:  # one more collective is known in each round
-        asked = [[], []]
-        values = []
-        for rank in (0, 1):
-
-            def mean(local, rank=rank):
-                call = len(asked[rank])
-                asked[rank].append(local.detach())
-                other = known[1 - rank][call] if call < len(known[1 - rank]) else local.detach()
-                return (local + other) / 2
-
-            mean.world_size = 2
-            values.append(function(*parts[rank], mean_over_ranks=mean))
-        if len(known[0]) == len(asked[0]) and all(
-            torch.equal(a, b) for k, q in zip(known, asked) for a, b in zip(k, q)
-        ):
-            return values, [torch.autograd.grad(v, p) for v, p in zip(values, parts)]
-        known = asked
-
-
-@pytest.mark.parametrize("name", ["sigreg", "vicreg"])
-def test_two_ranks_give_the_loss_of_the_global_batch(name):
-    g = generator()
-    z, z_next = torch.randn(16, 6, generator=g) * 1.5, torch.randn(16, 6, generator=g) * 0.5 + 1
-    directions = F.normalize(torch.randn(6, 32, generator=g), dim=0)
-    sigreg = cardiowm.SIGReg()
-    if name == "sigreg":
-
-        def function(z, z_next, mean_over_ranks=None):
-            return (
-                sigreg(z, directions=directions, mean_over_ranks=mean_over_ranks) + 0 * z_next.sum()
-            )
-    else:
-
-        def function(z, z_next, mean_over_ranks=None):
-            terms = cardiowm.vicreg_loss(z, z_next, mean_over_ranks=mean_over_ranks)
-            return 25 * terms["var"] + terms["cov"]  # pred is a plain mean: DDP averages it
-
-    z.requires_grad_(), z_next.requires_grad_()
-    whole = function(z, z_next)
-    values, grads = halves(function, z.detach(), z_next.detach())
-    for value in values:
-        torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5)
-    if name == "sigreg":  # local paths only: each rank's gradient is its rows' global gradient
-        (wanted,) = torch.autograd.grad(whole, z)
-        torch.testing.assert_close(
-            torch.cat([grads[0][0], grads[1][0]]), wanted, rtol=1e-4, atol=1e-6
-        )
 
 
 def test_dynamics_loss_is_its_definition_and_draws_z_first():
@@ -494,7 +397,7 @@ def asl_by_loop(logits, y, gamma_neg, gamma_pos, clip, eps=1e-8):
     return total
 
 
-@pytest.mark.parametrize("settings", [(4, 1, 0.05), (2, 0, 0.0), (0, 3, 0.2)])
+@pytest.mark.parametrize("settings", [(4, 1, 0.05), (2, 0, 0.0), (0, 3, 0.2), (0, 0, 0)])
 def test_asymmetric_loss_equals_a_plain_loop(settings):
     logits = torch.randn(6, 4, generator=generator()) * 4
     y = torch.randint(0, 2, (6, 4), generator=generator())
@@ -503,17 +406,6 @@ def test_asymmetric_loss_equals_a_plain_loop(settings):
     assert cardiowm.asymmetric_loss(
         logits, y, *settings, reduction="mean"
     ).item() * 24 == pytest.approx(got.item(), rel=1e-5)
-
-
-def test_asymmetric_loss_without_focus_is_summed_bce_with_its_gradient():
-    logits = (torch.randn(5, 3, generator=generator()) * 3).requires_grad_()
-    y = torch.randint(0, 2, (5, 3), generator=generator()).float()
-    ours = cardiowm.asymmetric_loss(logits, y, gamma_neg=0, gamma_pos=0, clip=0)
-    bce = F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
-    torch.testing.assert_close(ours, bce)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, logits)[0], torch.autograd.grad(bce, logits)[0]
-    )
 
 
 def test_asymmetric_loss_gradient_and_the_detached_variant():
@@ -720,19 +612,15 @@ def test_interpolator_stays_between_neighbours_of_one_label_set():
         own = z[(y == label).all(1)]
         distance = torch.cdist(own, own)
         nearest = distance.argsort(1)[:, 1:3] if len(own) > 1 else torch.zeros(1, 1).long()
-        off = min(
-            _segment_distance(row, own[i], own[j]) for i in range(len(own)) for j in nearest[i]
-        )
-        assert off < 1e-5
+        off = []  # the distance to each segment
+        for a, b in ((own[i], own[j]) for i in range(len(own)) for j in nearest[i]):
+            d = b - a
+            t = ((row - a) @ d / (d @ d).clamp_min(1e-12)).clamp(0, 1)
+            off.append((a + t * d - row).norm())
+        assert min(off) < 1e-5
     copies = cardiowm.Interpolator(z, y, combinations, counts, 50, neighbours=0)
     for z_new, _ in copies.batches(50, g):
         assert (torch.cdist(z_new, z).amin(1) < 1e-3).all()
-
-
-def _segment_distance(p, a, b):
-    d = b - a
-    t = ((p - a) @ d / (d @ d).clamp_min(1e-12)).clamp(0, 1)
-    return (a + t * d - p).norm().item()
 
 
 def test_effective_rank_counts_the_dimensions_in_use():
@@ -1041,7 +929,6 @@ BROKEN_HEADERS = {  # edit of the plain header -> reason, and what was found
     "fs negative": (prepare_replaced(" 500 ", " -500 "), "unreadable", "'-500'"),
     "fs infinite": (prepare_replaced(" 500 ", " 1e999 "), "unreadable", "'1e999'"),
     "fs absurd": (prepare_replaced(" 500 ", " 5e12 "), "unreadable", "'5e12'"),
-    "fs no multiple": (prepare_replaced(" 500 ", " 257 "), "fs not a multiple", "257 Hz"),
     "samples negative": (prepare_replaced(" 5000 ", " -5000 "), "unreadable", "'-5000'"),
     "samples with a sign of digits": (prepare_replaced(" 5000 ", " 5_000 "), "unreadable", "5_000"),
     "samples absurd": (prepare_replaced(" 5000 ", " 500000000000 "), "signal file truncated",
@@ -1063,19 +950,15 @@ BROKEN_HEADERS = {  # edit of the plain header -> reason, and what was found
     "compressed without a length": (lambda text: text.replace("dat 16", "dat 516")
                                     .replace(" 5000 ", " 0 "), "unreadable", "0 samples"),
     "no FLAC": (prepare_replaced("dat 16", "dat 516"), "unreadable", "not a FLAC file"),
-    "unit": (prepare_replaced("/mV", "/mmHg"), "unit unknown", "200.0.0./mmHg"),
     "gain infinite": (prepare_replaced("200.0", "1e999"), "unreadable", "1e999"),
     "gain next to 0": (prepare_replaced("200.0", "1e-320"), "unreadable", "1e-320"),
-    "gain absurd": (prepare_replaced("200.0", "1e-9"), "beyond float16", "mV"),
     "baseline absurd": (prepare_replaced(r"\(0\)", "(1e300)"), "unreadable", "1e300"),
     "ADC zero garbage and needed": (
         prepare_replaced(r"\(0\)/mV 16 0", "/mV 16 x"), "unreadable", "'x'"),
-    "checksum": (prepare_replaced(r" \S+ 0 V2$", " 7 0 V2"), "checksum differs", "V2: 7 stated"),
     "checksum garbage": (prepare_replaced(r" \S+ 0 V2$", " 7q 0 V2"), "checksum differs", "7q"),
     "absolute path": (prepare_replaced("^x.dat", "/etc/passwd"), "unreadable", "'/etc/passwd'"),
     "path out of the root": (prepare_replaced("^x.dat", "../x.dat"), "unreadable", "'../x.dat'"),
     "path with a zero byte": (prepare_replaced("^x.dat", "x\0.dat"), "unreadable", "null"),
-    "no such file": (prepare_replaced("^x.dat", "y.dat"), "signal file missing", "y.dat: No such"),
     "a name of control characters": (
         prepare_replaced("^x.dat", "\x1b[2Jx"), "signal file missing", r"\?\[2Jx"),
     "a folder as file": (prepare_replaced("^x.dat", "."), "unreadable", "no regular file"),
@@ -1089,6 +972,7 @@ BROKEN_HEADERS = {  # edit of the plain header -> reason, and what was found
 def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(case, tmp_path, recwarn):
     edit, reason, found = BROKEN_HEADERS[case]
     os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
+    os.mkfifo(tmp_path / "pipe.hea")
     (tmp_path / "zero").symlink_to("/dev/zero")
     prepare_edited(tmp_path / "x", edit)
     with pytest.raises(prepare_data.Rejected) as raised:
@@ -1096,42 +980,9 @@ def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(case, tmp_
     assert re.fullmatch(reason, raised.value.reason) and re.search(found, raised.value.found)
     assert str(raised.value) == f"{raised.value.reason}: {raised.value.found}" and not recwarn.list
     assert len(str(raised.value)) < 300 and raised.value.found.isprintable()
-
-
-def test_a_header_that_is_no_file_is_rejected_without_waiting(tmp_path):
-    os.mkfifo(tmp_path / "pipe.hea")
-    (tmp_path / "folder.hea").mkdir()
-    for name, found in (("pipe", "no regular file"), ("folder", "no regular file"),
-                        ("none", "none.hea: No such file")):
+    for name, found in (("pipe", "no regular file"), ("none", "none.hea: No such file")):
         with pytest.raises(prepare_data.Rejected, match=found):
             prepare_data.read_record(tmp_path / name, 100)
-
-
-def test_mutated_headers_are_read_or_rejected_and_nothing_else(tmp_path, recwarn):
-    prepare_edited(tmp_path / "x")
-    plain, rng = (tmp_path / "x.hea").read_bytes(), np.random.default_rng(0)
-    outcomes = collections.Counter()
-    for _ in range(500):
-        text = bytearray(plain)
-        for _ in range(rng.integers(1, 4)):
-            at, kind = int(rng.integers(len(text))), rng.integers(4)
-            byte = int(rng.choice([*range(256), *b"0 \n/+x:#" * 9]))
-            if kind == 0:
-                text[at] = byte
-            elif kind == 1:
-                text.insert(at, byte)
-            else:
-                del text[at:at + (1 if kind == 2 else int(rng.integers(200)))]
-        (tmp_path / "x.hea").write_bytes(text)
-        try:
-            signal, _ = prepare_data.read_record(tmp_path / "x", 100)
-            np.testing.assert_array_equal(
-                *(prepare_data.read_signal(tmp_path / "x", plain=plain)[0] for plain in (1, 0)))
-            assert signal.shape == (12, 1000) and np.isfinite(signal).all()
-            outcomes["read"] += 1
-        except prepare_data.Rejected as error:
-            outcomes[error.reason] += 1
-    assert outcomes["read"] > 25 and len(outcomes) > 5 and not recwarn.list
 
 
 def prepare_pack(kind, x):
@@ -1287,7 +1138,8 @@ def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
 
 @pytest.mark.parametrize("text, wanted", [
     ("[]", ()), ("['I10', 'I4891']", ("I10", "I4891")), ('["I10","I48"]', ("I10", "I48")),
-    ("['I10',\n 'I48',]", ("I10", "I48")), ("('I10',)", ("I10",)), ("{'I10', 'I48'}", ("I10", "I48")),
+    ("['I10',\n 'I48',]", ("I10", "I48")), ("('I10',)", ("I10",)),
+    ("{'I10', 'I48'}", ("I10", "I48")),
     ("['I10' 'I48'\n 'I50']", ("I10", "I48", "I50")),  # NumPy; Python would join these to one
     ("[np.str_('I10'), np.str_('I4891')]", ("I10", "I4891")), ("[' I48.91 ']", ("I48.91",)),
     ("{'NORM': 100.0, 'SR': 0.0}", ("NORM", "SR")), ("{}", ()), ("{'(AV)': 1e1}", ("(AV)",))])
@@ -1305,44 +1157,38 @@ def test_other_texts_give_no_codes_rather_than_some(text):
         prepare_data.parse_codes(text)
 
 
-def prepare_small(root, edit=lambda row, i: None, columns=None, times=True):
+def prepare_small(root, edit=lambda row, i: None):
     """Six patients of two records each; edit(row of the label CSV, position)."""
     rows = []
     for i in range(12):
         rows.append(dict(
             subject_id=100 + i // 2, study_id=1000 + i, path=f"files/{i}", fold=i // 2 + 14,
-            ecg_time=f"2180-01-{i % 2 + 1:02d} 08:00:00" if times else "", age=50, gender="F",
+            ecg_time=f"2180-01-{i % 2 + 1:02d} 08:00:00", age=50, gender="F",
             hosp_hadm_id=i, all_diag_all="['I10']", ecg_no_within_stay=0))
         prepare_write(root / f"files/{i}", prepare_adc(i, 1000), fs=100)
     prepare_csv(root / "record_list.csv", "subject_id study_id path", rows)
     for i, row in enumerate(rows):
         edit(row, i)
-    prepare_csv(root / "records_w_diag_icd10.csv", columns or " ".join(set(rows[0]) - {"path"}), rows)
+    prepare_csv(root / "records_w_diag_icd10.csv", " ".join(set(rows[0]) - {"path"}), rows)
     return root
 
 
-@pytest.mark.parametrize("column, text, wanted", [
-    ("study_id", "1.00E+03", r"line 2: study_id '1.00E\+03' is a rounded number"),
-    ("hosp_hadm_id", "2.1e7", "line 2: hosp_hadm_id '2.1e7' is a rounded number"),
-    ("all_diag_all", "['42731']", "0 of 12 rows carry a code that makes a class.*'42731'"),
-    ("all_diag_all", "['E119']", "0 of 12 rows carry a code that makes a class.*'E119'"),
-    ("ecg_time", "03/02/2150 10:00", "ecg_time '03/02/2150 10:00' is no time"),
-    ("fold", "20", "left out: 12 label row malformed .*line 2: fold '20'")])
-def test_a_column_of_another_meaning_is_named_with_row_and_text(column, text, wanted, tmp_path):
-    prepare_small(tmp_path, lambda row, i: row.update({column: text}))
+@pytest.mark.parametrize("column, text, where, wanted", [
+    ("study_id", "1.00E+03", range(12), r"line 2: study_id '1.00E\+03' is a rounded number"),
+    ("hosp_hadm_id", "2.1e7", range(12), "line 2: hosp_hadm_id '2.1e7' is a rounded number"),
+    ("all_diag_all", "['42731']", range(12), "0 of 12 rows carry a code that .*'42731'"),
+    ("all_diag_all", "['E119']", range(12), "0 of 12 rows carry a code that makes a class.*'E119'"),
+    ("all_diag_all", "['4280']", [3], "1 one that is not of the system; found: '4280'"),
+    ("ecg_time", "03/02/2150 10:00", range(12), "ecg_time '03/02/2150 10:00' is no time"),
+    ("ecg_time", "2180-01-02 08:00:00+05:00", [3], "with a UTC offset and .* without one"),
+    ("fold", "20", range(12), "left out: 12 label row malformed .*line 2: fold '20'"),
+    ("fold", "15", [1], "patient 100 lies in folds 14 and 15")])
+def test_a_column_of_another_meaning_is_named_with_row_and_text(
+        column, text, where, wanted, tmp_path):
+    prepare_small(tmp_path, lambda row, i: row.update({column: text} if i in where else {}))
     with pytest.raises(InputError, match=wanted):
         prepare_data.build("mimic", tmp_path, tmp_path / "c.h5", fs=100, workers=1)
     assert not (tmp_path / "c.h5").exists() and not (tmp_path / "c.h5.partial").exists()
-
-
-def test_icd9_in_a_part_of_the_rows_and_times_of_two_kinds_are_refused(tmp_path):
-    prepare_small(tmp_path, lambda row, i: row.update(all_diag_all="['4280']" if i == 3 else "['I10']"))
-    read = functools.partial(prepare_data.read_mimic, tmp_path, tmp_path / "records_w_diag_icd10.csv")
-    with pytest.raises(InputError, match="1 one that is not of the system; found: '4280'"):
-        read(None)
-    prepare_small(tmp_path, lambda row, i: row.update(ecg_time=row["ecg_time"] + "+05:00" * (i == 3)))
-    with pytest.raises(InputError, match="with a UTC offset and .* without one"):
-        read(None)
 
 
 def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counted(tmp_path, capsys):
@@ -1358,7 +1204,7 @@ def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counte
     assert cohort.flaws == {"age unreadable, stored as missing": 4,
                             "gender unreadable, stored as missing": 2,
                             "ecg_time unreadable, stored as missing": 1}
-    assert cohort.pair.tolist() == [[0, 1], [2, 3], [6, 7], [8, 9], [10, 11]]  # no order without time
+    assert cohort.pair.tolist() == [[0, 1], [2, 3], [6, 7], [8, 9], [10, 11]]  # no time, no order
     assert "age unreadable, stored as missing: 4, e.g. records_w_diag" in capsys.readouterr().out
 
 
@@ -1369,7 +1215,7 @@ def test_utc_offsets_order_records_and_without_times_there_are_no_pairs(tmp_path
     table = prepare_data.read_mimic(tmp_path / "a", tmp_path / "a/records_w_diag_icd10.csv", None)
     assert table["study_id"][:4].tolist() == [1001, 1000, 1003, 1002]
     assert (prepare_data.make_pairs(table)["gap_days"] == 0.375).all()  # 9 h
-    prepare_small(tmp_path / "b", times=False)
+    prepare_small(tmp_path / "b", lambda row, i: row.update(ecg_time=""))
     table = prepare_data.read_mimic(tmp_path / "b", tmp_path / "b/records_w_diag_icd10.csv", None)
     assert len(table["study_id"]) == 12 and len(prepare_data.make_pairs(table)["pair"]) == 0
 
@@ -1405,67 +1251,42 @@ def test_more_than_five_percent_lost_is_said_last(tmp_path, capsys):
     assert "LOST" not in capsys.readouterr().out  # what was not asked for is not lost
 
 
-def test_a_patient_in_two_folds_is_named(tmp_path):
-    prepare_csv(tmp_path / "record_list.csv", PREPARE_LIST, [
-        dict(subject_id=7, study_id=k, path=str(k)) for k in (1, 2)])
-    prepare_csv(tmp_path / "labels.csv", PREPARE_REQUIRED, [
-        dict(subject_id=7, study_id=k, all_diag_all="[]", fold=14 + k) for k in (1, 2)])
-    with pytest.raises(InputError, match="patient 7 lies in folds 15 and 16"):
-        prepare_data.read_mimic(tmp_path, tmp_path / "labels.csv", None)
-
-
-def test_a_killed_build_resumes_and_ends_in_the_same_bytes(tmp_path, capsys):
-    n, out, partial = 1500, tmp_path / "killed.h5", tmp_path / "killed.h5.partial"
-    for k in range(n):
-        prepare_write(tmp_path / f"files/{k % 50}/{k}", prepare_adc(k, 500))
-    prepare_csv(tmp_path / "record_list.csv", PREPARE_LIST, [
-        [k // 4, k, k, f"2180-01-01 00:00:{k % 60:02d}", f"files/{k % 50}/{k}"] for k in range(n)])
-    prepare_csv(tmp_path / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [
-        [k, k // 4, f"['I{10 + k % 5}']", k // 4 % 20, k % 4] for k in range(n)])
-    build = functools.partial(prepare_data.build, "mimic", tmp_path)
-    whole = build(tmp_path / "whole.h5", fs=100, workers=2)
-    process = subprocess.Popen(
-        [sys.executable, prepare_data.__file__, "--source", "mimic", "--root", str(tmp_path),
-         "--fs", "100", "--workers", "2", "--out", str(out)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (partial / "plan.json").exists() and np.load(partial / "status.npy").any():
-            break
-        time.sleep(0.002)
-    process.kill()  # SIGKILL
-    process.wait()
-    time.sleep(0.5)  # the orphaned worker notices
-    assert not out.exists() and 0 < np.count_nonzero(np.load(partial / "status.npy")) < n
-    with pytest.raises(InputError, match=r"differs in fs \(100 there, 50 now\)"):
-        build(out, fs=50)
-    with open(partial / "lock") as handle:
-        pytest.importorskip("fcntl").flock(handle, 2)  # LOCK_EX
-        with pytest.raises(InputError, match="another process is building it"):
-            build(out, fs=100)
-    (partial / "cohort.h5").write_bytes(b"torn")  # what a kill while compacting would leave
-    assert build(out, fs=100, workers=2).read_bytes() == whole.read_bytes()
-    assert "going on" in capsys.readouterr().out and not partial.exists()
-
-
-def test_a_full_disk_leaves_what_was_read_and_the_same_command_goes_on(
-        prepare_folder, tmp_path, monkeypatch):
+def test_a_build_that_was_killed_or_filled_the_disk_goes_on_and_ends_in_the_same_bytes(
+        prepare_folder, tmp_path, monkeypatch, capsys):
     root, whole, _ = prepare_folder
-    real, out = os.posix_fallocate, tmp_path / "full.h5"
+    out, partial = tmp_path / "c.h5", tmp_path / "c.h5.partial"
+    build = functools.partial(prepare_data.build, "mimic", root, out, workers=1)
+    read, reads, allocate = prepare_data.read_record, itertools.count(), os.posix_fallocate
+
+    def killed(*args):
+        if next(reads) == 6:
+            raise KeyboardInterrupt
+        return read(*args)
 
     def full(descriptor, *where):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("cohort.h5"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(descriptor, *where)
+        return allocate(descriptor, *where)
 
-    build = functools.partial(prepare_data.build, "mimic", root, out, fs=100, workers=1)
+    monkeypatch.setattr(prepare_data, "CHUNK", 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data, "read_record", killed)
+        build(fs=100)
+    assert not out.exists() and np.count_nonzero(np.load(partial / "status.npy")) == 4
+    with pytest.raises(InputError, match=r"differs in fs \(100 there, 50 now\)"):
+        build(fs=50)
+    with prepare_data.locked(partial, "no"):
+        with pytest.raises(InputError, match="another process is building it"):
+            build(fs=100)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(InputError, match="full.h5: No space left on device; free some space"):
-            build()
-    assert sorted(path.name for path in (tmp_path / "full.h5.partial").iterdir()) == [
+        with pytest.raises(InputError, match="c.h5: No space left on device; free some space"):
+            build(fs=100)
+    assert sorted(path.name for path in partial.iterdir()) == [
         "lock", "path.npy", "plan.json", "quality.npy", "signal.npy", "status.npy"]
-    assert build().read_bytes() == whole.read_bytes()
-    assert os.listdir(tmp_path) == ["full.h5"]
+    (partial / "cohort.h5").write_bytes(b"torn")  # what a kill while compacting would leave
+    assert build(fs=100).read_bytes() == whole.read_bytes()
+    assert "going on, 4 of" in capsys.readouterr().out and os.listdir(tmp_path) == ["c.h5"]
 
 
 def test_workers_need_no_semaphores_and_a_killed_one_is_named(monkeypatch):
@@ -1482,11 +1303,9 @@ def test_workers_need_no_semaphores_and_a_killed_one_is_named(monkeypatch):
 
 
 def test_where_no_record_can_be_read_the_reasons_and_examples_are_told(tmp_path):
-    prepare_write(tmp_path / "a/1", prepare_adc(1, 900), fs=257)
-    prepare_csv(tmp_path / "record_list.csv", PREPARE_LIST, [[1, 1, 1, "2180-01-01", "a/1"]])
-    prepare_csv(tmp_path / "records_w_diag_icd10.csv", PREPARE_REQUIRED, [[1, 1, "['I10']", 0, 0]])
-    with pytest.raises(InputError, match=r"1 fs not a multiple \(e.g. a/1: 257 Hz\)"):
-        prepare_data.build("mimic", tmp_path, tmp_path / "none.h5", fs=100, workers=1)
+    prepare_small(tmp_path)
+    with pytest.raises(InputError, match=r"12 fs not a multiple \(e.g. files/0: 100 Hz\)"):
+        prepare_data.build("mimic", tmp_path, tmp_path / "none.h5", fs=40, workers=1)
     assert not list(tmp_path.glob("none*"))
 
 
@@ -1537,6 +1356,7 @@ def test_counts_are_those_of_loops_over_records_and_pairs(prepare_cohort):
     jaccard = [len(a & b) / len(a | b) if a | b else 1 for a, b in pairs]
     for name, wanted in {
             "records": 14, "codes in the source": 6, "pairs": len(pairs),
+            "stable pairs": sum(a == b for a, b in pairs),
             "|a|1 = 2": sum(len(a ^ b) == 2 for a, b in pairs),
             "pairs of Jaccard 1": jaccard.count(1), "pairs of Jaccard 0": jaccard.count(0),
             "pairs of Jaccard 1, both sets empty": sum(not a | b for a, b in pairs),
@@ -1599,14 +1419,6 @@ def test_prepare_data_ends_bad_input_with_one_line(arguments, named, capsys, mon
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and named in error[0]
     assert not list(tmp_path.iterdir())
-
-
-def test_reading_plain_records_imports_neither_wfdb_nor_scipy_nor_torch(prepare_folder):
-    code = ("import sys, prepare_data\n"
-            f"prepare_data.read_record({prepare_path(prepare_folder[0], 1)!r}, 100)\n"
-            "print([m for m in ('torch', 'wfdb', 'scipy', 'pandas') if m in sys.modules])")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert run.stdout.strip() == "[]", run.stderr
 
 
 @needs_ptbxl
@@ -1841,12 +1653,6 @@ def demo_tree(root):
             for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def demo_rows(path):
-    """The rows of a CSV file as dicts."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def demo_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
@@ -1863,15 +1669,15 @@ def demo_cohort(demo_root, tmp_path):
 def test_the_demo_lies_as_mimic_and_holds_what_was_simulated(demo_root, tmp_path):
     out = prepare_data.build("mimic", demo_root, tmp_path / "m.h5", fs=50, workers=1)
     assert prepare_data.Cohort(out).synthetic  # even so
-    rows = demo_rows(demo_root / "records_w_diag_icd10.csv")
+    rows = read_csv(demo_root / "records_w_diag_icd10.csv")
     assert " ".join(rows[0]) == (
         "file_name study_id subject_id ecg_time ed_stay_id ed_hadm_id hosp_hadm_id ed_diag_ed "
         "ed_diag_hosp hosp_diag_hosp all_diag_hosp all_diag_all gender age anchor_year anchor_age "
         "dod ecg_no_within_stay ecg_taken_in_ed ecg_taken_in_hosp ecg_taken_in_ed_or_hosp fold "
         "strat_fold")
-    listed = demo_rows(demo_root / "record_list.csv")
+    listed = read_csv(demo_root / "record_list.csv")
     assert " ".join(listed[0]) == PREPARE_LIST
-    states = demo_rows(demo_root / "demo_state.csv")
+    states = read_csv(demo_root / "demo_state.csv")
     for row, truth in zip(listed, states, strict=True):
         record = wfdb.rdrecord(str(demo_root / row["path"]), physical=False)
         assert record.fs == 500 and record.sig_len == 5000 and set(record.units) == {"mV"}
@@ -1892,7 +1698,7 @@ def test_a_larger_demo_begins_with_the_smaller_and_another_seed_has_others(demo_
         a, b = ((root / name).read_bytes() for root in (demo_root, tmp_path))
         assert b.startswith(a) if name.suffix == ".csv" else a == b, name
     prepare_data.write_demo(tmp_path / "other", patients=2, seed=1)
-    people = [{row["subject_id"] for row in demo_rows(root / "record_list.csv")}
+    people = [{row["subject_id"] for row in read_csv(root / "record_list.csv")}
               for root in (tmp_path, tmp_path / "other")]
     assert len(people[0]) == 9 and len(people[1]) == 2 and not people[0] & people[1]
 
@@ -2007,14 +1813,6 @@ def test_auroc_equals_the_pair_count_with_ties_whatever_the_label_dtype(dtype):
     assert evaluate.macro_auroc(y.astype(dtype), s) == pytest.approx(np.mean(expected), abs=1e-12)
 
 
-def test_auroc_ignores_record_order_and_monotone_maps_of_the_score():
-    y, s = labels_and_scores(seed=2)
-    order = np.random.default_rng(0).permutation(len(y))
-    np.testing.assert_array_equal(evaluate.auroc(y[order], s[order]), evaluate.auroc(y, s))
-    np.testing.assert_array_equal(evaluate.auroc(y, np.exp(3.0 * s)), evaluate.auroc(y, s))
-    np.testing.assert_allclose(evaluate.auroc(y, -s), 1 - evaluate.auroc(y, s), atol=1e-12)
-
-
 @pytest.mark.parametrize("y, s", [
     ([0, 1], [0.1, np.nan]), ([0, 1], [0.1, 0.2, 0.3]), ([0, 2], [0.1, 0.2]), ([], []),
     ([0.0, np.nan], [0.1, 0.2]), ([0, 1], ["a", "b"]), (np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))])
@@ -2022,6 +1820,12 @@ def test_auroc_refuses_what_has_no_rank(y, s):
     for function in (evaluate.auroc, evaluate.bootstrap_auroc):
         with pytest.raises(ValueError):
             function(y, s)
+
+
+@pytest.mark.parametrize("wrong", [dict(unit=np.arange(3)), dict(n_boot=0)])
+def test_bootstrap_refuses_units_of_other_records_and_no_draw(wrong):
+    with pytest.raises(ValueError):
+        evaluate.bootstrap_auroc(np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.3, 0.6]), **wrong)
 
 
 @pytest.mark.parametrize("by_patient", [False, True])
@@ -2051,21 +1855,6 @@ def test_every_bootstrap_statistic_equals_a_plain_loop_on_the_same_draws(by_pati
     np.testing.assert_allclose(got["per_class"][:5, 1:].T,
                                np.nanpercentile(auc[1:, :5], (2.5, 97.5), axis=0), atol=1e-12)
     assert np.isnan(got["per_class"][5]).all() and got["per_class"].shape == (6, 3)
-
-
-def test_bootstrap_of_patients_takes_all_records_of_a_drawn_patient():
-    # Patient 30 has two records, 10 and 20 one each. Ids sort to 10, 20, 30 = draws 0, 1, 2.
-    y, s = np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.3, 0.6])
-    got = evaluate.bootstrap_auroc(y, s, 50, 3, np.array([30, 10, 30, 20]))["replicates"]
-    rng = np.random.default_rng(3)
-    for value in got:
-        n10, n20, n30 = np.bincount(rng.integers(0, 3, 3), minlength=3)
-        # .9 beats both negatives; .3 beats neither .4 nor .6
-        assert value == 0.5 if n30 and n10 + n20 else np.isnan(value)
-    assert np.isnan(got).any() and (got == 0.5).any()
-    for wrong in (dict(unit=np.arange(3)), dict(n_boot=0)):
-        with pytest.raises(ValueError):
-            evaluate.bootstrap_auroc(y, s, **wrong)
 
 
 def alike_records(seed, patients=300, classes=8):
@@ -2184,15 +1973,13 @@ def test_load_checkpoint_returns_what_was_saved_and_names_what_it_found(tmp_path
     flipped = bytearray(whole)
     flipped[whole.index(torch.arange(3.0).numpy().tobytes()) + 5] ^= 1
     (tmp_path / "flipped.pt").write_bytes(flipped)
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("x/data.pkl", bytes(10**7))
     for name, words in (
             ("absent.pt", "no such file"), ("cohort", "HDF5"), ("a.npz", "npz"),
             ("text", "text file"), ("binary", "binary"), ("empty", "empty"), ("zip", "zip"),
             ("future.pt", "cardiowm-9"), ("other.pt", "another project"),
             ("objects.pt", "tensors and plain values"), ("short.pt", "without leads"),
-            ("cut.pt", "truncated"), ("flipped.pt", "checksum of last/data/0"),
-            ("bomb.pt", "members claim 10,000,000, so not unpacked"), (".", "folder")):
+            ("cut.pt", "truncated"), ("flipped.pt", "checksum or kind of last/data/0"),
+            (".", "folder")):
         with pytest.raises(InputError, match=words) as error:
             evaluate.load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value) and "wanted" in str(error.value)
@@ -2366,7 +2153,7 @@ def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_r
 
 
 def test_score_refuses_bad_input_in_one_line_and_writes_nothing(runs_root, capsys):
-    for name in ("good", "unfinished", "broken", "keyless", "misfit", "diverged", "torn"):
+    for name in ("good", "unfinished", "broken", "keyless", "misfit"):
         arrays = write_run(runs_root, name)
     del arrays["has_label"]
     (runs_root / "unfinished" / "predictions_test.npz").unlink()
@@ -2375,16 +2162,12 @@ def test_score_refuses_bad_input_in_one_line_and_writes_nothing(runs_root, capsy
     np.savez(runs_root / "keyless" / "predictions_test.npz", **arrays)
     full = arrays | {"has_label": np.ones(3, bool)}
     np.savez(runs_root / "misfit" / "predictions_test.npz", **full)
-    full = arrays | {"has_label": np.ones(80, bool), "y_score": np.full((80, 4), np.nan)}
-    np.savez(runs_root / "diverged" / "predictions_test.npz", **full)
-    (runs_root / "torn" / "config.json").write_text("{")
     torch.save(checkpoint_of(), runs_root / "good" / "last.pt")
     (runs_root / "c.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     for argv, words in (
             (["--runs", "goood"], "closest first: good, "), (["--runs", "unfinished"], "--resume"),
             (["--runs", "broken"], "damaged"), (["--runs", "keyless"], "has_label"),
-            (["--runs", "misfit"], "do not fit"), (["--runs", "diverged"], "NaN"),
-            (["--runs", "torn"], "config.json"), (["--runs", "good", "runs/good"], "twice"),
+            (["--runs", "misfit"], "do not fit"), (["--runs", "good", "runs/good"], "twice"),
             (["--runs", "runs/good/last.pt"], "PyTorch"), (["--runs", "runs/c.h5"], "HDF5"),
             ([], "--runs"), (["--runs", "good", "--mode", "cohort"], "of no use to --mode cohort"),
             (["--runs", "good", "--onset", "I44"], "--onset"),
@@ -2968,16 +2751,9 @@ def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path,
         assert [int(line[key]) for key in ("records", "patients", "onsets", "resolutions")] == [
             label.sum(), len(patients), steps.count(1), steps.count(-1)]
         assert float(line["prevalence"]) == pytest.approx(label.mean())
-    rows = prepare_data.count(tiny)
-    sets = [[frozenset(np.flatnonzero(tiny.label[i])) for i in pair] for pair in tiny.pair]
-    n = len(sets)
-    for name, wanted in (("stable pairs", sum(a == b for a, b in sets)),
-                         ("pairs of Jaccard 1", sum(a == b for a, b in sets)),
-                         ("pairs of Jaccard 1, both sets empty", sum(not a | b for a, b in sets)),
-                         ("pairs of Jaccard 0", sum(bool(a | b) and not a & b for a, b in sets)),
-                         ("pairs within a stay", (tiny.pair_kind == 0).sum())):
-        assert rows[name] == wanted and re.search(
-            rf"\| {name} +\| {wanted:,} +\| {wanted / n:.1%}", text)
+    rows, n = prepare_data.count(tiny), len(tiny.pair)
+    for name in ("stable pairs", "pairs of Jaccard 1", "pairs within a stay"):
+        assert re.search(rf"\| {name} +\| {rows[name]:,} +\| {rows[name] / n:.1%}", text)
     tiny.source = "ptbxl"  # part of its dates are interpolated: nothing is said of time
     assert not any("gap" in name for name in prepare_data.count(tiny) if "quality" not in name)
 
@@ -3074,42 +2850,17 @@ def test_embedding_points_and_their_neighbours_are_what_the_page_says(
 # Counterfactuals: a linear world of known answers, then both uses on the tiny cohort
 
 
-class LinearTruth(nn.Module):
-    """predict(z, a) = z + A a + drift: D = 24, K = 6, the columns of A of length 1 .. 6."""
-
-    def __init__(self, drift=0.0):
-        super().__init__()
-        a = np.linalg.qr(np.random.default_rng(5).standard_normal((24, 6)))[0] * np.arange(1, 7)
-        self.a, self.drift = nn.Parameter(torch.from_numpy(a).float()), drift
-
-    def predict(self, z, a):
-        return z + a @ self.a.T + self.drift
-
-
 def linear_world(noise=0.0, n=200, seed=0):
-    """z (n, D), true changes (n, K, D), cases (n, K): each code absent in 2 of 3 records."""
+    """True changes (n, K, D), cases (n, K), effects (K, D): z_next = z + A a, D = 24, K = 6.
+
+    The columns of A are orthogonal and of length 1 .. 6; each code is absent in 2 of 3 records.
+    """
     rng = np.random.default_rng(seed)
+    effect = np.linalg.qr(np.random.default_rng(5).standard_normal((24, 6)))[0] * np.arange(1, 7)
     changed = rng.random((n, 6)) < 2 / 3
     changed[:, :2] = True  # at least two options in each record
-    change = LinearTruth().a.detach().double().numpy().T + noise * rng.standard_normal((n, 6, 24))
-    return rng.standard_normal((n, 24)), np.where(changed[..., None], change, np.nan), changed
-
-
-def test_a_true_model_of_a_linear_world_is_judged_perfect_and_permuted_actions_wrong():
-    z, change, changed = linear_world()
-    predicted = evaluate.model_changes(LinearTruth(drift=3.0), z, 6)  # the drift is no effect of a
-    got = evaluate.judge_change(change, predicted, changed)
-    options = np.broadcast_to(changed.sum(axis=1)[:, None], changed.shape)
-    for measure, wanted in (("cosine", 1), ("length_ratio", 1), ("right_code", 1), ("error", 0),
-                            ("chance", 1 / options[changed])):
-        assert np.isnan(got[measure][~changed]).all()
-        np.testing.assert_allclose(got[measure][changed], wanted, atol=1e-5)  # float32 predictor
-    wrong = evaluate.judge_change(change, np.roll(predicted, 1, axis=1), changed)
-    np.testing.assert_allclose(wrong["cosine"][changed], 0, atol=1e-5)  # columns are orthogonal
-    still = evaluate.judge_change(change, np.zeros((200, 1, 24)), changed)
-    assert (still["cosine"][changed] == 0).all() and np.isnan(still["right_code"]).all()
-    length = np.broadcast_to(np.arange(1, 7), changed.shape)
-    np.testing.assert_allclose(still["error"][changed], length[changed]**2 / 24)
+    change = effect.T + noise * rng.standard_normal((n, 6, 24))
+    return np.where(changed[..., None], change, np.nan), changed, effect.T
 
 
 def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
@@ -3137,6 +2888,14 @@ def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
                 wanted[name][i, c] = value
         for name, values in wanted.items():
             np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
+    still = evaluate.judge_change(change, np.zeros((40, 1, 5)), changed)  # no candidate by code
+    assert (still["cosine"][changed] == 0).all() and np.isnan(still["right_code"]).all()
+    np.testing.assert_allclose(still["error"][changed], (change[changed]**2).mean(axis=1))
+    change, changed, effect = linear_world()  # the closed form: a true model, codes swapped
+    for candidate, cosine, right in ((effect, 1, 1), (np.roll(effect, 1, axis=0), 0, 0)):
+        got = evaluate.judge_change(change, candidate[None], changed)
+        np.testing.assert_allclose(got["cosine"][changed], cosine, atol=1e-12)
+        assert cosine == 0 or (got["right_code"][changed] == right).all()
 
 
 def test_the_controls_of_a_change_are_their_definitions():
@@ -3162,7 +2921,7 @@ def test_p_of_permuted_codes_is_uniform_without_an_effect_and_small_with_one():
     p = []
     for seed in range(200):  # K constant vectors, alike in all records, that know nothing
         rng = np.random.default_rng(seed)
-        _, change, changed = linear_world(0.5, 30, seed)
+        change, changed, effect = linear_world(0.5, 30, seed)
         candidate = rng.standard_normal((1, 6, 24)) + 0.1 * rng.standard_normal((30, 6, 24))
         cosines = evaluate.judge_change(change, candidate, changed)["cosines"]
         null = evaluate.code_permutations(cosines, 199)
@@ -3171,7 +2930,7 @@ def test_p_of_permuted_codes_is_uniform_without_an_effect_and_small_with_one():
         p.append((1 + (null[1:] >= null[0] - 1e-12).sum()) / 200)
     # Kolmogorov-Smirnov: 0.122 is the 0.5 % point at n = 200; 1/720 of p is one permutation of six
     assert np.abs(np.sort(p) - (np.arange(200) + 0.5) / 200).max() < 0.125
-    true = evaluate.judge_change(change, LinearTruth().a.detach().double().numpy().T[None], changed)
+    true = evaluate.judge_change(change, effect[None], changed)
     null = evaluate.code_permutations(true["cosines"], 199)
     assert (null[1:] >= null[0]).mean() < 0.02
 
@@ -3629,7 +3388,7 @@ def ranks(workplace):
     def runs(prefix, batch_size):
         how = {"sigreg": "--mode pretrain", "vicreg": "--mode pretrain --reg vicreg",
                "finetune": "--mode finetune --init scratch --epochs 1 --batch-size 24"}
-        more = f"--allow-tiny --epochs 2 --batch-size {batch_size}"  # of 40 pairs
+        more = f"--allow-tiny --epochs 1 --batch-size {batch_size}"  # of 40 pairs
         return {name: f"{data} --device cpu --frac 0.6 --run {prefix}-{name} {flags} "
                 + more * ("pretrain" in flags) for name, flags in how.items()}
 
@@ -3669,7 +3428,7 @@ def parted(alone, first):
     return ((whole(first["weights"]) - whole(alone["weights"])).norm() / way.norm()).item()
 
 
-@pytest.mark.parametrize("name, steps", [("sigreg", 20), ("vicreg", 20), ("finetune", 2)])
+@pytest.mark.parametrize("name, steps", [("sigreg", 10), ("vicreg", 10), ("finetune", 2)])
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
     assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
@@ -3681,7 +3440,7 @@ def test_two_ranks_train_as_one_process(ranks, name, steps):
     for got, wanted in zip(first["gradients"], alone["gradients"]):
         assert (got - wanted).norm() <= 1e-4 * wanted.norm()  # 0 where gamma is 0: equal
     rows = training_rows_of(f"two-{name}")
-    # what differs grows with each step: 4e-5 after 20
+    # what differs grows with each step: 4e-5 after twice as many
     assert_rows_agree(rows, training_rows_of(f"alone-{name}"), lambda step: 5e-4)
     assert len(rows) == steps and sum("grad_ratio" in row for row in rows) == 4 * (steps > 2)
     # Adam divides a gradient by its own size + 1e-8: where a gradient is little more than rounding,
@@ -3994,8 +3753,8 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("flags", [
-    "--mode pretrain --epochs 2 --batch-size 40 --allow-tiny",
-    "--mode finetune --init scratch --epochs 2 --batch-size 64",
+    "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
+    "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24",
     "--mode probe --init base --head mlp --epochs 4 --batch-size 64",
 ])
 def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
@@ -4004,7 +3763,7 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     kind = flags.split()[1]
     flags += f" --run {{}}-{kind}"
     assert run_train(flags.format("whole")) == 0
-    pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # in the middle of an epoch; 4 of them: SIGKILL
+    pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # amid an epoch; at 4, as after a SIGKILL
     steps, descend, threads = itertools.count(1), train.descend, torch.get_num_threads()
 
     def pull(*args):
@@ -4040,30 +3799,16 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     assert config["speed"]["threads"] == threads
 
 
-def test_a_second_interrupt_ends_at_once_and_a_real_kill_costs_nothing(workplace, monkeypatch):
-    """From another process: Ctrl-C twice within one step, then SIGKILL."""
-    flags = "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 16 --run {}"
-    assert run_train(flags.format("unkilled")) == 0
-    command = [sys.executable, HERE / "train.py", "--data", "data/tiny.h5", "--device", "cpu",
-               *flags.format("killed").split(), "--checkpoint-minutes", "0"]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "descend", lambda *a: [os.kill(os.getpid(), 2) for _ in range(2)])
-        assert run_train(flags.format("killed")) == 130
-    for rows in (1, 3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
-            log = Path("runs/killed/log.jsonl")
-            while not log.exists() or len(log.read_bytes().splitlines()) < rows:
-                assert run.poll() is None
-                time.sleep(0.002)
-            run.kill()
-    assert run_train(flags.format("killed")) == 0
-    assert_same_run("unkilled", "killed")
+def test_a_second_interrupt_ends_at_once(workplace, monkeypatch):
+    monkeypatch.setattr(train, "descend", lambda *a: [os.kill(os.getpid(), 2) for _ in range(2)])
+    assert run_train("--mode finetune --init scratch --frac 0.5 --epochs 2 --run twice") == 130
+    assert not Path("runs/twice/last.pt").exists()
 
 
 def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offered(
     pretrained, monkeypatch, capsys
 ):
-    flags = "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 16 --run"
+    flags = "--mode finetune --init scratch --frac 0.3 --epochs 2 --batch-size 12 --run"
     assert run_train(flags, "unspoilt") == 0
     Path("runs/un spoilt").mkdir()
     words = flags.split() + ["runs/un spoilt", "--data", "data/tiny.h5", "--device", "cpu"]
@@ -4243,30 +3988,38 @@ def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained
                     new | {"step": log_of(run)[-1]["step"]}]
 
 
-def test_a_pipe_without_a_reader_does_not_end_the_training(workplace):
-    command = shlex.join([sys.executable, str(HERE / "train.py"), *shlex.split(
-        "--mode finetune --init scratch --frac 0.2 --epochs 2 --run piped --data data/tiny.h5")])
-    done = subprocess.run(["bash", "-c", command + " 2>&1 | head -1; exit ${PIPESTATUS[0]}"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+def test_a_pipe_without_a_reader_does_not_end_the_training(workplace, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe:
+        for name in ("stdout", "__stdout__", "stderr", "__stderr__"):
+            monkeypatch.setattr(sys, name, pipe)
+        assert run_train("--mode finetune --init scratch --frac 0.2 --epochs 1 --run piped") == 0
     assert Path("runs/piped/predictions_test.npz").exists()
 
 
-@pytest.mark.parametrize("own, wanted", [
-    ({}, ["None", "passive"]), ({"LOCAL_RANK": "0"}, ["None"]),
-    ({"GOMP_SPINCOUNT": "9"}, ["None"]), ({"OMP_WAIT_POLICY": "active"}, ["active"])])
+@pytest.mark.parametrize("own, wanted", [  # started again, or the exit code of a wrong command
+    ({}, "passive"), ({"LOCAL_RANK": "0"}, 2), ({"GOMP_SPINCOUNT": "9"}, 2),
+    ({"OMP_WAIT_POLICY": "active"}, 2)])
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_a_script_starts_once_more_to_wait_passively_unless_it_is_told_how(
-    tmp_path, script, own, wanted
+    monkeypatch, script, own, wanted
 ):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run([sys.executable, HERE / script, "--mode", "cohort"], text=True,
-                          env=env | own | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
-    started = done.stderr.split()
-    assert done.returncode == 2 and started[:len(wanted)] == wanted
-    assert started[len(wanted)] in ("usage:", "error:")
+    def start(path, argv, env):
+        assert [path, *argv] == [sys.executable, *command]
+        sys.exit(env["OMP_WAIT_POLICY"])
+
+    command = [sys.executable, str(HERE / script), "--mode", "cohort"]
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    for owner, name, value in ((sys, "orig_argv", command), (sys, "argv", command[1:]),
+                               (os, "execve", start)):
+        monkeypatch.setattr(owner, name, value)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(command[1], run_name="__main__")
+    assert ended.value.code == wanted
 
 
 def test_steps_that_become_slow_are_noted_once(capsys):
@@ -4522,8 +4275,7 @@ def test_a_row_of_the_bench_has_medians_of_calls_that_take_turns_without_the_fir
 def test_quick_bench_fills_its_table(workplace, capsys):
     assert train.main("--mode bench --quick --run bench-quick".split()) == 0
     out, folder = capsys.readouterr().out, Path("runs/bench-quick")
-    with open(folder / "bench.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder / "bench.csv")
     stages = " ".join(row["stage"] for row in rows)
     for word in ("one core", "build a cohort", "batch of 512 pairs", "encoder step", "SIGReg",
                  "pretraining step", "bootstraps", "synthetic rows"):
@@ -4710,8 +4462,10 @@ def test_nothing_of_the_papers_calls_what_goes_beyond_them(name):
     assert not ({node.id for node in names} - local) & defined
 
 
-def test_importing_prints_nothing_and_loads_no_heavy_reader():
-    code = """import prepare_data, evaluate, sys
+def test_importing_prints_nothing_and_loads_no_heavy_reader(prepare_folder):
+    code = f"""import prepare_data, sys
+prepare_data.read_record({prepare_path(prepare_folder[0], 1)!r}, 100)  # nor does a plain record
+import evaluate
 print([m for m in ("torch", "wfdb", "scipy", "pandas", "matplotlib") if m in sys.modules])
 import train"""
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
