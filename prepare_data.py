@@ -121,7 +121,7 @@ class Progress:
 # The machine: errors of the system, files written whole, locks, cores and memory, the outer frame
 # ----------------------------------------------------------------------------------------------
 
-SPIN_COUNT = 30_000  # turns that a waiting OpenMP thread spins before it sleeps
+SPIN_COUNT = 3_000  # turns that a waiting OpenMP thread spins before it sleeps: some 10 us
 REMEDY = {code: text for text, codes in {  # what to do about an error of the system
     "free some space or choose another disk; the same command goes on": (
         errno.ENOSPC, errno.EDQUOT),
