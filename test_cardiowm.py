@@ -1180,7 +1180,7 @@ def prepare_small(root, edit=lambda row, i: None):
     ("all_diag_all", "['E119']", range(12), "0 of 12 rows carry a code that makes a class.*'E119'"),
     ("all_diag_all", "['4280']", [3], "1 one that is not of the system; found: '4280'"),
     ("ecg_time", "03/02/2150 10:00", range(12), "ecg_time '03/02/2150 10:00' is no time"),
-    ("ecg_time", "2180-01-02 08:00:00+05:00", [3], "with a UTC offset and .* without one"),
+    ("ecg_time", "2180-01-02 08:00:00+05:00", [3], "with a UTC offset, .* without one"),
     ("fold", "20", range(12), "left out: 12 label row malformed .*line 2: fold '20'"),
     ("fold", "15", [1], "patient 100 lies in folds 14 and 15")])
 def test_a_column_of_another_meaning_is_named_with_row_and_text(
@@ -3824,7 +3824,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
     some = next(iter(state["model"]))
     changes = {"holds a run with seed = 7, asked for 0": {"args": state["args"] | {"seed": 7}},
                "kind is probe, classifier wanted": {"kind": "probe"},
-               "batch_size is 15, 16 wanted: of another run, or of another number": {
+               "batch_size is 15, 12 wanted: of another run, or of another number": {
                    "batch_size": 15},
                "tensors fit; w is not wanted": {"model": state["model"] | {"w": torch.ones(1)}},
                f"tensors fit; {some} is (1,)": {"model": state["model"] | {some: torch.ones(1)}},
