@@ -3778,7 +3778,8 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     parts = flags.format("parts") + " --checkpoint-minutes 0"
     assert run_train(parts, "--overwrite") == 143
     path = f"runs/parts-{kind}/last.pt"
-    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same command "
+    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same "
+                                 "command "
                                  "without --overwrite goes on from there")
     assert state_of(f"parts-{kind}")["step"] == 2
     try:
@@ -4189,7 +4190,8 @@ def test_check_finite_names_the_first_bad_step_and_its_records():
     good = [step(5, 1.0), step(6, -2.0)]
     for bad, found in ((step(7, math.inf), "inf, gradient norm 1"),
                        (step(7, 2.0, math.nan), "2, gradient norm nan")):
-        with pytest.raises(train.InputError, match=rf"^step 7: .*\(minimised {found}\); rows \[9 7"):
+        message = rf"^step 7: .*\(minimised {found}\); rows \[9 7"
+        with pytest.raises(train.InputError, match=message):
             train.check_finite([*good, bad, step(8, math.nan)], lambda items: f"rows {items}")
     train.check_finite(good, None)
     assert good == []
