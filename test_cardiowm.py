@@ -3428,6 +3428,41 @@ def parted(alone, first):
     return ((whole(first["weights"]) - whole(alone["weights"])).norm() / way.norm()).item()
 
 
+def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statistics(monkeypatch):
+    monkeypatch.setattr(train, "has_bf16", lambda kind: False)
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    plain = train._WorldModel(5, in_leads=3)
+    for block in plain.encoder.blocks:
+        nn.init.normal_(block.convs[-1].weight, 0, 0.5)
+    x, x_next, a = torch.randn(8, 3, 200), torch.randn(8, 3, 200) + 1, torch.randn(8, 5)
+    first = copy.deepcopy(plain.encoder)
+    first(x)
+    found = []
+    for both in (False, True, True):
+        model = copy.deepcopy(plain).train()
+        model.both = train.BothOnTwoThreads(model.encoder) if both else None
+        out = model(x, x_next, a)
+        wanted = cardiowm.WorldModel.forward(copy.deepcopy(plain), x, x_next, a)
+        for name, h in zip(("h", "z", "z_pred", "z_next"), wanted):
+            index = ("h", "h_next", "z", "z_pred", "z_next").index(name)
+            torch.testing.assert_close(out[index], h, rtol=1e-4, atol=1e-5)
+        loss = sum((v * torch.linspace(-1, 2, v.shape[1])).square().mean() for v in out)
+        parameters = [*model.encoder.parameters(), *model.projector.parameters()]
+        kept = torch.autograd.grad(loss, parameters, retain_graph=True)  # as gradient_ratio does
+        loss.backward()
+        assert all(map(torch.equal, kept, (p.grad for p in parameters)))
+        found.append([p.grad for p in model.parameters()])
+    assert relative(whole(found[1]), whole(found[0])) < 1e-4  # other sums of float32
+    assert all(map(torch.equal, found[1], found[2]))          # the same bytes each time
+    for name, value in model.encoder.named_buffers():         # the twin's are its own
+        torch.testing.assert_close(value, first.get_buffer(name))
+    with torch.no_grad():
+        model(x, x_next, a)  # batch norm taken anew: both ECGs count
+    assert int(model.encoder.stem[1].num_batches_tracked) == 3
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.parametrize("name, steps", [("sigreg", 10), ("vicreg", 10), ("finetune", 2)])
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
