@@ -623,6 +623,155 @@ def test_interpolator_stays_between_neighbours_of_one_label_set():
         assert (torch.cdist(z_new, z).amin(1) < 1e-3).all()
 
 
+def test_action_sets_tell_apart_what_a_difference_cannot():
+    y, y_next = torch.tensor([[0, 1], [0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 1], [0, 0]])
+    known, known_next = torch.tensor([True, False, True]), torch.tensor([1, 1, 0])
+    a = cardiowm.action_sets(y, y_next, known, known_next)
+    wanted = [[*y[i], *y_next[i], known[i], known_next[i]] for i in range(3)]
+    assert a.dtype == torch.float32 and torch.equal(a, torch.tensor(wanted).float())
+    assert cardiowm.WorldModel(num_classes=a.shape[1]).eval().predict(torch.zeros(3, 256), a).shape
+    own = cardiowm.action_sets(y, y, known, known)  # no change: not the same for every source
+    assert len(own.unique(dim=0)) == 3 and not (y - y).any()
+
+
+@pytest.mark.parametrize("n", [2, 64, 512])
+def test_the_weight_of_a_ratio_gives_that_ratio_at_any_batch_size(n):
+    for ratio in (0, 0.5, 5, 57):
+        lam = cardiowm.ratio_to_lam(ratio, n)
+        assert 0 <= lam < 1 and lam * n / (1 - lam) == pytest.approx(ratio)
+    assert cardiowm.ratio_to_lam(0.1 * n / 0.9, n) == pytest.approx(0.1)
+
+
+def test_windows_are_slices_of_their_records_with_noise_of_the_given_size():
+    x = torch.randn(40, 3, 50, generator=generator())
+    found = cardiowm.crop_and_noise(x, 20, 0.0, generator(1))
+    starts = [next(i for i in range(31) if torch.equal(x[n, :, i:i + 20], found[n]))
+              for n in range(len(x))]
+    assert len(set(starts)) > 10 and min(starts) < 5 and max(starts) > 25
+    noisy = cardiowm.crop_and_noise(x, 20, 0.3, generator(1))  # the same windows
+    noise = noisy - found
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05)  # of 2,400 values: 1.4 % each way
+    assert abs(noise.mean().item()) < 0.025
+    assert torch.equal(noisy, cardiowm.crop_and_noise(x, 20, 0.3, generator(1)))
+    assert not torch.equal(noisy, cardiowm.crop_and_noise(x, 20, 0.3, generator(2)))
+    assert torch.equal(cardiowm.crop_and_noise(x, 50, 0.0, generator(3)), x)  # the whole record
+    x.requires_grad_()
+    cardiowm.crop_and_noise(x, 20, 0.3, generator(1)).sum().backward()
+    assert torch.equal(x.grad.sum(dim=(1, 2)), torch.full((40,), 60.0))
+
+
+def test_known_bce_equals_a_loop_over_known_records_and_ignores_the_others():
+    logits = torch.randn(7, 4, generator=generator(), dtype=torch.float64).requires_grad_()
+    y = (torch.rand(7, 4, generator=generator(1)) < 0.4).long()
+    known = torch.tensor([1, 0, 1, 1, 0, 0, 1])
+    loss = cardiowm.known_bce(logits, y, known)
+    total = 0.0
+    for n in range(7):
+        for k in range(4):
+            p = 1 / (1 + math.exp(-logits[n, k].item()))
+            total -= known[n].item() * math.log(p if y[n, k] else 1 - p)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(total / 4, rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    wanted = known[:, None] * (logits.detach().sigmoid() - y) / 4  # the closed form
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+    order, other = torch.tensor([6, 2, 0, 1, 5, 3, 4]), torch.where(known[:, None] > 0, y, 1 - y)
+    assert cardiowm.known_bce(logits[order], other[order], known[order]).item() == pytest.approx(
+        loss.item(), rel=1e-6)
+    assert cardiowm.known_bce(logits, y, known.bool()).item() == loss.item()
+    none = cardiowm.known_bce(logits, y, 0 * known)
+    assert none.item() == 0 and not torch.autograd.grad(none, logits)[0].any()
+    # two ranks of unlike shares of known records, averaged, are the whole batch
+    rows = [torch.tensor([0, 2, 3]), torch.tensor([1, 4, 6])]
+    share = torch.stack([known[r].float().mean() for r in rows]).mean()
+    halves = [cardiowm.known_bce(logits[r], y[r], known[r], lambda x: share) for r in rows]
+    both = torch.cat(rows)
+    assert sum(halves).item() / 2 == pytest.approx(
+        cardiowm.known_bce(logits[both], y[both], known[both]).item(), rel=1e-5)
+
+
+def decoys_by_loop(model, z, z_next, a, rows, sets, others=7, tau=0.1):
+    k, total = a.shape[1] // 2 - 1, 0.0
+    told = [[torch.cat([a[n, :k], a[m, k:2 * k], a[n, -2:-1], a[m, -1:]]) if sets else a[m]
+             for m in (rows[i - j] for j in range(others + 1))] for i, n in enumerate(rows)]
+    # one batch: its batch norm sees all of them
+    flat = torch.stack([told[i][j] for j in range(others + 1) for i in range(len(rows))])
+    z_pred = model.predict(z[rows].repeat(others + 1, 1), flat)
+    for i, n in enumerate(rows):
+        logits = [-((z_pred[j * len(rows) + i] - z_next[n]) ** 2).mean() / tau
+                  for j in range(others + 1)]
+        total = total - logits[0] + torch.stack(logits).exp().sum().log()
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("sets", [False, True])
+def test_decoy_loss_equals_a_loop_with_its_gradient(sets):
+    torch.manual_seed(0)
+    n, k = 16, 3
+    model = cardiowm.WorldModel(2 * k + 2 if sets else k, z_dim=4)
+    z, z_next = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
+    y, y_next = (torch.rand(2, n, k) < 0.4).float()
+    a = cardiowm.action_sets(y, y_next, torch.ones(n), torch.ones(n)) if sets else y_next - y
+    changed = torch.arange(n) % 4 != 1                                       # 12 of 16
+    rows = changed.nonzero()[:, 0].tolist()
+    leaves = [z, z_next, *model.action_encoder.parameters(), *model.predictor.parameters()]
+    found = cardiowm.decoy_loss(model, z, z_next, a, changed, sets)
+    wanted = decoys_by_loop(model, z, z_next, a, rows, sets)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss in (found, wanted))):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # float32, a batch norm each
+    assert torch.autograd.grad(cardiowm.decoy_loss(model, z, z_next, a, changed, sets),
+                               z_next)[0][changed].any()  # no stop-gradient
+    # rows that take no part change nothing; turning those that do changes nothing either
+    with torch.no_grad():
+        z[~changed], z_next[~changed], a[~changed] = 9.0, -9.0, 1.0
+        turned = torch.tensor([*rows[5:], *rows[:5]])
+        for at, part in ((torch.arange(n), changed), (turned, changed[turned])):
+            again = cardiowm.decoy_loss(model, z[at], z_next[at], a[at], part, sets)
+            torch.testing.assert_close(again, found.detach(), rtol=1e-5, atol=1e-6)
+    few = torch.arange(n) < 8
+    assert cardiowm.decoy_loss(model, z, z_next, a, few, sets).item() == 0
+
+
+def test_decoys_cost_log_8_where_the_action_is_ignored_and_nothing_where_it_tells_all():
+    a = 5 * torch.eye(12)
+
+    def model(scale):
+        return types.SimpleNamespace(predict=lambda z, action: scale * action)
+
+    z, changed = torch.zeros(12, 12), torch.ones(12, dtype=torch.bool)
+    assert cardiowm.decoy_loss(model(0), z, a, a, changed).item() == pytest.approx(math.log(8))
+    assert cardiowm.decoy_loss(model(1), z, a, a, changed).item() < 1e-9
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_set_augmentor_tells_the_source_and_its_target(named):
+    torch.manual_seed(0)
+    model, (_, combinations, _) = cardiowm.WorldModel(num_classes=10), make_augmentor()
+    model(torch.randn(4, 12, 100), torch.randn(4, 12, 100), torch.rand(4, 10))
+    augmentor = cardiowm.SetAugmentor(model, combinations, torch.tensor([100, 50, 10]), 37)
+    z_normal, y_normal = torch.randn(2, 256), torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0]])
+    known = torch.tensor([True, False])
+    source = {"y_normal": y_normal, "known_normal": known} if named else {}
+    batches = list(augmentor.batches(z_normal, 16, generator(), **source))
+    z, y = (torch.cat(part) for part in zip(*batches))
+    assert [len(y) for _, y in batches] == [16, 16, 5] and not z.requires_grad and model.training
+    assert [int((y == c).all(1).sum()) for c in combinations] == augmentor.allocation.tolist()
+    z, y = (torch.cat(pair) for pair in zip((z, y), augmentor.sample(
+        z_normal, 20, generator(), **source)))
+    y_n, known_n = (y_normal, known) if named else (0 * y_normal, known | True)
+    model.eval()
+    with torch.no_grad():
+        either = torch.stack([model.predict(z_normal[i].expand(len(y), -1), torch.cat(
+            [y_n[i].expand(len(y), -1), y, known_n[i].expand(len(y), 1), torch.ones(len(y), 1)],
+            dim=1)) for i in range(2)])
+    away = (either - z).abs().amax(dim=2)
+    assert (away.amin(dim=0) < 1e-4).all() and ((away < 1e-4).sum(dim=1) > 10).all()
+    for wrong, found in ((cardiowm.WorldModel(4), "found 4"),
+                         (cardiowm.WorldModel(10, action=False), "found no")):
+        with pytest.raises(ValueError, match=f"{found} action inputs, wanted 10 for 4 classes"):
+            cardiowm.SetAugmentor(wrong, combinations, torch.tensor([1, 1, 1]), 10)
+
+
 def test_effective_rank_counts_the_dimensions_in_use():
     z = torch.randn(4000, 6, generator=generator())
     assert cardiowm.effective_rank(z).item() == pytest.approx(6, abs=0.05)
@@ -1749,6 +1898,19 @@ def test_the_action_of_a_pair_is_the_coded_the_true_or_no_change(demo_cohort):
         assert got.dtype == np.int8 and got.any() == (which != "none")
         np.testing.assert_array_equal(
             got, [of[b].astype(int) - of[a] for a, b in demo_cohort.pair[pairs]])
+    sets, k = demo_cohort.action_of(np.arange(len(demo_cohort.pair)), "sets"), len(
+        demo_cohort.class_name)
+    for row, (a, b) in zip(sets, demo_cohort.pair):
+        known = [demo_cohort.has_label[a], demo_cohort.has_label[b]]
+        assert row.tolist() == [*demo_cohort.label[a], *demo_cohort.label[b], *known]
+    torch.testing.assert_close(torch.from_numpy(sets).float(), cardiowm.action_sets(*(
+        torch.from_numpy(of[demo_cohort.pair[:, i]]) for of in (
+            demo_cohort.label, demo_cohort.has_label) for i in (0, 1))))
+    assert demo_cohort.no_change(pairs, "difference").shape == (len(pairs), k)
+    assert not demo_cohort.no_change(pairs, "difference").any()
+    same = demo_cohort.no_change(pairs, "sets")
+    assert (same[:, k:2 * k] == same[:, :k]).all() and (same[:, :k] == sets[pairs, :k]).all()
+    assert (same[:, 2 * k:] == sets[pairs, 2 * k:]).all() and not (same == sets[pairs]).all()
     demo_cohort.state = None
     with pytest.raises(InputError, match="true states"):
         demo_cohort.action_of(pairs, "state")
@@ -3666,23 +3828,34 @@ def test_finetuning_starts_where_it_says(pretrained, init):
     assert state["kind"] == "classifier"
 
 
-def test_synthetic_rows_stand_behind_the_real_ones_and_weigh_less():
+@pytest.mark.parametrize("told", ["true", "shuffled", "zero", "sets", "sets-zero"])
+def test_synthetic_rows_stand_behind_the_real_ones_and_weigh_less(told):
     real, total, k = 6, 40, 4
     y = torch.zeros(real + total, k, dtype=torch.uint8)
     y[:real] = y_real = torch.tensor([[0, 0, 0, 0]] * 3 + [[1, 0, 0, 0]] * 2 + [[0, 1, 1, 0]])
     inputs = torch.zeros(real + total, 256, dtype=torch.float16)
     inputs[:real] = torch.randn(real, 256, generator=generator())
     combinations, counts = cardiowm.label_combinations(y_real, min_count=1)
-    args = types.SimpleNamespace(total=total, augment="dynamics", seed=0)
-    before, model = inputs[:real].clone(), cardiowm.WorldModel(k)
-    train.synthesise(args, model, (combinations, counts, (y_real == 0).all(dim=1)), inputs, y)
+    args = types.SimpleNamespace(total=total, augment="dynamics", seed=0,
+                                 augment_action=told.replace("sets-", "").replace("sets", "true"))
+    before, sets = inputs[:real].clone(), "sets" in told
+    model, known = cardiowm.WorldModel(2 * k + 2 if sets else k), torch.arange(real) != 1
+    train.synthesise(args, model, (combinations, counts, (y_real == 0).all(dim=1), known), inputs,
+                     y)
     assert torch.equal(inputs[:real], before) and torch.equal(y[:real].long(), y_real)
     assert torch.equal(torch.unique(y[real:].long(), dim=0), torch.unique(combinations, dim=0))
-    # each synthetic row is r([z_n; p(y)]) of one of the three normal rows, in float16
+    # each synthetic row is r([z_n; p(y)]) of one of the three normal rows, in float16: nothing
+    # changes for "zero", and the label tells nothing of the action for "shuffled"
     with torch.no_grad():
-        wanted = torch.stack([model.eval().predict(z.float().expand(total, -1), y[real:])
-                              for z in inputs[:3]])
-    assert ((wanted - inputs[real:].float()).abs().amax(dim=2).amin(dim=0) < 2e-3).all()
+        y_to = y[real:].long() * ("zero" not in told)
+        seen = [known[i].expand(total) for i in range(3)]
+        actions = [cardiowm.action_sets(0 * y_to, y_to, n, n if "zero" in told else 0 * n + 1)
+                   if sets else y_to for n in seen]
+        wanted = torch.stack([model.eval().predict(z.float().expand(total, -1), a)
+                              for z, a in zip(inputs[:3], actions)])
+    near = (wanted - inputs[real:].float()).abs().amax(dim=2).amin(dim=0) < 2e-3
+    assert near.all() if told != "shuffled" else 0 < near.sum() < total / 2 + 8
+    assert len(inputs[real:].unique(dim=0)) <= (3 if "zero" in told else 3 * len(counts))
     head, pos_weight = cardiowm.MLPProbe(256, k), torch.full((k,), 2.0)
     at, weight = torch.tensor([2, 5, 10, 45]), torch.tensor([1, 1, 0.3, 0.3])[:, None]
     loss, _ = train.probe_loss(head, inputs, y, real, pos_weight)(at.numpy(), at, 0)
@@ -4367,8 +4540,10 @@ def test_a_study_of_several_seeds_has_three_untrained_encoders_at_least(tiny, se
     assert len(untrained) == 3 * draws  # at 100, 10 and 1 %
     assert len({runs[name][runs[name].index("--init") + 1] for name in untrained}) == draws
     assert all("--quick" in argv for argv in runs.values())
+    few = [f"{name}-frac0.1" for name in ("mlp-dynamics", "mlp-recommended-dynamics")]
     assert [name for name in first if "--min-count" in runs[name]] == [
-        f"mlp-{kind}{ends[0]}" for kind in ("dynamics", "smote", "oversample", "state")]
+        name + ends[0] for name in ("mlp-dynamics", "mlp-smote", "mlp-oversample",
+                                    "mlp-recommended-dynamics", "mlp-state", *few)]
 
 
 def test_the_plan_knows_what_each_run_is_and_works_on(tiny):
@@ -4511,6 +4686,8 @@ import train"""
 
 FLAGS = {
     "train": """--mode --data --frac --labelled-only --pairs --cache --objective --action --residual
+        --recipe --sigreg-ratio --crop --noise --supervise --decoys --self-pairs --no-self-pairs
+        --augment-action
         --z-dim --normalize --init --head --features --augment --class-weight --min-count --total
         --reg --lam --slices --epochs --batch-size --lr --schedule --paper --quick --compute-of
         --run --seed --device --compile --deterministic --resume --overwrite --allow-tiny
@@ -4608,7 +4785,7 @@ def test_compiled_pretraining_steps_are_those_of_the_plain_encoder(tiny, monkeyp
     for flags in (["--compile"], []):
         if not flags:
             monkeypatch.setattr(train, "fast_encoder", lambda encoder: encoder)
-        args = train.build_parser().parse_args(["--mode", "pretrain", *flags])
+        args = train.settle(train.build_parser().parse_args(["--mode", "pretrain", *flags]))
         torch.manual_seed(0)
         task = train.Pretraining(args, tiny, pairs, cpu)
         optimizer = train.make_optimizer(task.modules.values(), 1e-3, 5e-4)
