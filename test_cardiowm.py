@@ -4186,10 +4186,11 @@ def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained
     old = new["sha256"] | {"train.py": "0"}
     (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
     assert run_train(flags, "--seed 1") == 2  # another run all the same
-    broken = config | {"speed": {"threads": "many"}}
     before = (run / "config.json").read_text()
-    (run / "config.json").write_text(json.dumps(broken))
-    assert run_train(flags) == 2 and "damaged: speed.threads is 'many'" in last_line(capsys)
+    for part, found in (({"speed": {"threads": "many"}}, "speed.threads is 'many'"),
+                        ({"code": []}, "code is None"), ({"code": [{}]}, "code.sha256 is None")):
+        (run / "config.json").write_text(json.dumps(config | part))
+        assert run_train(flags) == 2 and f"damaged: {found}" in last_line(capsys)
     (run / "config.json").write_text(before)
     assert run_train(flags) == 0
     code = json.loads((run / "config.json").read_text())["code"]

@@ -1161,7 +1161,8 @@ class Run:
             old = {"init": None, "speed": config["speed"], "code": [
                 {"git": old.get("git"), "sha256": old.get("sha256"), "step": 0}]} | old
             why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
-                             "init": (dict, type(None))})
+                             "init": (dict, type(None))}) or lack(
+                (old["code"] or [None])[-1], {"sha256": (dict,)}, "code.")
             refuse([(why, f"{path / 'config.json'}: damaged: {why}; start anew with --overwrite")])
             self._check_same(path, defaults | old["args"], old)
             refuse([(self.finished and not resume,
