@@ -3257,6 +3257,15 @@ def pretrained(workplace):
     return workplace / "runs/base"
 
 
+@pytest.fixture(scope="module")
+def recommended(workplace):
+    """The same with every switch of the recommended recipe and single records."""
+    name = "tiny-pretrain-reciperecommended"  # as unnamed without --self-pairs and what is quick
+    assert run_train("--mode pretrain --recipe recommended --self-pairs --decoys 0.05 --epochs 2 "
+                     f"--batch-size 48 --allow-tiny --run {name}") == 0
+    return workplace / "runs" / name
+
+
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -3549,6 +3558,8 @@ def ranks(workplace):
 
     def runs(prefix, batch_size):
         how = {"sigreg": "--mode pretrain", "vicreg": "--mode pretrain --reg vicreg",
+               # without windows and noise, of which each rank has its own
+               "recipe": "--mode pretrain --recipe recommended --crop 1 --noise 0",
                "finetune": "--mode finetune --init scratch --epochs 1 --batch-size 24"}
         more = f"--allow-tiny --epochs 1 --batch-size {batch_size}"  # of 40 pairs
         return {name: f"{data} --device cpu --frac 0.6 --run {prefix}-{name} {flags} "
@@ -3562,6 +3573,7 @@ def ranks(workplace):
         "cuda:0": f"{data} {pretrain} --device cuda:0",
         "mps": f"{data} {pretrain} --device mps",
         "batch": f"{data} {pretrain} --device cpu --batch-size 3",
+        "decoys": f"{data} {pretrain} --device cpu --batch-size 8 --decoys 1",
         "data": f"--data nowhere.h5 {pretrain} --device cpu",
         "finished": two["vicreg"],
         "long": f"{data} --mode pretrain --allow-tiny --device cpu --run {'x' * 300}",
@@ -3577,7 +3589,7 @@ def training_rows_of(name):
 def assert_rows_agree(rows, wanted, tolerance):
     """tolerance: step -> relative, of the terms of the loss in two logs of as many steps."""
     assert [row["step"] for row in rows] == [row["step"] for row in wanted]
-    terms = set("loss pred sigreg_t sigreg_next var cov grad_ratio".split())
+    terms = set("loss pred sigreg_t sigreg_next var cov grad_ratio supervised_bce".split())
     for row, other in zip(rows, wanted):
         assert row.keys() == other.keys() and row["lr"] == other["lr"]
         for key in row.keys() & terms:
@@ -3625,7 +3637,8 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("name, steps", [("sigreg", 10), ("vicreg", 10), ("finetune", 2)])
+@pytest.mark.parametrize("name, steps", [
+    ("sigreg", 10), ("vicreg", 10), ("recipe", 10), ("finetune", 2)])
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
     assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
@@ -3665,6 +3678,7 @@ def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
     ("cuda:0", "--device cuda:0: torchrun gives each process its own device"),
     ("mps", "--device mps: torchrun gives each process its own device"),
     ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
+    ("decoys", "--decoys: found several processes"),
     ("data", "nowhere.h5"),
     ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
     ("long", "File name too long; choose a shorter name"),
@@ -3755,15 +3769,127 @@ def test_pretraining_leaves_checkpoint_log_config_and_predictions(pretrained, ti
     "--objective invariance --reg vicreg",
     "--residual --action state --lam 0.02",
     "--schedule onecycle --z-dim 32 --normalize none --pairs labelled",
+    "--recipe recommended --objective invariance",
+    "--supervise 1 --objective labels --lam 0",
 ])
 def test_variants_of_the_pretraining_train(workplace, flags):
     name = "variant" + flags.split()[0]
     assert run_train("--mode pretrain --run", name, *QUICK, flags) == 0
     state, row = state_of(name), training_rows_of(name)[0]
     assert all(torch.isfinite(v).all() for v in state["model"].values())
-    assert state["model_args"]["action"] is ("invariance" not in flags)
+    assert state["model_args"]["action"] is ("objective" not in flags)
+    assert state["action_form"] == "difference"
     if "vicreg" in flags:
         assert row["loss"] == pytest.approx(25 * row["pred"] + 25 * row["var"] + row["cov"], 1e-5)
+
+
+def test_the_recommended_recipe_learns_its_terms_and_is_judged_on_whole_records(recommended, tiny):
+    args = json.loads((recommended / "config.json").read_text())["args"]
+    assert args["lam"] * 48 / (1 - args["lam"]) == pytest.approx(5)
+    *rows, _ = log_of(recommended)
+    for r in (r for r in rows if "loss" in r):
+        terms = (1 - args["lam"]) * r["pred"] + args["lam"] * (r["sigreg_t"] + r["sigreg_next"])
+        wanted = terms + 0.3 * r["supervised_bce"] + 0.05 * r["decoy_ce"]
+        assert r["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert 1 < rows[0]["decoy_ce"] < 4  # log 8 = 2.08 where the action tells nothing
+    state, k = state_of(recommended.name), len(tiny.class_name)
+    assert state["action_form"] == "sets" and state["model_args"]["num_classes"] == 2 * k + 2
+    model = cardiowm.WorldModel(**state["model_args"])
+    model.load_state_dict(state["model"])
+    head = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, k))
+    head.load_state_dict(state["supervised"])
+    val = np.flatnonzero(tiny.split == 1)
+    pairs = np.flatnonzero((tiny.split[tiny.pair] == 1).all(axis=1))
+    pairs = pairs[:len(pairs) // min(48, len(pairs)) * 48]
+    x, x_next, x_val = (cardiowm.normalize(torch.from_numpy(tiny.signal[which])) for which in (
+        *tiny.pair[pairs].T, val))
+    with torch.no_grad():
+        a = torch.from_numpy(tiny.action_of(pairs, "sets"))
+        _, _, z_pred, z_next = model.eval()(x, x_next, a)
+        score = head(model.encode(x_val)).numpy()
+    row = [r for r in rows if "val_loss" in r][-1]
+    assert row["val_pred"] == pytest.approx(F.mse_loss(z_pred, z_next).item(), rel=1e-4)
+    assert row["val_supervised_macro_auroc"] == pytest.approx(
+        evaluate.macro_auroc(tiny.label[val], score), abs=1e-3)
+    y, known = tiny.label[val], torch.from_numpy(tiny.has_label[val])
+    bce = cardiowm.known_bce(torch.from_numpy(score), torch.from_numpy(y), known).item()
+    assert row["val_supervised_bce"] == pytest.approx(bce, rel=1e-4)
+    assert row["val_loss"] == pytest.approx(0.3 * bce + (1 - args["lam"]) * row["val_pred"] + args[
+        "lam"] * (row["val_sigreg_t"] + row["val_sigreg_next"]), rel=1e-4)
+
+
+def test_single_records_become_pairs_without_change(tiny):
+    flags = "--mode pretrain --action sets --crop 0.5 --self-pairs --frac 0.5"
+    args = train.settle(train.build_parser().parse_args(flags.split()))
+    args.seed = 0
+    rows, pairs, single, n = train.training_items(args, tiny)
+    in_pairs = {row for pair in pairs for row in tiny.pair[pair]}
+    assert single.tolist() == [row for row in rows if row not in in_pairs] and len(single)
+    task, p = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single), len(pairs)
+    assert n == len(task.pair) == p + len(single)
+    assert (task.pair[p:] == single[:, None]).all() and (task.pair[:p] == tiny.pair[pairs]).all()
+    y, known = (torch.from_numpy(of[single]) for of in (tiny.label, tiny.has_label))
+    assert torch.equal(task.action[p:].float(), cardiowm.action_sets(y, y, known, known))
+    assert torch.equal(task.label[p:], y) and torch.equal(task.label_next[p:], y)
+    labelled = tiny.has_label[tiny.pair[pairs]].all(axis=1)
+    changed = tiny.action[pairs].any(axis=1) & labelled
+    assert task.changed.tolist() == [*changed, *[False] * len(single)] and changed.any()
+    x, x_next, at = task.read(np.arange(p, n))
+    assert torch.equal(x, x_next)
+    x, x_next = task.signals.windows(args, 0, x, x_next)  # whose windows differ
+    assert x.shape[2] == 250 and (x != x_next).flatten(1).any(dim=1).float().mean() > 0.9
+    args.action, args.self_pairs = "coded", False
+    assert train.training_items(args, tiny)[3] == p
+    task = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single)
+    assert not task.action[p:].any() and task.action.dtype == torch.int8
+
+
+def test_windows_are_a_function_of_seed_step_and_rank_and_off_for_the_papers(tiny, monkeypatch):
+    args = train.settle(train.build_parser().parse_args("--mode pretrain --recipe recommended"
+                                                        .split()))
+    signals, rows = train.Signals(tiny, torch.device("cpu"), "ram", "zscore"), np.arange(8)
+
+    def draw(seed, step, rank):
+        args.seed = seed
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        return signals.windows(args, step, signals.read(rows))[0]
+
+    first = draw(0, 3, 0)
+    assert first.shape == (8, 12, 400) and torch.equal(first, draw(0, 3, 0))
+    for other in ((1, 3, 0), (0, 4, 0), (0, 3, 1)):
+        assert not torch.equal(first, draw(*other))
+    args.crop, args.noise = 1.0, 0.0
+    assert torch.equal(draw(0, 3, 0), signals.ready(signals.read(rows)))
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ("", dict(action="coded", lam=0.1, crop=1.0, noise=0.0, supervise=0.0, sigreg_ratio=None)),
+    ("--recipe recommended", dict(action="sets", lam=5 / 69, crop=0.8, noise=0.05, supervise=0.3)),
+    ("--recipe recommended --crop 1 --supervise 0 --action state",
+     dict(action="state", lam=5 / 69, crop=1.0, noise=0.05, supervise=0.0)),
+    ("--recipe recommended --lam 0.2", dict(lam=0.2, sigreg_ratio=None, action="sets")),
+    ("--sigreg-ratio 57", dict(lam=57 / 121, action="coded", crop=1.0)),
+    ("--recipe recommended --objective invariance", dict(action="coded", lam=5 / 69, crop=0.8)),
+    ("--recipe recommended --reg vicreg", dict(action="sets", lam=None, sigreg_ratio=None)),
+])
+def test_switches_come_from_the_recipe_unless_given(tiny, flags, wanted):
+    args = train.build_parser().parse_args(["--mode", "pretrain", *flags.split()])
+    train.resolve(train.settle(args), tiny, torch.device("cpu"), 1000)
+    assert {name: getattr(args, name) for name in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("flags", [
+    "probe --head mlp --augment dynamics --min-count 5",
+    "probe --head mlp --augment dynamics --min-count 5 --augment-action zero",
+    "finetune --batch-size 16 --crop 0.6 --noise 0.1 --frac 1",
+])
+def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, flags):
+    name = f"after-{len(flags)}"
+    assert run_train("--epochs 1 --recipe recommended --run", name, "--mode", flags) == 0
+    assert f"init: runs/{recommended.name} (pretraining of the same" in capsys.readouterr().out
+    config = json.loads((Path("runs") / name / "config.json").read_text())
+    assert config["init"]["run"] == recommended.name
+    assert config["args"]["action"] == "coded"  # switches of the pretraining's, not of this run
 
 
 @pytest.mark.parametrize("flags", [
@@ -3962,13 +4088,15 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("flags", [
     "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
-    "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24",
+    "--mode pretrain --recipe recommended --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny "
+    "--decoys 0.1 --self-pairs",
+    "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24 --crop 0.8 --noise 0.1",
     "--mode probe --init base --head mlp --epochs 4 --batch-size 64",
 ])
 def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     pretrained, monkeypatch, capsys, flags
 ):
-    kind = flags.split()[1]
+    kind = flags.split()[1] + "-recipe" * ("recipe" in flags)
     flags += f" --run {{}}-{kind}"
     assert run_train(flags.format("whole")) == 0
     pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # amid an epoch; at 4, as after a SIGKILL
@@ -3998,7 +4126,8 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    n = sum(len(state_of(f"parts-{kind}").get(k, ())) for k in ("model", "online_probe"))
+    n = sum(len(state_of(f"parts-{kind}").get(k, ()))
+            for k in ("model", "online_probe", "supervised"))
     assert f"threads: {threads}, as when this run began" in out
     assert f"{n} of {n} tensors loaded from {path}" in out
     assert run_train(parts) == 130 and last_line(capsys).startswith("SIGINT: stopped at step 4")
@@ -4175,14 +4304,22 @@ def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained
     assert run_train(flags) == 2 and "the weights of init" in last_line(capsys)
 
 
-def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys):
-    flags, run = "--mode probe --init base --epochs 2 --run older", Path("runs/older")
+@pytest.mark.parametrize("flags", [
+    "--mode probe --init base --epochs 2",
+    "--mode pretrain --epochs 1 --batch-size 64 --allow-tiny"])
+def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys, flags):
+    run = Path("runs/older-" + flags.split()[1])
+    flags += f" --run {run.name}"
     assert run_train(flags) == 0
     (run / "predictions_test.npz").unlink()  # as if interrupted at the end
     config = json.loads((run / "config.json").read_text())
     (new,) = config.pop("code")
-    for key in ("patience", "compute_of", "class_weight"):  # arguments that it did not know
-        del config["args"][key]
+    state = state_of(run.name)
+    state.pop("action_form", None)
+    for key in ("patience compute_of class_weight recipe sigreg_ratio crop noise supervise decoys "
+                "self_pairs augment_action").split():  # arguments that it did not know
+        del config["args"][key], state["args"][key]
+    torch.save(state, run / "last.pt")
     old = new["sha256"] | {"train.py": "0"}
     (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
     assert run_train(flags, "--seed 1") == 2  # another run all the same
@@ -4269,6 +4406,14 @@ def test_a_run_is_named_by_what_differs_from_the_defaults():
     for flags, name in (
             ("pretrain", "cohort-pretrain"),
             ("pretrain --frac 0.1 --device cpu", "cohort-pretrain-frac0.1"),
+            ("pretrain --lam 0.1 --action coded --crop 1 --no-self-pairs", "cohort-pretrain"),
+            ("pretrain --recipe recommended --seed 1", "cohort-pretrain-reciperecommended-seed1"),
+            ("pretrain --recipe recommended --action sets --noise 0.05 --sigreg-ratio 5",
+             "cohort-pretrain-reciperecommended"),
+            ("pretrain --recipe recommended --action coded --lam 0.1 --self-pairs",
+             "cohort-pretrain-reciperecommended-actioncoded-self-pairs-lam0.1"),
+            ("finetune --recipe recommended --crop 0.8",
+             "cohort-finetune-reciperecommended-crop0.8"),
             ("probe --init runs/cohort-pretrain-lam0.02 --labelled-only --seed 1",
              "cohort-probe-labelled-only-initpretrain-lam0.02-seed1")):
         args = parser.parse_args(["--mode", *flags.split()])
@@ -4291,6 +4436,10 @@ def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_se
     config["args"]["seed"] = 7
     (folder / "config.json").write_text(json.dumps(config))
     assert train.find_init(args, tiny) == folder
+    args.recipe = "recommended"
+    with pytest.raises(InputError, match=f"{missing} --recipe recommended` first"):
+        train.find_init(args, tiny)
+    args.recipe = "papers"
     (folder / "predictions_test.npz").unlink()
     with pytest.raises(InputError, match="unfinished"):
         train.find_init(args, tiny)
@@ -4343,6 +4492,23 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --cache gpu", "the device is the CPU"),
     ("pretrain --objective invariance --action state", "no action"),
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
+    ("pretrain --reg vicreg --sigreg-ratio 5", "means nothing with --reg vicreg"),
+    ("pretrain --sigreg-ratio 5 --lam 0.1", "--lam and --sigreg-ratio exclude each other"),
+    ("pretrain --sigreg-ratio -1", "--sigreg-ratio: found -1.0, wanted 0"),
+    ("pretrain --crop 0", "--crop: found 0.0, wanted 0.1 to 1"),
+    ("pretrain --noise nan", "--noise: found nan"),
+    ("pretrain --self-pairs", "--self-pairs: pairs two windows of a record, and without --crop"),
+    ("pretrain --recipe recommended --self-pairs --crop 1", "add --crop 0.8"),
+    ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
+    ("pretrain --objective invariance --decoys 0.1", "--decoys 0.1: tells the true action"),
+    ("pretrain --action none --decoys 0.1", "--decoys 0.1: tells the true action"),
+    ("pretrain --objective labels", "--objective labels: learns labels"),
+    ("pretrain --objective labels --supervise 1 --reg vicreg", "leave --reg out"),
+    ("probe --supervise 1 --init base", "--supervise: means nothing in --mode probe"),
+    ("probe --recipe recommended --init base", "and so does --init base; leave one out"),
+    ("finetune --recipe recommended --frac 0.5", "--recipe recommended` first, or name one"),
+    ("probe --init base --head mlp --augment smote --augment-action zero --min-count 5",
+     "--augment-action zero: a control of --augment dynamics"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file --allow-tiny", "File exists; name a folder"),
     ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
