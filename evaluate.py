@@ -47,12 +47,13 @@ CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of e
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
 SEED = 0  # of every bootstrap, permutation and draw below: all models are judged on the same ones
 
-# The mask in predictions_test.npz that selects a task's records; monitoring takes the whole fold.
-# `pairs` is what paper A's code calls monitoring: first records of test pairs.
+# The mask in predictions_*.npz that selects a task's records; monitoring takes the whole fold.
+# `pairs` is what paper A's code calls monitoring: first records of the fold's pairs.
 TASKS = {"triage": "first_in_stay", "monitoring": None, "pairs": "pair_first"}
-UNDEFINED = {"triage": "the cohort has no stays", "monitoring": "no test record",
-             "pairs": "no test patient has two records"}
-TEST_FOLD = {"mimic": 19, "demo": 19, "ptbxl": 10}
+UNDEFINED = {"triage": "the cohort has no stays", "monitoring": "no record in this fold",
+             "pairs": "no patient of this fold has two records"}
+FOLD = {"val": {"mimic": 18, "demo": 18, "ptbxl": 9},
+        "test": {"mimic": 19, "demo": 19, "ptbxl": 10}}
 
 # ----------------------------------------------------------------------------------------------
 # AUROC by midranks (A and B report macro-AUROC)
@@ -354,9 +355,10 @@ def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all rec
             + (f", seed {' '.join(sorted({str(seed) for seed in seeds}))}" if seeds else ""))
 
 
-def fold_text(source: str) -> str:
+def fold_text(source: str, split: str) -> str:
     """`test fold 19`, or `test split` of a source whose folds have no number here."""
-    return f"test fold {TEST_FOLD[source]}" if source in TEST_FOLD else "test split"
+    name = {"val": "validation", "test": "test"}[split]
+    return f"{name} fold {FOLD[split][source]}" if source in FOLD[split] else f"{name} split"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -559,6 +561,29 @@ def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
     return folders, reasons
 
 
+# Beyond the papers, what --recipe sets of a pretraining where a flag is unset
+PAPERS = dict(action="coded", sigreg_ratio=None, crop=1.0, noise=0.0, supervise=0.0, decoys=0.0,
+              self_pairs=False)
+SWITCHES = {"papers": PAPERS, "recommended": PAPERS | dict(
+    action="sets", sigreg_ratio=5.0, crop=0.8, noise=0.05, supervise=0.3)}
+
+
+def recipe_words(args: dict) -> str:
+    """`, recommended`, or the switches in which a pretraining departs from the papers' recipe.
+
+    args: of its config.json; a key that an older one lacks, or that is None, is the papers' value.
+    """
+    names = [name for name in PAPERS  # other objectives have no action
+             if name != "action" or args.get("objective", "dynamics") == "dynamics"]
+    used = {name: PAPERS[name] if args.get(name) is None else args[name] for name in names}
+    if all(used[name] == SWITCHES["recommended"][name] for name in names):
+        return ", recommended"
+    words = {"action": "sets" if used.get("action") == "sets" else "--action {}",
+             "sigreg_ratio": "ratio {:g}", "self_pairs": "self-pairs"}
+    return "".join(", " + words.get(name, f"{name} {{:g}}").format(used[name])
+                   for name in names if used[name] != PAPERS[name])
+
+
 def method(args: dict, init: dict | None) -> str:
     """What a run does, in the words of PAPER; whatever departs from the papers is appended.
 
@@ -575,6 +600,7 @@ def method(args: dict, init: dict | None) -> str:
         words += "" if augment == "none" else f" + {augment} augmentation"
     usual = {"normalize": "zscore", "labelled_only": False}
     usual |= {"class_weight": "5"} if mlp else {}  # B: pos_weight = min(negatives / positives, 5)
+    usual |= {} if args["mode"] == "pretrain" else {"crop": 1.0, "noise": 0.0}
     changed = [(key, args.get(key), value) for key, value in usual.items()]
     start = str(args.get("init") or "") if args["mode"] != "pretrain" else ""
     if start == "scratch":
@@ -583,10 +609,10 @@ def method(args: dict, init: dict | None) -> str:
         words += ", untrained encoder"
     else:
         objective, reg = source.get("objective", "dynamics"), source.get("reg", "sigreg")
-        words += f", {objective}" + ("" if reg == "sigreg" else f", {reg}")
+        words += f", {objective}" + ("" if reg == "sigreg" else f", {reg}") + recipe_words(source)
         usual = {"residual": False, "z_dim": 256, "pairs": "all"}
-        usual |= {"action": "coded"} if objective == "dynamics" else {}
-        usual |= {"lam": 0.1, "slices": 256} if reg == "sigreg" else {}
+        usual |= {"slices": 256} if reg == "sigreg" else {}
+        usual |= {"lam": 0.1} if reg == "sigreg" and not source.get("sigreg_ratio") else {}
         changed += [(key, source.get(key), value) for key, value in usual.items()]
         if init:
             frac, cohort = float(source.get("frac", 1.0)), init.get("cohort") or {}
@@ -599,8 +625,8 @@ def method(args: dict, init: dict | None) -> str:
         for key, found, value in changed if found is not None and str(found) != str(value))
 
 
-def load_run(folder: Path) -> dict:
-    """A finished run: its config, cohort, log and cost, and the arrays of its predictions.
+def load_run(folder: Path, split: str = "test") -> dict:
+    """A finished run: its config, cohort, log and cost, and its predictions of that split.
 
     minutes: of the run and the pretraining it began from; "" where one of them is not known.
     """
@@ -624,7 +650,7 @@ def load_run(folder: Path) -> dict:
                 "source": cohort["source"], "synthetic": cohort["synthetic"], "log": rows,
                 "steps": rows[-1]["step"] if rows else "",
                 "minutes": "" if None in seconds else f"{sum(seconds) / 60:.1f}"
-                } | load_predictions(folder / "predictions_test.npz")
+                } | load_predictions(folder / f"predictions_{split}.npz")
     except (KeyError, TypeError) as error:
         raise InputError(f"run {folder}: config.json or log.jsonl holds {error!r}; train the run "
                          "again with --overwrite") from None
@@ -715,6 +741,23 @@ def load_world_model(folder: Path) -> tuple:
                          f"({str(error).splitlines()[0]}); a pretraining (train.py --mode "
                          "pretrain) is wanted") from None
     return model.eval().requires_grad_(False).to(pick_device()), checkpoint
+
+
+def action_input(form: str, y, y_next, known, known_next):
+    """What a world model is told of a change from the label sets y to y_next, a CPU tensor.
+
+    Args: form: "difference", or "sets" of the checkpoint's action_form; y, y_next (N, K) of 0 and
+        1; known, known_next (N,) bool, whether the record carries, will carry any code.
+    Returns: (N, K) float32 y_next - y; or (N, 2 K + 2), see cardiowm.action_sets. No change is
+        y_next = y, the way back is all four exchanged.
+    """
+    import torch
+    import cardiowm
+    y, y_next = (torch.from_numpy(np.asarray(of, np.float32)) for of in (y, y_next))
+    if form == "difference":
+        return y_next - y
+    return cardiowm.action_sets(y, y_next, *(torch.from_numpy(np.array(of, bool))
+                                             for of in (known, known_next)))
 
 
 def cohort_of(runs: list[dict], data: str | None) -> Cohort:
@@ -894,11 +937,14 @@ PAPER_TABLES = (
         "supervised", "finetuned, dynamics", "mlp probe on z, dynamics",
         "mlp probe on z + dynamics augmentation, dynamics",
         "mlp probe on z + smote augmentation, dynamics", "mlp probe on h, dynamics")))
-CONTROL_METHODS = ("supervised, equal compute", "linear probe, untrained encoder")  # in every table
+CONTROL_METHODS = ("supervised, equal compute", "linear probe, untrained encoder",  # in every table
+                   "linear probe, dynamics, recommended", "finetuned, dynamics, recommended")
 EXTRA_METHODS = (                                           # and in B's, beside any augmentation
     "mlp probe on z + oversample augmentation, dynamics",
     "mlp probe on z, dynamics, --class-weight full",
-    "mlp probe on z + dynamics augmentation, dynamics, --action state")
+    "mlp probe on z + dynamics augmentation, dynamics, --action state",
+    "mlp probe on z, dynamics, recommended",
+    "mlp probe on z + dynamics augmentation, dynamics, recommended")
 GAP_FROM, GAP_TO = "mlp probe on z, dynamics", "finetuned, dynamics"  # B recovers 55 % of this gap
 LEAST_PATIENTS = 2  # with a class, and without it, that its AUROC needs to enter a macro mean
 
@@ -1404,7 +1450,7 @@ def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, pro
     return y
 
 
-def embedding_points(model, cohort: Cohort, normalize: str) -> dict:
+def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     """What B's Figure 2 shows: normal, abnormal and synthetic records, POINTS // 3 of each at most.
 
     Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, y (N, K) label sets, rows of the real
@@ -1435,8 +1481,11 @@ def embedding_points(model, cohort: Cohort, normalize: str) -> dict:
     progress = Progress(len(real), "records", "embed")
     z = embed(model, cohort.signal, real, normalize, progress)[1]
     progress.close()
-    synthetic = cardiowm.Augmentor(model, combinations, counts, total=POINTS // 3).batches(
-        z[:n], 4096, torch.Generator().manual_seed(SEED), torch.from_numpy(cohort.label[rows[0]]))
+    augmentor, told = cardiowm.Augmentor, [cohort.label[rows[0]]]
+    if form == "sets":
+        augmentor, told = cardiowm.SetAugmentor, [*told, cohort.has_label[rows[0]]]
+    synthetic = augmentor(model, combinations, counts, total=POINTS // 3).batches(
+        z[:n], 4096, torch.Generator().manual_seed(SEED), *map(torch.from_numpy, told))
     z_new, y_new = (torch.cat(parts) for parts in zip(*synthetic, strict=True))
     return {"z": torch.cat([z, z_new]), "rows": real, "min_count": min_count,
             "kind": np.repeat([0, 1, 2], [n, len(real) - n, len(z_new)]),
@@ -1474,14 +1523,16 @@ def embedding_entries(points: dict, cohort: Cohort) -> list[dict]:
 def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
     """The pretrainings of --runs: rows of `by_method`, the runs, and their one cohort.
 
-    Each run gains model, in eval mode on the device, its model_args, normalize, told (the action it
-    was trained on) and no_action: why its answers to an action mean nothing, or "".
+    Each run gains model, in eval mode on the device, its model_args, normalize, form of its action
+    (see `action_input`), told (the action it was trained on) and no_action: why its answers to an
+    action mean nothing, or "".
     """
-    runs = [load_run(folder) for folder in find_runs(args.runs, "pretrain")[0]]
+    runs = [load_run(folder, args.split) for folder in find_runs(args.runs, "pretrain")[0]]
     for run in runs:
         run["model"], checkpoint = load_world_model(run["path"])
         run["method"] = run["method"].removeprefix("online probe, ")
         run |= {key: checkpoint[key] for key in ("model_args", "normalize")}
+        run["form"] = checkpoint.get("action_form", "difference")  # as older ones are
         run["told"] = checkpoint.get("args", {}).get("action") or "coded"
         run["no_action"] = "the model has no action (--objective invariance)" \
             if run["model"].action_encoder is None else \
@@ -1504,7 +1555,7 @@ def run_embedding(args: argparse.Namespace) -> None:
     """`--mode embedding`: B's Figure 2 for one pretraining: embedding.png and embedding.md."""
     _, runs, cohort = world_models(args)
     with_actions(runs, alone=True)
-    points = embedding_points(runs[0]["model"], cohort, runs[0]["normalize"])
+    points = embedding_points(runs[0]["model"], cohort, runs[0]["normalize"], runs[0]["form"])
     kind, rows, n = points["kind"], points["rows"], len(points["kind"])
     perplexity = min(30, (n - 1) / 3)
     progress = Progress(500, "iterations", f"t-SNE of {n:,} points")
@@ -1530,7 +1581,7 @@ def run_embedding(args: argparse.Namespace) -> None:
         *pivot([e for e in entries if e["table"] == "set"], "label set", ("training_records",)),
         f"- normal: no label but {' '.join(cohort.normal_codes) or 'none'}; of the {len(normal):,} "
         f"shown {(~cohort.has_label[normal]).sum():,} have no code at all, and may be ill.",
-        f"- synthetic: r([z; p(y_C - y)]) of the normal records shown; {len(points['counts'])} "
+        f"- synthetic: r(z, y -> y_C) of the normal records shown; {len(points['counts'])} "
         f"label sets C of 1 to 4 classes seen at least {points['min_count']} times in training "
         "(B: 50), rows in proportion to 1/count.",
         f"- plot: exact t-SNE, perplexity {perplexity:.3g}, 500 iterations; its distances between "
@@ -1562,7 +1613,19 @@ CLAIMS = (
      "mlp probe on z + dynamics augmentation, dynamics",
      "mlp probe on z + oversample augmentation, dynamics", 1.0, 0),
     *(("finetuned > supervised, equal compute", "control", "monitoring", "finetuned, dynamics",
-       "supervised, equal compute", frac, 0) for frac in (1.0, 0.1)))
+       "supervised, equal compute", frac, 0) for frac in (1.0, 0.1)),
+    # and: does the recipe under which the action counts (SWITCHES) score better?
+    *((f"{how}, recommended > papers", "ours", "monitoring", f"{how}, dynamics, recommended",
+       f"{how}, dynamics", frac, 0) for how in ("linear probe", "finetuned")
+      for frac in (1.0, 0.1)),
+    ("finetuned, recommended > supervised, equal compute", "ours", "monitoring",
+     "finetuned, dynamics, recommended", "supervised, equal compute", 0.1, 0),
+    ("recommended, augmented > real rows only", "ours", "monitoring",
+     "mlp probe on z + dynamics augmentation, dynamics, recommended",
+     "mlp probe on z, dynamics, recommended", 1.0, 0),
+    ("augmented, recommended > papers", "ours", "monitoring",
+     "mlp probe on z + dynamics augmentation, dynamics, recommended",
+     "mlp probe on z + dynamics augmentation, dynamics", 1.0, 0))
 LEAST_SEEDS = 3
 
 
@@ -1710,6 +1773,7 @@ def cohort_rows(run: dict, cohort: Cohort) -> np.ndarray:
 
 # Rows of the class table, the sub-groups and the plots, where they are among the runs
 MAIN_METHODS = ("supervised", "finetuned, dynamics", "linear probe, dynamics",
+                "linear probe, dynamics, recommended",
                 "linear probe, untrained encoder")
 
 
@@ -1832,7 +1896,7 @@ def draw_forest(entries: list[dict], shown: list[str], title: str):
 def run_score(args: argparse.Namespace) -> None:
     """`--mode score`: tables and figures of each cohort and test set, on stdout and in --out."""
     folders, reasons = find_runs(args.runs)
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_run(folder, args.split) for folder in folders]
     groups = {}  # runs share a table only when the truth they are judged by is the same
     for run in runs:
         if sum(folder.name == run["path"].name for folder in folders) > 1:
@@ -1868,8 +1932,8 @@ def run_score(args: argparse.Namespace) -> None:
         chosen = tasks.get("monitoring") or next(iter(tasks.values()))
         seeds = sorted({run["seed"] for run in group if run["seed"] is not None})
         title = f"{group[0]['cohort']}: {'SYNTHETIC' if group[0]['synthetic'] else 'real'} " \
-            f"records, {fold_text(group[0]['source'])}, {chosen['scored']:,} records of " \
-            f"{chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
+            f"records, {fold_text(group[0]['source'], args.split)}, {chosen['scored']:,} " \
+            f"records of {chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
         why = reasons | ambiguous
         parts.append((group[0], score_head(title, group[0], tasks, left_out, args),
                       (rows, tasks, title, cohort, args, why, claim_entries(rows, tasks, why))))
@@ -1890,7 +1954,7 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
     names = run["class_name"].tolist()
     lines = [f"## {title}", "", f"Macro-AUROC [95 % percentile interval of {args.n_boot:,} "
              f"bootstraps over {args.unit}s, seed {SEED}] of the classes with at least "
-             f"{LEAST_PATIENTS} test patients with and without them"
+             f"{LEAST_PATIENTS} patients with and without them"
              + "; labelled records only" * args.labelled_only + ". Rows are means over their "
              "seeds, and intervals of the test sample alone. Minutes: of the run and the "
              "pretraining it began from.", ""]
@@ -2020,12 +2084,20 @@ def action_gain(train: dict, test: dict,
     r, r_test = step - f0.predict(u), step_test - f0.predict(u_test)
     of_a = ridge(u, train["a"], train["patient"])
     f1 = ridge(train["a"] - of_a.predict(u), r, train["patient"])
-    gram = (u - of_a.mean).T @ (u - of_a.mean)
+    u, u_test = u - of_a.mean, u_test - of_a.mean
+    gram, ur = u.T @ u, u.T @ r
+    inverse = np.linalg.inv(gram + of_a.penalty * np.eye(len(gram)))
 
     def error(a: np.ndarray, a_test: np.ndarray) -> np.ndarray:
-        on_u = Ridge(u, a, of_a.penalty, gram)
-        fitted = Ridge(a - on_u.predict(u), r, f1.penalty)
-        return ((r_test - fitted.predict(a_test - on_u.predict(u_test)))**2).sum(axis=1)
+        # both ridges by their moments (r and a~ have mean 0): two products with a, no copy of u
+        level = a.mean(axis=0)
+        a, a_test = a - level, a_test - level
+        ua = u.T @ a
+        on_u = inverse @ ua                                                     # (E, K)
+        moment = a.T @ a - ua.T @ on_u - on_u.T @ ua + on_u.T @ gram @ on_u     # of a~ = a - u on_u
+        fitted = np.linalg.solve(moment + f1.penalty * np.eye(len(moment)),
+                                 a.T @ r - on_u.T @ ur)                         # (K, D)
+        return ((r_test - (a_test - u_test @ on_u) @ fitted)**2).sum(axis=1)
 
     without = (r_test**2).sum(axis=1)
     rng, null = np.random.default_rng(SEED), np.empty(permutations)
@@ -2055,17 +2127,21 @@ IRREVERSIBLE = ("I21", "IMI", "ASMI", "AMI", "ALMI", "ILMI", "LMI", "IPMI", "IPL
 GAPS = {"gap < 1 day": (0, 1), "gap 1-30 days": (1, 30), "gap 30-365 days": (30, 365),
         "gap > 1 year": (365, np.inf)}  # days, the lower bound included
 HEADLINE = "changed, labelled"  # the label set changes, and both records carry a code
-GAINS = {  # name: (predictor, what it is held against); 1 - sum of errors / sum of errors
-    "skill of the model against persistence": ("model", "persistence"),
-    "skill of ridge on z alone against persistence": ("ridge on z alone", "persistence"),
-    "gain of the model over ridge on z alone": ("model", "ridge on z alone"),
-    "gain of the model over a zero action": ("model", "zero action"),
-    "gain of the model over shuffled actions": ("model", "shuffled actions")}
+GAINS = {  # name: (A, B, C): (sum of B's errors - sum of A's) / sum of C's
+    "skill of the model against persistence": ("model", "persistence", "persistence"),
+    "skill of ridge on z alone against persistence": (
+        "ridge on z alone", "persistence", "persistence"),
+    "skill of the model less that of ridge on z": ("model", "ridge on z alone", "persistence"),
+    "gain of the model over ridge on z alone": ("model", "ridge on z alone", "ridge on z alone"),
+    "gain of the model over a zero action": ("model", "zero action", "zero action"),
+    "gain of the model over shuffled actions": ("model", "shuffled actions", "shuffled actions")}
 OWN_ONSET = "own onset moves the logit further than others, {}"
 GAINS_ON_TRAINING = "skill of the model against persistence, in sample"
-MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT = (
+SAME_PATIENT = "same patient nearest in h (cosine)"
+MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
     "1 Does the action matter?", "2 One-step error", "3 Retrieval of the true next state",
-    "4 Reversal", "5 Onset read-out", "6 Latent space and re-identification")
+    "4 Reversal", "5 Onset read-out", "6 Latent space and re-identification",
+    "7 Less the first model")
 
 
 def pair_groups(cohort: Cohort, pairs: np.ndarray) -> dict[str, np.ndarray]:
@@ -2119,22 +2195,31 @@ class Embedded:
     """One frozen world model and a cohort in its z: what the scorecard's parts ask."""
 
     def __init__(self, run: dict, cohort: Cohort, used: dict, progress: Progress):
-        import torch
         self.run, self.cohort, self.used, self.no_action = run, cohort, used, run["no_action"]
-        self.known = cohort.state if run["told"] == "state" else cohort.label  # what a is about
-        h, self.z = embed(run["model"], cohort.signal, used["rows"], run["normalize"], progress)
-        self.h_test = h[self.at(used["test"])]
+        self.y = cohort.state if run["told"] == "state" else cohort.label  # what a is about
+        self.h, self.z = embed(run["model"], cohort.signal, used["rows"], run["normalize"],
+                               progress)
         self.source, self.target = (self.z[self.at(rows)] for rows in cohort.pair[
             used["test pairs"]].T)                                              # (P, D) each
-        self.a = torch.from_numpy(cohort.action_of(used["test pairs"], run["told"])).to(self.z)
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """Positions in self.z of cohort rows."""
         return np.searchsorted(self.used["rows"], rows)
 
-    def predict(self, z, a):
-        """r(z, a); no gradient, as `load_world_model` freezes."""
-        return self.run["model"].predict(z, a)
+    def change(self, pairs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """y, y_next (P, K), known, known_next (P,) of pairs: their action, as `predict` takes it.
+
+        With --action none the model was told of no change.
+        """
+        source, target = self.cohort.pair[pairs].T
+        known = self.cohort.has_label
+        return (self.y[source], self.y[source if self.run["told"] == "none" else target],
+                known[source], known[target])
+
+    def predict(self, z, y, y_next, known, known_next):
+        """r(z, y -> y_next); no gradient, as `load_world_model` freezes."""
+        return self.run["model"].predict(
+            z, action_input(self.run["form"], y, y_next, known, known_next).to(z))
 
 
 def by_group(table: str, name: str, boot: Bootstrap, groups: dict, above, below=1.0) -> dict:
@@ -2182,13 +2267,12 @@ def error_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -
     source = e.source.double().cpu().numpy()
     alone = ridge(z, z_next - z, cohort.subject_id[cohort.pair[train, 0]]).predict(source)
     zero = shuffled = e.no_action
+    y, y_next, *known = e.change(e.used["test pairs"])
     if not e.no_action:
-        zero = e.predict(e.source, torch.zeros_like(e.a))
-        dealt = shuffled_actions(e.a.cpu().numpy().astype(np.int8),
-                                 e.known[cohort.pair[e.used["test pairs"], 0]])
-        shuffled = sum(e.predict(e.source, torch.from_numpy(a).to(e.a))
-                       for a in dealt) / len(dealt)
-    predicted = {"model": e.predict(e.source, e.a), "zero action": zero,
+        zero = e.predict(e.source, y, y, *known)
+        dealt = shuffled_actions(y_next.astype(np.int8) - y, y)  # the source's half is kept
+        shuffled = sum(e.predict(e.source, y, y + a, *known) for a in dealt) / len(dealt)
+    predicted = {"model": e.predict(e.source, y, y_next, *known), "zero action": zero,
                  "shuffled actions": shuffled,
                  "ridge on z alone": torch.from_numpy(source + alone).to(e.z),
                  "persistence": e.source,
@@ -2197,14 +2281,13 @@ def error_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -
               for name, p in predicted.items()}
     for name, error in errors.items():
         result |= by_group(ERRORS, name, boot, groups, error)
-    for name, (better, base) in GAINS.items():
+    for name, (better, base, below) in GAINS.items():
         a, b = errors[better], errors[base]
         why = next((x for x in (a, b) if isinstance(x, str)), "")
-        result |= by_group(MATTER, name, boot, groups, why or b - a, why or b)
+        result |= by_group(MATTER, name, boot, groups, why or b - a, why or errors[below])
     if e.run["frac"] == 1 and not e.no_action:  # far below the test error: learnt by heart
         z, z_next = (torch.from_numpy(part).to(e.z) for part in (z, z_next))
-        told = torch.from_numpy(cohort.action_of(train, e.run["told"])).to(e.z)
-        fit, stay = (pair_error(p, z_next).sum() for p in (e.predict(z, told), z))
+        fit, stay = (pair_error(p, z_next).sum() for p in (e.predict(z, *e.change(train)), z))
         result[MATTER, GAINS_ON_TRAINING, "training pairs"] = 1 - fit / stay
     return result
 
@@ -2213,8 +2296,12 @@ def retrieval_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray
     """Part 3: is the true next state nearer to r(z, a) than to r(z, 0), among other states?"""
     import torch
     z, subject, result = e.z[e.at(e.used["test"])], e.cohort.subject_id[e.used["test"]], {}
+    some = {name: groups[name] for name in (HEADLINE, "state changed, labelled") if name in groups}
+    judged = np.logical_or.reduce(list(some.values()))
+    at = np.flatnonzero(judged if judged.any() else ~judged)  # all pairs would take far longer
+    y, y_next, *known = (of[at] for of in e.change(e.used["test pairs"]))
     source, target = (torch.from_numpy(np.searchsorted(e.used["test"], rows)).to(z.device)
-                      for rows in e.cohort.pair[e.used["test pairs"]].T)
+                      for rows in e.cohort.pair[e.used["test pairs"][at]].T)
     patient = torch.from_numpy(np.unique(subject, return_inverse=True)[1]).to(z.device)
     every = torch.arange(len(z), device=z.device)
     for among in ("other patients", "the same patient's"):
@@ -2228,25 +2315,26 @@ def retrieval_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray
             return ~same if among == "other patients" else \
                 same & (every != source[rows, None]) & (every != target[rows, None])
         (model, candidates, _), (zero, _, _) = (distance_ranks(
-            e.predict(e.source, a), z, lambda rows: every == target[rows, None], allowed)
-            for a in (e.a, torch.zeros_like(e.a)))
-        some = {group: mask & (candidates > 1) for group, mask in groups.items()
-                if group in (HEADLINE, "state changed, labelled")}
+            e.predict(e.source[at], y, then, *known), z, lambda rows: every == target[rows, None],
+            allowed) for then in (y_next, y))
         for what, value in (("model - zero action", 1 / model - 1 / zero), ("model", 1 / model)):
-            result |= by_group(RETRIEVAL, name(what), boot, some, value)
+            of_pair = np.full(len(judged), np.nan)
+            of_pair[at] = np.where(candidates > 1, value, np.nan)  # nan: nothing to be told apart
+            result |= by_group(RETRIEVAL, name(what), boot, {
+                group: mask & ~np.isnan(of_pair) for group, mask in some.items()}, of_pair)
     return result
 
 
 def reversal_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -> dict:
     """Part 4: from z_next, does the undone action lead nearer to z than no action does?"""
-    import torch
     fixed = [c for c, name in enumerate(e.cohort.class_name) if name in IRREVERSIBLE]
     without = " ".join([", without", *(e.cohort.class_name[c] for c in fixed)]) * bool(fixed)
-    use = {HEADLINE: groups[HEADLINE] & ~(e.a[:, fixed] != 0).any(dim=1).cpu().numpy()}
+    y, y_next, known, known_next = e.change(e.used["test pairs"])
+    use = {HEADLINE: groups[HEADLINE] & (y == y_next)[:, fixed].all(axis=1)}
     gain = none = e.no_action
     if not e.no_action:
-        back, none = (pair_error(e.predict(e.target, a), e.source)
-                      for a in (-e.a, torch.zeros_like(e.a)))
+        back, none = (pair_error(e.predict(e.target, y_next, then, known_next, known), e.source)
+                      for then in (y, y_next))
         gain = none - back
     return by_group(REVERSAL, f"gain of r(z_next, -a) over r(z_next, 0) towards z{without}", boot,
                     use, gain, none)
@@ -2260,27 +2348,32 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
     """
     import torch
     names, train, test = np.array(e.cohort.class_name), e.used["train"], e.used["test"]
-    y, y_test = e.known[train], e.known[test]
+    y, y_test, silent = e.y[train], e.y[test], without_signature(e.cohort)
     positives = y.sum(axis=0, dtype=np.int64)
     classes = np.flatnonzero((positives >= MIN_POSITIVES) & (positives < len(y)))
     if not len(classes):
         return {(ONSET, OWN_ONSET.format("model"), "all classes"): "no class has a read-out"}
+    result, shown = {}, ~np.isin(names[classes], silent)                        # (C,)
+    for space, of in (("h", e.h), ("z", e.z)):  # a z that forgot the ECG could have a large AG
+        weight, bias = fit_logistic(of[e.at(train)], y[:, classes], READOUT_L2)  # (D, C), (C,)
+        scores = (of[e.at(test)] @ weight + bias).cpu().numpy()
+        for what, truth, use in (("codes", e.cohort.label, shown | True),
+                                 ("true state, codes with signature", e.cohort.state, shown)):
+            if truth is not None and use.any():
+                value = boot.auroc(truth[test][:, classes[use]], scores[:, use])
+                result[MATTER, f"macro-AUROC of a read-out of {space}, {what}", "test records"] = \
+                    mean_defined(value)
     z, z_test = e.z[e.at(train)], e.z[e.at(test)]
-    weight, bias = fit_logistic(z, y[:, classes], READOUT_L2)                   # (D, C), (C,)
-    result = {}
-    for what, truth in (("codes", e.cohort.label), ("true state", e.cohort.state)):
-        if truth is not None:  # a z that forgot the ECG could have a large AG: so it stands there
-            scores = (z_test @ weight + bias).cpu().numpy()
-            result[MATTER, f"macro-AUROC of a read-out of z, {what}", "test records"] = \
-                mean_defined(boot.auroc(truth[test][:, classes], scores))
     vectors = torch.from_numpy(class_vectors(z.double().cpu().numpy(), y)[classes]).to(z)
     rises = {"class vector": (vectors @ weight).T.expand(len(test), -1, -1).cpu().numpy()}
     if not e.no_action:  # (N, C read out, C begun)
-        begun = torch.eye(y.shape[1], device=z.device)
-        zero = e.predict(z_test, 0 * begun[0].expand(len(test), -1)) @ weight
+        known = e.cohort.has_label[test], np.ones(len(test), bool)  # what begins is coded
+        zero = e.predict(z_test, y_test, y_test, *known) @ weight
         rises["model"] = np.empty((len(test), len(classes), len(classes)), np.float32)
-        for j, a in enumerate(begun[classes]):
-            onset = e.predict(z_test, a.expand(len(test), -1)) @ weight
+        for j, c in enumerate(classes):
+            begun = y_test.copy()
+            begun[:, c] = 1
+            onset = e.predict(z_test, y_test, begun, *known) @ weight
             rises["model"][:, :, j] = (onset - zero).cpu().numpy()
     lacks = y_test[:, classes] == 0                                              # (N, C)
     counted = lacks[:, None, :] & ~np.eye(len(classes), dtype=bool)              # (N, C, C begun)
@@ -2288,8 +2381,7 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
         others = np.where(counted, rise, 0).sum(axis=2) / np.maximum(counted.sum(axis=2), 1)
         further = np.einsum("ncc->nc", rise) - others
         share = np.where(lacks, (further > 0) + 0.5 * (further == 0), np.nan)
-        result |= onset_means(OWN_ONSET.format(by), boot.ratio(share), names[classes],
-                              without_signature(e.cohort))
+        result |= onset_means(OWN_ONSET.format(by), boot.ratio(share), names[classes], silent)
     return result
 
 
@@ -2331,10 +2423,11 @@ def latent_results(h, z, subject: np.ndarray, boot: Bootstrap) -> dict:
         unit, unit, lambda rows: (patient[rows, None] == patient) & (every != every[rows, None]),
         lambda rows: patient[rows, None] != patient)
     several = np.bincount(patient.cpu().numpy())[patient.cpu().numpy()] - 1      # (N,)
-    name, group = "same patient nearest in h (cosine)", "records with another of the patient"
+    group = "records with another of the patient"
     if not several.any():
-        return result | {(LATENT, name, group): "no patient has two test records"}
-    result[LATENT, name, group] = boot.ratio(np.where(several > 0, (rank <= 1) * 1.0, np.nan))
+        return result | {(LATENT, SAME_PATIENT, group): "no patient has two test records"}
+    found = np.where(several > 0, (rank <= 1) * 1.0, np.nan)
+    result[LATENT, SAME_PATIENT, group] = boot.ratio(found)
     result[LATENT, "chance of that", group] = float((several / (len(h) - 1))[several > 0].mean())
     return result
 
@@ -2357,12 +2450,56 @@ def untrained_model(run: dict, cohort: Cohort, draw: int):
 # The mode: embed each model, call the parts, mean over seeds, write
 
 
-def scorecard_entries(results: dict[str, list[dict]], counts: dict[str, tuple]) -> list[dict]:
-    """Means over seeds of {label: results}; counts: {group: (what, how many, patients)}."""
+def mean_over_seeds(seeds: dict) -> dict:
+    """{seed: {key: replicates, or a text: why not}} -> {key: mean, or the first text}."""
+    return {key: next((one[key] for one in seeds.values() if isinstance(one[key], str)), None)
+            or np.mean([one[key] for one in seeds.values()], axis=0)
+            for key in next(iter(seeds.values()))}
+
+
+def seed_entries(results: dict[str, dict], cell, compared, patients: int) -> list[dict]:
+    """Every seed's own values, and each method less the first of the call, of the same draws.
+
+    Args: results: {label: {seed: {key: replicates or a text}}}; cell: (key, label, value) -> entry;
+        compared: keys whose values do not depend on a model's own z.
+    Returns: entries of the tables "NAME, by seed", DIFFERENCE (means over the seeds that both have,
+        with t, df, p of `seed_test`), and "DIFFERENCE, by seed".
+    """
+    entries, first = [], next(iter(results))
+    for label, seeds in results.items():
+        for seed, one in seeds.items():
+            found = [cell(key, label, value) for key, value in one.items() if key[0] != "null"]
+            entries += [e | {"table": f"{e['table']}, by seed", "seed": seed} for e in found]
+        shared = [seed for seed in seeds if seed in results[first]] if label != first else []
+        for key in compared if shared else ():
+            pairs = [(seeds[seed][key], results[first][seed][key]) for seed in shared]
+            if any(isinstance(value, str) for pair in pairs for value in pair):
+                continue
+            each = np.array([np.atleast_1d(b - a) for b, a in pairs])           # (S, 1 + n_boot)
+            t, df, p = seed_test(each[:, 0], each.mean(axis=0)[1:], patients)
+            more = {"against": first, "seeds": len(shared)}
+            entries.append(cell(key, label, each.mean(axis=0)) | more | {
+                "table": DIFFERENCE, "t": t, "df": df, "p": p})
+            entries += [cell(key, label, d) | more | {
+                "table": f"{DIFFERENCE}, by seed", "seed": seed} for seed, d in zip(shared, each)]
+    return entries
+
+
+def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> list[dict]:
+    """Means over seeds of {label: {seed: results}}, then what `seed_entries` says of the seeds.
+
+    counts: {group: (what, how many, patients)}.
+    """
+    def cell(key: tuple, label: str, value) -> dict:
+        (table, name, group), why = key, value if isinstance(value, str) else ""  # not defined
+        counted, n, patients = counts.get(group, ("records", "", ""))
+        return entry(table, f"{name} ({group})", label, np.nan if why else value, why, run=label,
+                     quantity=name, group=group, n=n, counted=counted, patients=patients,
+                     seeds=len(results[label]))
+
     entries = []
     for label, seeds in results.items():
-        mean = {key: next((s[key] for s in seeds if isinstance(s[key], str)), None)
-                or np.mean([s[key] for s in seeds], axis=0) for key in seeds[0]}
+        mean = mean_over_seeds(seeds)
         ag = [mean.get((MATTER, f"AG of the {what}", HEADLINE), "")
               for what in ("coded action", "true state change")]
         if not isinstance(ag[0], str) and not isinstance(ag[1], str):
@@ -2372,46 +2509,47 @@ def scorecard_entries(results: dict[str, list[dict]], counts: dict[str, tuple]) 
             if table == "null":  # AG of permuted actions
                 p = (1 + (value >= mean[MATTER, name, group][0]).sum()) / (1 + len(value))
                 table, name, value = MATTER, f"p of {name}, {len(value)} permutations", p
-            why = value if isinstance(value, str) else ""  # not defined
-            counted, n, patients = counts.get(group, ("records", "", ""))
-            entries.append(entry(
-                table, f"{name} ({group})", label, np.nan if why else value, why, run=label,
-                quantity=name, group=group, n=n, counted=counted, patients=patients,
-                seeds=len(seeds)))
-    return entries
+            entries.append(cell((table, name, group), label, value))
+    compared = [key for key in next(iter(next(iter(results.values())).values())) if (
+        key[0] == MATTER and key[2] in (HEADLINE, "test records")) or key[1] == SAME_PATIENT]
+    return entries + seed_entries(results, cell, compared, counts.get(HEADLINE, (0, 0, 0))[2])
 
 
 def run_worldmodel(args: argparse.Namespace) -> None:
     """`--mode worldmodel`: worldmodel.md, .csv, .png and onset.png under --out."""
     rows, runs, cohort = world_models(args)
     split, pair_split = cohort.split, cohort.split[cohort.pair[:, 0]]
+    judged = SPLITS.index(args.split)  # "test" below is the fold that is judged
     used = {f"{part} pairs": np.flatnonzero(pair_split == i) for part, i in (("train", 0),
-                                                                             ("test", 2))}
+                                                                             ("test", judged))}
     if not all(map(len, used.values())):
         raise InputError(f"{cohort.path}: found {len(used['train pairs'])} training and "
-                         f"{len(used['test pairs'])} test pairs; a cohort with both is wanted")
+                         f"{len(used['test pairs'])} {args.split} pairs; a cohort with both is "
+                         "wanted")
     train = np.random.default_rng(SEED).permutation(np.flatnonzero(split == 0))
-    used |= {"test": np.flatnonzero(split == 2), "train": np.sort(train[:FIT_LIMIT])}
+    used |= {"test": np.flatnonzero(split == judged), "train": np.sort(train[:FIT_LIMIT])}
     used["rows"] = np.unique(np.concatenate([used["test"], used["train"],
                                              cohort.pair[used["train pairs"]].ravel()]))
     subject = cohort.subject_id[used["test"]]
     patient = cohort.subject_id[cohort.pair[used["test pairs"], 0]]
     pairs, records = Bootstrap(patient, args.n_boot), Bootstrap(subject, args.n_boot)
     groups = pair_groups(cohort, used["test pairs"])
-    labels = {row_name(row, count=True): row["runs"] for row in rows.values()}
-    labels["untrained encoder, 3 draws"] = [runs[0] | {  # a control, of which nothing was learnt
+    labels = {row_name(row, count=True): {run["seed"]: run for run in row["runs"]}
+              for row in rows.values()}
+    labels["untrained encoder, 3 draws"] = {f"draw {draw}": runs[0] | {  # nothing was learnt
         "model": untrained_model(runs[0], cohort, draw), "no_action": "untrained", "told": "coded"}
-        for draw in range(3)]
+        for draw in range(3)}
     progress = Progress((len(runs) + 3) * len(used["rows"]), "records", "embedding")
     results = {}
     for label, seeds in labels.items():
-        for run in seeds:
+        for seed, run in seeds.items():
             e = Embedded(run, cohort, used, progress)
-            results.setdefault(label, []).append(
+            results.setdefault(label, {})[seed] = (
                 matter_results(e, pairs, groups[HEADLINE], args.permutations)
                 | error_results(e, pairs, groups) | retrieval_results(e, pairs, groups)
                 | reversal_results(e, pairs, groups) | onset_results(e, records)
-                | latent_results(e.h_test, e.z[e.at(used["test"])], subject, records))
+                | latent_results(e.h[e.at(used["test"])], e.z[e.at(used["test"])], subject,
+                                 records))
     progress.close()
     counts = {name: ("pairs", int(mask.sum()), len(np.unique(patient[mask])))
               for name, mask in groups.items()}
@@ -2419,7 +2557,8 @@ def run_worldmodel(args: argparse.Namespace) -> None:
     learnt = cohort.subject_id[cohort.pair[used["train pairs"], 0]]
     counts["training pairs"] = ("pairs", len(learnt), len(np.unique(learnt)))
     entries = scorecard_entries(results, counts)
-    title = caption(cohort, used["test"], fold_text(cohort.source), {run["seed"] for run in runs}) \
+    title = caption(cohort, used["test"], fold_text(cohort.source, args.split),
+                    {run["seed"] for run in runs}) \
         + f"; {len(patient):,} pairs of {len(np.unique(patient)):,} patients"
     publish(args.out, "worldmodel", scorecard_lines(entries, title, args),
             {"worldmodel.csv": csv_lines(entries)}
@@ -2437,14 +2576,17 @@ def scorecard_lines(entries: list[dict], title: str, args: argparse.Namespace) -
         REVERSAL: "On real pairs; above 0, the undone action leads back.",
         ONSET: "Share of the test records without a class. A class vector does so by construction, "
                "and read-outs also move for codes that show in no ECG: this settles little.",
-        LATENT: "SIGReg, on min(512, records), is 1.052 under N(0, I)."}
+        LATENT: "SIGReg, on min(512, records), is 1.052 under N(0, I).",
+        DIFFERENCE: "Means over the seeds that both have, of the same draws of patients; t and p "
+                    "over patients and seeds, and each seed's own: worldmodel.csv."}
     lines = [f"## World-model scorecard: {title}", "",
              f"[95 % percentile interval of {args.n_boot:,} bootstraps over patients, seed {SEED}];"
              f" means over seeds. Headline group: {HEADLINE}, i.e. the label set changes and both "
              "records carry a code. Fits are on all training pairs, whatever fraction a run was "
              "trained on. Models have a z each: compare gains, not errors.", ""]
     for table, words in about.items():
-        lines += [f"### {table}", "", words, ""]
+        lines += [f"### {table}", "", words, ""] if table != DIFFERENCE or any(
+            e["table"] == table for e in entries) else []
         of = [e for e in entries if e["table"] == table and (
             table not in (MATTER, ONSET) or e["group"] in (
                 HEADLINE, "state changed, labelled", "test records", "training pairs",
@@ -2490,18 +2632,20 @@ REPRODUCED_MV = 0.02        # of a stored record and its simulation: 5 uV steps,
 PAGE_RECORDS = 5000         # training records at most behind the read-out and neighbours of a page
 CLASS_VECTOR, RIDGE = "mean class vector", "joint ridge of z on all codes"
 LEFT_OUT, MODEL = "left-out constant of the code", "model, r(z, a) - r(z, 0)"
+STATE = "model, its source told by the true state"
 WRONG, CEILING = "model, the record's wrong codes", "another recording of the truth"
 MEASURES = {"cosine": "cosine to the true change", "length_ratio": "length ratio (median)",
             "right_code": "right code by cosine", "chance": "its chance",
             "error": "squared error / D"}
 
 
-def choose_records(cohort: Cohort, columns: list[int], seed: int = SEED) -> np.ndarray:
-    """Rows of test records: the first of each patient, or so many as give CASES cases.
+def choose_records(cohort: Cohort, columns: list[int], split: str = "test",
+                   seed: int = SEED) -> np.ndarray:
+    """Rows of that split: the first record of each patient, or so many as give CASES cases.
 
     A case is a record and a class of `columns` that is not in its true state.
     """
-    test = np.flatnonzero(cohort.split == 2)
+    test = np.flatnonzero(cohort.split == SPLITS.index(split))
     patients = np.random.default_rng(seed).permutation(np.unique(cohort.subject_id[test]))
     rows = test = test[np.isin(cohort.subject_id[test], patients[:CASE_PATIENTS])]
     subject = cohort.subject_id[test]  # sorted, as the rows of a cohort are
@@ -2559,18 +2703,23 @@ def left_out_constants(change: np.ndarray, changed: np.ndarray, patient: np.ndar
                 / (others @ changed)[..., None])
 
 
-def model_changes(model, z: np.ndarray, k: int) -> np.ndarray:
-    """r(z, e_c) - r(z, 0), (R, K, D), the onset of each of k classes alone; z (R, D).
+def model_changes(model, form: str, z: np.ndarray, y: np.ndarray,
+                  known: np.ndarray) -> np.ndarray:
+    """r(z, y without c -> y with c) - r(z, y without c), (R, K, D), of each class c alone.
 
     The difference of two predictions isolates the action: r(z, e_c) - z also holds whatever the
-    predictor does without one, e.g. regression to the mean.
+    predictor does without one, e.g. regression to the mean. The next record is coded in both.
+    Args: form: see `action_input`; z (R, D); y (R, K), known (R,) of the records.
     """
     import torch
-    z = torch.from_numpy(z).float().to(next(model.parameters()).device)
-    with torch.no_grad():
-        zero, *onset = (model.predict(z, a.expand(len(z), -1)).double().cpu().numpy()
-                        for a in torch.cat([torch.zeros(1, k), torch.eye(k)]).to(z))
-    return np.stack(onset, axis=1) - zero[:, None]
+    z, changes = torch.from_numpy(z).float().to(next(model.parameters()).device), []
+    for k in range(y.shape[1]):
+        without, begun = y.copy(), y.copy()
+        without[:, k], begun[:, k] = 0, 1  # a code that is not in the true state may be coded
+        zero, onset = (model.predict(z, action_input(form, without, y_next, known, known | True
+                                                     ).to(z)) for y_next in (without, begun))
+        changes.append((onset.double() - zero.double()).cpu().numpy())
+    return np.stack(changes, axis=1)
 
 
 def judge_change(change: np.ndarray, candidate: np.ndarray,
@@ -2637,7 +2786,11 @@ def judge_model(model: dict, cohort: Cohort, rows: np.ndarray, changed: np.ndarr
     candidates = {"no change": np.zeros((len(rows), 1, z.shape[1])), CLASS_VECTOR: vectors[None],
                   RIDGE: np.where(np.isnan(vectors), np.nan, weight)[None],
                   LEFT_OUT: left_out_constants(change, changed, cohort.subject_id[rows]),
-                  CEILING: model["other"], MODEL: model_changes(model["model"], z, len(vectors))}
+                  CEILING: model["other"], MODEL: model_changes(
+                      model["model"], model["form"], z, cohort.label[rows], cohort.has_label[rows])}
+    if model["form"] == "sets":
+        candidates[STATE] = model_changes(model["model"], "sets", z, cohort.state[rows],
+                                          np.ones(len(rows), bool))
     judged = {name: judge_change(change, candidate, changed)
               for name, candidate in candidates.items()}
     wrong = judged[MODEL]["cosines"].copy()
@@ -2649,17 +2802,10 @@ def judge_model(model: dict, cohort: Cohort, rows: np.ndarray, changed: np.ndarr
     return judged
 
 
-def truth_entries(method: str, judged: dict, cohort: Cohort, rows: np.ndarray, cases: np.ndarray,
-                  changed: np.ndarray, args: argparse.Namespace) -> list[dict]:
-    """What counterfactual.csv says of one method; judged: means over its seeds, case by case."""
-    patients = len(np.unique(cohort.subject_id[rows]))
-    boot = Bootstrap(cohort.subject_id[rows], args.n_boot if patients > 1 else 0)
-    entries = []
-
-    def add(table: str, row: str, column: str, value, why: str = "", **more) -> None:
-        entries.append(entry(table, row, column, value, why, method=method, patients=patients,
-                             **more))
-
+def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np.ndarray,
+                  boot: Bootstrap, permutations: int) -> dict:
+    """{(table, row, column): replicates} of one model, `judged` by `judge_model`."""
+    result = {}
     for row, values in judged.items():
         for measure, column in MEASURES.items():
             if measure not in values or np.isnan(values[measure]).all():
@@ -2667,26 +2813,49 @@ def truth_entries(method: str, judged: dict, cohort: Cohort, rows: np.ndarray, c
             mean = mean_defined(boot.ratio(values[measure]))
             if measure == "length_ratio":
                 ratios = [of_code[~np.isnan(of_code)] for of_code in values[measure].T]
-                mean = np.mean([np.median(ratio) for ratio in ratios if len(ratio)])
-            add("truth", row, column, mean[0] if measure == "chance" else mean)
-    for row in (CLASS_VECTOR, RIDGE, LEFT_OUT, WRONG):
-        less = judged[MODEL]["cosine"] - judged[row]["cosine"]
-        if not np.isnan(less).all():
-            add("difference", method, f"less {row}", mean_defined(boot.ratio(less)))
-    if changed.sum(axis=1).max() > 1:  # else there is nothing to permute
-        null = code_permutations(judged[MODEL]["cosines"], args.permutations)
-        add("difference", method, "p of permuted codes",
-            (1 + (null[1:] >= null[0] - 1e-12).sum()) / len(null))
+                mean = np.array([np.mean([np.median(ratio) for ratio in ratios if len(ratio)])])
+            result["truth", row, column] = mean[:1] if measure == "chance" else mean
+    for source in (MODEL, STATE) if STATE in judged else (MODEL,):
+        for row in (CLASS_VECTOR, RIDGE, LEFT_OUT, WRONG):
+            less = judged[source]["cosine"] - judged[row]["cosine"]
+            if not np.isnan(less).all():
+                result["difference", source, f"less {row}"] = mean_defined(boot.ratio(less))
+        if changed.sum(axis=1).max() > 1:  # else there is nothing to permute
+            result["null", source, ""] = code_permutations(judged[source]["cosines"], permutations)
     silent = cases & ~changed.any(axis=0)
     for table, key, mask, shown in (
-            ("cosine by code", "cosine", changed, (MODEL, CLASS_VECTOR, RIDGE, CEILING)),
+            ("cosine by code", "cosine", changed, (MODEL, STATE, CLASS_VECTOR, RIDGE, CEILING)),
             ("negative control", "length", silent, (MODEL, CLASS_VECTOR, RIDGE))):
-        for row in shown:
-            result = boot.ratio(np.where(mask, judged[row][key], np.nan))
-            for k in np.flatnonzero(mask.any(axis=0)):
-                add(table, cohort.class_name[k], row, result[:, k], "too few records with it",
-                    cases=int(mask[:, k].sum()))
-    return entries
+        for row in shown if STATE in judged else [row for row in shown if row != STATE]:
+            values = boot.ratio(np.where(mask, judged[row][key], np.nan))
+            result |= {(table, names[k], row): values[:, k]
+                       for k in np.flatnonzero(mask.any(axis=0))}
+    return result
+
+
+def truth_entries(results: dict[str, dict], names: list[str], cases: np.ndarray,
+                  changed: np.ndarray, patients: int) -> list[dict]:
+    """counterfactual.csv, of {method: {seed: `truth_results`}}."""
+    def cell(key: tuple, method: str, value) -> dict:
+        (table, row, column), more = key, {}
+        if table in ("cosine by code", "negative control"):
+            mask = changed if table == "cosine by code" else cases
+            more = {"cases": int(mask[:, names.index(row)].sum())}
+        if table == "difference":
+            row = method + f", {STATE.removeprefix('model, ')}" * (row == STATE)
+        return entry(table, row, column, value, "too few records with it", method=method,
+                     patients=patients, **more)
+
+    entries = []
+    for method, seeds in results.items():
+        for (table, row, column), value in mean_over_seeds(seeds).items():
+            if table == "null":
+                table, column = "difference", "p of permuted codes"
+                value = (1 + (value[1:] >= value[0] - 1e-12).sum()) / len(value)
+            entries.append(cell((table, row, column), method, value))
+    compared = [key for key in next(iter(next(iter(results.values())).values()))
+                if key[:2] == ("difference", MODEL)]
+    return entries + seed_entries(results, cell, compared, patients)
 
 
 def run_counterfactual(args: argparse.Namespace) -> None:
@@ -2701,24 +2870,24 @@ def run_counterfactual(args: argparse.Namespace) -> None:
                          "--resolve out")
     columns = class_columns(cohort, args.onset, "--onset") or [
         k for k, name in enumerate(cohort.class_name) if name in SIGNATURE]
-    rows = choose_records(cohort, columns)
+    rows = choose_records(cohort, columns, args.split)
     cases, changed, same = simulate_cases(models, cohort, rows, columns)
     if not changed.any():
-        raise InputError(f"cohort {cohort.name}: no test record that the onset of "
+        raise InputError(f"cohort {cohort.name}: no {args.split} record that the onset of "
                          f"{' '.join(cohort.class_name[k] for k in columns)} changes; name other "
                          "--onset, or build a larger cohort")
-    entries = []
+    patients, results = len(np.unique(cohort.subject_id[rows])), {}
+    boot = Bootstrap(cohort.subject_id[rows], args.n_boot if patients > 1 else 0)
     for method in methods.values():
-        judged = [judge_model(run, cohort, rows, changed) for run in method["runs"]
-                  if not run["no_action"]]
-        if judged:
-            mean = {row: {key: np.mean([one[row][key] for one in judged], axis=0)
-                          for key in values} for row, values in judged[0].items()}  # over the seeds
-            entries += truth_entries(row_name(method, count=True), mean, cohort, rows, cases,
-                                     changed, args)
-    title = (f"{caption(cohort, rows[same], fold_text(cohort.source), {m['seed'] for m in models})}"
-             f"; {cases.sum():,} cases (record, code not in its true state), {changed.sum():,} of "
-             "them with a signal that the code changes")
+        for run in method["runs"]:
+            if not run["no_action"]:
+                results.setdefault(row_name(method, count=True), {})[run["seed"]] = truth_results(
+                    judge_model(run, cohort, rows, changed), cohort.class_name, cases, changed,
+                    boot, args.permutations)
+    entries = truth_entries(results, cohort.class_name, cases, changed, patients)
+    fold, seeds = fold_text(cohort.source, args.split), {m["seed"] for m in models}
+    title = (f"{caption(cohort, rows[same], fold, seeds)}; {cases.sum():,} cases (record, code not "
+             f"in its true state), {changed.sum():,} of them with a signal that the code changes")
     if not same.all():
         left_out.append(f"{(~same).sum():,} records that the simulator does not reproduce from "
                         "their state (a code that is no class, or another version)")
@@ -2741,6 +2910,7 @@ def truth_lines(entries: list[dict], title: str, left_out: list[str],
              "recording. Means over the cases of a code, then over codes; "
              f"[95 % interval of {args.n_boot:,} bootstraps over patients, seed {SEED}].", "",
              *table("difference", "method", title="Cosine of the model less that of other rows"),
+             *table(DIFFERENCE, "method", title="The same, less the first method's, paired"),
              "- models are compared by these columns, never by cosine: each has its own z.",
              f"- p: codes permuted within each record, among its cases, {args.permutations:,} "
              "times.", *(f"- left out, {reason}." for reason in left_out), ""]
@@ -2838,8 +3008,9 @@ def run_one_patient(args: argparse.Namespace, run: dict, cohort: Cohort) -> None
     progress = Progress(1 + len(train), "records", "embedding")
     z = embed(run["model"], cohort.signal, np.append(row, train), run["normalize"], progress)[1]
     progress.close()
-    predicted = run["model"].predict(z[[0, 0]], torch.from_numpy(
-        np.stack([0 * action, action])).to(z.device))                           # (2, D)
+    y, known = cohort.label[[row, row]], cohort.has_label[[row, row]]
+    predicted = run["model"].predict(z[[0, 0]], action_input(                   # (2, D)
+        run["form"], y, y + np.stack([0 * action, action]), known, known | True).to(z))
     weight, bias = fit_logistic(z[1:], cohort.label[train], READOUT_L2)
     scores = torch.sigmoid(torch.cat([z[:1], predicted]) @ weight + bias).cpu().numpy()
     ecgs, words = page_ecgs(run, cohort, row, action, train, z[1:], predicted)
@@ -2869,10 +3040,10 @@ def run_one_patient(args: argparse.Namespace, run: dict, cohort: Cohort) -> None
 
 
 MODES = {  # what runs, and the flags with a meaning there; elsewhere they are refused, not ignored
-    "score": (run_score, {"runs", "task", "labelled_only", "unit", "n_boot"}),
-    "worldmodel": (run_worldmodel, {"runs", "n_boot", "permutations"}),
-    "counterfactual": (run_counterfactual, {"runs", "n_boot", "permutations", "study_id", "onset",
-                                            "resolve"}),
+    "score": (run_score, {"runs", "split", "task", "labelled_only", "unit", "n_boot"}),
+    "worldmodel": (run_worldmodel, {"runs", "split", "n_boot", "permutations"}),
+    "counterfactual": (run_counterfactual, {"runs", "split", "n_boot", "permutations", "study_id",
+                                            "onset", "resolve"}),
     "embedding": (run_embedding, {"runs"}),
     "transitions": (run_transitions, {"study_id", "onset", "resolve", "stable"}),
     "cohort": (run_cohort, set())}
@@ -2888,6 +3059,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--runs", nargs="+", metavar="RUN", help="names under runs/, or folders")
     group.add_argument("--data", metavar="FILE.h5", help="the cohort (default: the runs' own, "
                        "where config.json says it was; without runs data/cohort.h5)")
+    group.add_argument("--split", choices=SPLITS[:0:-1], default="test",
+                       help="the fold that is judged; val is for choosing (default: %(default)s)")
     group.add_argument("--task", choices=(*TASKS, "all"), default="all",
                        help="triage: first record of a stay; monitoring: all records; pairs: first "
                        "records of pairs (default: %(default)s)")
@@ -2918,8 +3091,10 @@ def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> Non
             modes = " or ".join(m for m, (_, flags) in MODES.items() if name in flags)
             raise InputError(f"--{name.replace('_', '-')}: of no use to --mode {args.mode}; it "
                              f"belongs to --mode {modes}")
-    if args.study_id is not None and args.n_boot != p.get_default("n_boot"):
-        raise InputError("--n-boot: of no use to the page of one patient; leave it out")
+    for name in ("n_boot", "split") if args.study_id is not None else ():
+        if getattr(args, name) != p.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: of no use to the page of one patient; "
+                             "leave it out")
     if "runs" in MODES[args.mode][1] and not args.runs:
         raise InputError("--runs: none given; name at least one finished run of train.py")
     for name, least in (("n_boot", 2), ("permutations", 1)):

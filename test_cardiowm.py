@@ -2600,10 +2600,10 @@ def test_ridge_is_the_normal_equation_and_its_penalty_that_of_held_out_patients(
 # World-model scorecard
 
 
-class LinearWorld:
+class LinearWorld(evaluate.Embedded):
     """z_next = z + A a + noise of standard deviation s: every entry of the scorecard is known.
 
-    It stands for evaluate.Embedded and, by `predict`, for the model.
+    It stands for the model as well, by `predict`.
     """
 
     def __init__(self, d=16, k=4, s=0.1, patients=600, seed=0):
@@ -2614,7 +2614,7 @@ class LinearWorld:
         a = torch.randint(-1, 2, (n // 2, k), generator=g)
         a[torch.rand(n // 2, generator=g) < 0.5] = 0
         z = torch.randn(n // 2, d, generator=g, dtype=torch.float64)
-        z_next = self.predict(z, a) + s * torch.randn(n // 2, d, generator=g, dtype=torch.float64)
+        z_next = self.move(z, a) + s * torch.randn(n // 2, d, generator=g, dtype=torch.float64)
         self.z = torch.stack([z, z_next], dim=1).reshape(n, d)
         pair = np.arange(n).reshape(-1, 2)
         subject = np.repeat(np.arange(patients), 4)
@@ -2622,10 +2622,11 @@ class LinearWorld:
         label[1::2] = label[::2] + a.numpy()
         self.cohort = types.SimpleNamespace(
             pair=pair, action=a.numpy().astype(np.int8), subject_id=subject, state=None,
+            has_label=np.ones(n, bool),
             pair_kind=np.arange(n // 2) % 2, gap_days=np.full(n // 2, 40.0), source="demo",
             stay=np.ones(n), class_name=["I10", "I21", "I48", "I63"], label=label.astype(np.uint8),
             synthetic=True, action_of=lambda p, which: a.numpy().astype(np.int8)[p])
-        self.known = self.cohort.label
+        self.h, self.y = self.z, self.cohort.label
         test = subject % 2 == 1
         self.used = {"rows": np.arange(n), "test": np.flatnonzero(test),
                      "train": np.flatnonzero(~test), "test pairs": np.flatnonzero(test[::2]),
@@ -2639,8 +2640,11 @@ class LinearWorld:
     def at(self, rows):
         return torch.from_numpy(rows)
 
-    def predict(self, z, a):
+    def move(self, z, a):
         return z + a.to(z.dtype) @ self.effect.to(z.dtype)
+
+    def predict(self, z, *change):
+        return self.move(z, evaluate.action_input("difference", *change))
 
 
 def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
@@ -2721,8 +2725,8 @@ def test_onset_of_a_linear_world_moves_its_own_class_and_a_silent_code_moves_not
     world.effect = 2 * torch.eye(4, 8, dtype=torch.float64)
     world.effect[3] = 0  # I63 shows in no ECG
     y = torch.rand(len(world.z), 4, generator=generator(2)) < 0.3
-    world.known = world.cohort.label = y.numpy().astype(np.uint8)
-    world.z = world.predict(torch.randn(len(world.z), 8, generator=generator(3)).double(), y)
+    world.y = world.cohort.label = y.numpy().astype(np.uint8)
+    world.h = world.z = world.move(torch.randn(len(y), 8, generator=generator(3)).double(), y)
     boot = evaluate.Bootstrap(world.cohort.subject_id[world.used["test"]], 50)
     got = evaluate.onset_results(world, boot)
     model, vector = (evaluate.OWN_ONSET.format(by) for by in ("model", "class vector"))
@@ -2732,7 +2736,7 @@ def test_onset_of_a_linear_world_moves_its_own_class_and_a_silent_code_moves_not
     contrast = got[evaluate.ONSET, model, "with - without signature (classes resampled)"]
     assert contrast[0] == pytest.approx(1 - got[evaluate.ONSET, model, "I63"][0])
     assert got[evaluate.MATTER, "macro-AUROC of a read-out of z, codes", "test records"][0] > 0.7
-    world.known = np.zeros_like(world.known)
+    world.y = np.zeros_like(world.y)
     assert set(evaluate.onset_results(world, boot).values()) == {"no class has a read-out"}
 
 
@@ -2789,8 +2793,8 @@ def test_scorecard_averages_seeds_and_names_what_is_not_defined(pretrained, tiny
     for name in ("worldmodel.md", "worldmodel.png", "onset.png"):
         assert (out_folder / name).stat().st_size > 1000
     entries = evaluate.scorecard_entries(
-        {"m": [{("t", "q", "g"): np.array([1.0, 2.0])}, {("t", "q", "g"): np.array([3.0, 2.0])}],
-         "n": [{("t", "q", "g"): "why"}]}, {"g": ("pairs", 7, 3)})
+        {"m": {0: {("t", "q", "g"): np.array([1.0, 2.0])}, 1: {("t", "q", "g"): np.array([3.0, 2])}},
+         "n": {0: {("t", "q", "g"): "why"}}}, {"g": ("pairs", 7, 3)})
     assert [e["value"] for e in entries][0] == 2 and entries[0]["n"] == 7
     assert entries[1]["why"] == "why" and np.isnan(entries[1]["value"])
 
@@ -2983,7 +2987,7 @@ def test_embedding_points_and_their_neighbours_are_what_the_page_says(
     assert code == 0 and (tmp_path / "embedding.md").read_text().strip() in text
     assert (tmp_path / "embedding.png").is_file()
     model, checkpoint = evaluate.load_world_model(pretrained)
-    points = evaluate.embedding_points(model, tiny, checkpoint["normalize"])
+    points = evaluate.embedding_points(model, tiny, checkpoint["normalize"], "difference")
     rows, kind, y, z = (points[key] for key in ("rows", "kind", "y", "z"))
     empty, n = ~tiny.label.any(axis=1), len(rows)
     sizes = [min(40, int(((tiny.split == 0) & m).sum())) for m in (empty, ~empty)] + [40]
@@ -3006,7 +3010,7 @@ def test_embedding_points_and_their_neighbours_are_what_the_page_says(
         assert values == pytest.approx([np.mean(shares), len(shares) / len(z)], abs=1e-3)
     tiny.label[tiny.split == 0] = 0
     with pytest.raises(InputError, match="no abnormal training record"):
-        evaluate.embedding_points(None, tiny, "zscore")
+        evaluate.embedding_points(None, tiny, "zscore", "difference")
 
 
 # Counterfactuals: a linear world of known answers, then both uses on the tiny cohort
@@ -3106,7 +3110,7 @@ def test_cases_are_first_records_unless_they_are_too_few(monkeypatch):
         monkeypatch.setattr(evaluate, "CASES", wanted)
         assert evaluate.choose_records(cohort, [0, 1]).tolist() == rows
     monkeypatch.setattr(evaluate, "CASE_PATIENTS", 2)
-    drawn = {tuple(np.unique(subject[evaluate.choose_records(cohort, [0, 1], seed)]))
+    drawn = {tuple(np.unique(subject[evaluate.choose_records(cohort, [0, 1], seed=seed)]))
              for seed in range(20)}
     assert drawn == {(1, 2), (1, 3), (2, 3)}
 
