@@ -69,6 +69,7 @@ SYNTHETIC_ROWS = 2_000_000, 721_002   # paper B: synthetic rows beside real rows
 EMBED_BATCH = 256         # records per batch where nothing is learned
 SYNTHESIS_BATCH = 2048    # synthetic rows per batch: few enough to stay in a CPU's cache
 RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken before validation
+GRAPH_AFTER = 8           # first steps of a process, launched kernel by kernel, before a CUDA graph
 SLOWER = 3                # times as long as at its start: a run says that its steps are slow
 GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
 UNTRAINED_DRAWS = 3       # untrained encoders that a study probes, over all its seeds
@@ -163,6 +164,7 @@ class Signals:
         if cache == "auto":
             # each process of this machine holds its own
             ram = prepare_data.available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.cuda.empty_cache()  # what an earlier run of this process left; no CUDA: nothing
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
         print(f"signals: {len(cohort.signal)} records, {size / 1e9:.2f} GB, held in {cache}")
@@ -189,12 +191,11 @@ class Signals:
         """float16 mV -> model input, float32 (B, 12, T)."""
         return cardiowm.normalize(x) if self.how == "zscore" else x.float()
 
-    def windows(self, args: argparse.Namespace, step: int, *batch: Tensor) -> list[Tensor]:
-        """The same for training, cut to --crop and with --noise: a function of (seed, step), of
-        each rank its own."""
+    def windows(self, args: argparse.Namespace, generator: torch.Generator,
+                *batch: Tensor) -> list[Tensor]:
+        """The same for training, cut to --crop and with --noise."""
         if (args.crop, args.noise) == (1.0, 0.0):
             return [self.ready(x) for x in batch]
-        generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, step, 6) + rank())
         return [cardiowm.crop_and_noise(self.ready(x), round(args.crop * x.shape[2]), args.noise,
                                         generator) for x in batch]
 
@@ -347,8 +348,6 @@ def join_ranks(device: torch.device) -> None:
     """Meet the other processes that torchrun started, if it did: NCCL on CUDA, else gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -482,6 +481,88 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None =
     return norm
 
 
+def record(work: Callable, generators: Iterable[torch.Generator] = ()) -> tuple:
+    """A CUDA graph of what work() launches, and its result, which lies in memory of the graph.
+
+    Nothing is done yet: each replay does it. work() has been called before, so all is loaded.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    for generator in generators:  # a replay draws what its seed of that moment gives
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # `prefetch` goes on
+            return graph, work()
+    finally:
+        torch.cuda.set_stream(stream)  # also where the capture broke off
+
+
+class Step:
+    """A training step: loss, gradient, `descend`. On one GPU it becomes a CUDA graph, replayed by a
+    single launch, where a plain step at T=1000 waits for its launches half of the time.
+
+    The first steps of a process are plain: the warm-up. A replay takes the batch and the learning
+    rates from tensors filled before it, and draws from generators seeded before it, so that
+    weights, curves and checkpoints are those of plain steps.
+    """
+
+    def __init__(self, loss_of: Callable, optimizer: torch.optim.Optimizer,
+                 clip: float | None = None, generators: Iterable[torch.Generator] = ()):
+        self.loss_of, self.optimizer, self.clip = loss_of, optimizer, clip
+        self.generators, self.graph = list(generators), None
+        device = optimizer.param_groups[0]["params"][0].device
+        cuda = device.type == "cuda"
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups * cuda]
+        self.plain_left = GRAPH_AFTER if cuda and world_size() == 1 else math.inf
+        if cuda and world_size() > 1:
+            print("note: a step of several ranks is launched kernel by kernel, not as a CUDA graph")
+
+    def work(self, items: np.ndarray, batch: tuple, step: int) -> tuple[list, Tensor, dict]:
+        """One step: names and values (n,) of its scalars, and the functions that give others."""
+        groups = self.optimizer.param_groups
+        kept = [{name: group[name] for name in ("lr", "capturable")} for group in groups]
+        for group, rate in zip(groups, self.rates):
+            group |= {"lr": rate, "capturable": True}
+        try:
+            loss, terms = self.loss_of(items, batch, step)
+            norm = descend(loss, self.optimizer, self.clip)
+        finally:  # plain numbers: what the schedule and a checkpoint hold
+            for group, old in zip(groups, kept):
+                group |= old
+        later = {name: term for name, term in terms.items() if callable(term)}
+        found = {"minimised": loss, "gradient norm": norm} | {
+            name: term for name, term in terms.items() if name not in later}
+        values = torch.stack([value.detach().to(loss) for value in found.values()])
+        return list(found), values, later
+
+    def __call__(self, items: np.ndarray, batch: tuple, step: int) -> dict:
+        """Take one step; returns its scalars and the functions, to be called before the next."""
+        for rate, group in zip(self.rates, self.optimizer.param_groups):
+            rate.fill_(group["lr"])
+        if self.graph is None and self.plain_left == 0:
+            self._capture(items, batch, step)
+        if self.graph is None:
+            self.plain_left -= 1
+            names, values, later = self.work(items, batch, step)
+        else:
+            for fixed, new in zip(self.batch, batch):
+                fixed.copy_(new)
+            self.graph.replay()
+            names, values, later = self.found
+        return dict(zip(names, values.clone().unbind())) | later
+
+    def _capture(self, items: np.ndarray, batch: tuple, step: int) -> None:
+        self.batch = tuple(x.clone() for x in batch)
+        try:
+            self.graph, self.found = record(lambda: self.work(items, self.batch, step),
+                                            self.generators)
+        except RuntimeError as error:  # it must wait for the GPU within, or memory is short
+            self.plain_left = math.inf
+            with contextlib.suppress(RuntimeError):  # frees the generators of the failed capture
+                record(lambda: self.rates[0] + 1, self.generators)
+            print("note: steps are launched kernel by kernel, not as a CUDA graph "
+                  f"({str(error).strip().splitlines()[0]})")
+
+
 def global_batch(args: argparse.Namespace, n: int) -> int:
     """Items of one step over all ranks: min(--batch-size, n), cut to a multiple of the ranks."""
     size = min(args.batch_size, n)
@@ -556,16 +637,14 @@ class Loop:
             **{name: part.state_dict() for name, part in self.parts.items()}})
         self.saved = time.monotonic()
 
-    def take(self, items: np.ndarray, loss: Tensor, terms: dict, epoch: int) -> None:
-        """One step, its log row where one is due, and a checkpoint where the last one is old.
+    def take(self, items: np.ndarray, terms: dict, epoch: int) -> None:
+        """Count a step; its log row where one is due, and a checkpoint where the last one is old.
 
         A signal ends the run here; of several ranks, all at the same row of the log.
         """
         rate = self.schedule.get_last_lr()[0]
-        norm = descend(loss, self.optimizer, self.clip)
-        self.unchecked.append((self.at["step"], items, {
-            k: v.detach() for k, v in {"minimised": loss, "gradient norm": norm, **terms}.items()
-            if not callable(v)}))
+        self.unchecked.append((self.at["step"], items,
+                               {k: v for k, v in terms.items() if not callable(v)}))
         self.schedule.step()
         self.at["step"] += 1
         step, stop = self.at["step"], self.run.asked if world_size() == 1 else 0
@@ -574,10 +653,10 @@ class Loop:
         if log or save or step % self.per_epoch == 0 or self.may_wait:
             check_finite(self.unchecked, self.culprit)
         if log:
-            found = [v() if callable(v) else v for v in terms.values()]
-            found = [v.detach().to(loss) for v in found] + [loss.new_tensor(self.run.asked)]
+            loss, _, *found = [v() if callable(v) else v for v in terms.values()]
+            found = [v.to(loss) for v in found] + [loss.new_tensor(self.run.asked)]
             *found, stop = average(torch.stack(found)).tolist()
-            found = dict(zip(terms, found))
+            found = dict(zip(list(terms)[2:], found))
             elapsed = max(time.monotonic() - self.began, 1e-9)
             speed = (step - self.first) / elapsed
             self.run.log({"step": step, "epoch": epoch, **found, "lr": rate,
@@ -618,7 +697,8 @@ class Loop:
 
 def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
         header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
-        better: tuple[str, int], culprit: Callable, result: str = "best.pt") -> None:
+        better: tuple[str, int], culprit: Callable, result: str = "best.pt",
+        draws: dict[tuple[int, int], torch.Generator] = {}) -> None:
     """Batches -> loss -> step -> log -> validation -> checkpoint, until done.
 
     The modules then hold the weights of the checkpoint `result`, in eval mode.
@@ -627,13 +707,15 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
              modules     what is trained and stored, by name; "model" is the one users load
              header      model_args, class_name, leads, ...: what a checkpoint holds besides weights
              n           training items; a batch is `args.batch_size` of them, the remainder dropped
-             read        (B,) items -> batch on the host, in a thread
+             read        (B,) items -> batch, a tuple of tensors on the device, in a thread
              loss_of     (items, batch, step) -> (scalar to minimise, terms to log: scalars, or
                          functions that give one, called for logged steps only); of this rank
              validate    () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
              culprit     (B,) items -> what made a loss of them non-finite, in words: `blame`
+             draws       generators of loss_of, seeded for each step, by (purpose, what is added)
     """
     loop = Loop(run, args, recipe, modules, header, n, culprit)
+    step = Step(loss_of, loop.optimizer, loop.clip, draws.values())
     at, size = loop.at, loop.batch_size
     mine = slice(rank() * size // world_size(), (rank() + 1) * size // world_size())
     print(f"{n} training items, batch {size}, {loop.per_epoch} steps an epoch, {args.epochs} "
@@ -653,10 +735,11 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
             for items, batch in prefetch(read, order):
                 began = time.monotonic()
                 loop.wait += began - asked
-                # dropout is a function of (seed, step) alone
+                # what a step draws is a function of (seed, step) alone: dropout, ...
                 torch.manual_seed(seed_of(args.seed, at["step"], 1) + rank())
-                loss, terms = loss_of(items, batch, at["step"])
-                loop.take(items, loss, terms, epoch)
+                for (purpose, more), generator in draws.items():
+                    generator.manual_seed(seed_of(args.seed, at["step"], purpose) + more)
+                loop.take(items, step(items, batch, at["step"]), epoch)
                 asked = time.monotonic()
                 loop.watch_pace(asked - began)
             if (epoch + 1) % loop.every == 0 or epoch + 1 == args.epochs:
@@ -707,15 +790,16 @@ class Pretraining:
 
     def __init__(self, args, cohort: Cohort, pairs: np.ndarray, device: torch.device,
                  single: Iterable[int] = ()):
-        self.args, self.device, self.seed = args, device, args.seed
+        self.args, self.device = args, device
+        # of SIGReg, alike on all ranks, and of windows and noise; of each kind of device their own
+        self.draws = {"sigreg": torch.Generator(device), "windows": torch.Generator(device)}
         k, self.sets = len(cohort.class_name), args.action == "sets"
         self.model_args = {"num_classes": 2 * k + 2 if self.sets else k,
                            "in_leads": len(cohort.leads), "residual": args.residual,
                            "action": args.objective == "dynamics", "z_dim": args.z_dim}
         model = _WorldModel(**self.model_args).to(device)
         fast_encoder(model.encoder)
-        if device.type == "cpu" and torch.get_num_threads() > 1 and world_size() == 1 \
-                and not args.compile:
+        if device.type == "cpu" and torch.get_num_threads() > 1 and world_size() == 1:
             model.both = BothOnTwoThreads(model.encoder)
         heads = ["online_probe", "supervised"][:1 + (args.supervise > 0)]
         self.model, self.modules = model, {"model": model} | {name: nn.Sequential(
@@ -725,11 +809,6 @@ class Pretraining:
             parallel(module, device) for module in self.modules.values())
         self.supervised = supervised[0] if supervised else None
         self.sigreg = cardiowm.SIGReg(args.slices).to(device)
-        if args.compile:
-            from torch._functorch import config
-            config.donated_buffer = False  # gradient_ratio goes through a graph twice
-            model.encoder.compile()
-            self.sigreg.compile()
         self.signals = Signals(cohort, device, args.cache, args.normalize)
         # pairs, then single rows (--self-pairs), whose labels do not change
         single = np.array(single, dtype=cohort.pair.dtype)
@@ -751,14 +830,13 @@ class Pretraining:
         source, target = self.pair[items].T
         return self.signals.read(source), self.signals.read(target), to_device(items, self.device)
 
-    def objective(self, z: Tensor, z_pred: Tensor, z_next: Tensor, seed: int,
+    def objective(self, z: Tensor, z_pred: Tensor, z_next: Tensor,
                   mean: Callable | None = None) -> dict[str, Tensor]:
         """The loss and its terms, of the global batch where `mean` is given."""
         if self.args.reg == "vicreg":
             return cardiowm.vicreg_loss(z_pred, z_next, mean)
-        generator = torch.Generator(z.device).manual_seed(seed)  # of each kind of device its own
-        terms = cardiowm.dynamics_loss(z, z_pred, z_next, self.sigreg, self.args.lam, generator,
-                                       mean)
+        terms = cardiowm.dynamics_loss(z, z_pred, z_next, self.sigreg, self.args.lam,
+                                       self.draws["sigreg"], mean)
         if self.args.objective == "labels":  # a control, whose predictor gets 0 for gradient
             terms["loss"] = self.args.lam * (terms["sigreg_t"] + terms["sigreg_next"]) \
                 + 0 * terms["pred"]
@@ -773,12 +851,11 @@ class Pretraining:
     def loss_of(self, items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         """The scalar to minimise and the terms to log, of this rank's part of the batch."""
         *both, at = batch
-        x, x_next = self.signals.windows(self.args, step, *both)
+        x, x_next = self.signals.windows(self.args, self.draws["windows"], *both)
         with autocast(self.device):
             h, h_next, z, z_pred, z_next = self.network(x, x_next, self.action[at])
         logits = self.online(h.detach().float())  # a problem of its own: nothing flows back
-        seed = seed_of(self.seed, step, 2)  # the same directions on all ranks
-        terms = self.objective(z, z_pred, z_next, seed, mean_over_ranks())
+        terms = self.objective(z, z_pred, z_next, mean_over_ranks())
         if self.args.supervise:
             terms["supervised_bce"] = self.supervised_bce(h, h_next, at)
             terms["loss"] = terms["loss"] + self.args.supervise * terms["supervised_bce"]
@@ -794,8 +871,9 @@ class Pretraining:
             reg = terms["var"] + terms["cov"] if self.args.reg == "vicreg" else \
                 terms["sigreg_t"] + terms["sigreg_next"]
             terms["grad_ratio"] = torch.tensor(gradient_ratio(terms["pred"], reg, self.model))
-        terms["z_std_min"] = lambda: gather(z.detach().float()).std(dim=0).min()
-        terms["z_rank"] = lambda: cardiowm.effective_rank(gather(z.detach()))  # an SVD: not always
+        z = z.detach()
+        terms["z_std_min"] = lambda: gather(z.float()).std(dim=0).min()
+        terms["z_rank"] = lambda: cardiowm.effective_rank(gather(z))  # an SVD: not always
         return terms["loss"] + terms["online_bce"], terms
 
 
@@ -833,8 +911,8 @@ def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray, single:
         terms: dict[str, list[float]] = {"loss": []}
         for i in range(len(val_pairs) // val_n if val_n > 1 else 0):  # one pair has no variance
             at = slice(i * val_n, (i + 1) * val_n)
-            out = task.objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]],
-                                 seed_of(args.seed, i, 3))
+            task.draws["sigreg"].manual_seed(seed_of(args.seed, i, 3))
+            out = task.objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]])
             for name, value in out.items():
                 terms.setdefault(name, []).append(float(value))
         values |= {f"val_{k}": float(np.mean(v)) if v else math.nan for k, v in terms.items()}
@@ -851,7 +929,8 @@ def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray, single:
         "action_form": "sets" if task.sets else "difference"}
     fit(run, args, recipe, task.modules, header, n, task.read, task.loss_of, validate,
         ("val_loss", -1), lambda items: blame(cohort, task.pair[items]),
-        "last.pt")  # which paper A probes
+        "last.pt",  # which paper A probes
+        {(2, 0): task.draws["sigreg"], (6, rank()): task.draws["windows"]})
     head = heads["supervised_" if args.objective == "labels" else ""]
     return {name: scores_of(head, evaluate.embed(model, task.signals, which, args.normalize)[0])
             for name, which in judged_rows(cohort).items()}
@@ -870,11 +949,11 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     fast_encoder(model.encoder)
     network = parallel(model, device)
     signals = Signals(cohort, device, args.cache, args.normalize)
-    if args.compile:
-        model.compile()
     label = torch.from_numpy(cohort.label[rows]).to(device)
     val_rows = judged_rows(cohort)["val"]
     fixed = epoch_order(len(rows), global_batch(args, len(rows)), args.seed, 0)
+
+    draws = torch.Generator(device)  # of windows and noise
 
     def read(items: np.ndarray) -> tuple[Tensor, Tensor]:
         return signals.read(rows[items]), to_device(items, device)
@@ -882,7 +961,7 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         x, at = batch
         with autocast(device):
-            logits = network(*signals.windows(args, step, x))
+            logits = network(*signals.windows(args, draws, x))
         loss = cardiowm.asymmetric_loss(logits, label[at])
         # a sum over the global batch, of which DDP takes the mean over ranks; logged per record
         return loss * world_size(), {"loss": loss.detach() / len(items)}
@@ -908,7 +987,8 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     header = checkpoint_header(args, cohort, "classifier", {
         "num_classes": len(cohort.class_name), "in_leads": len(cohort.leads)})
     fit(run, args, recipe, {"model": model}, header, len(rows), read, loss_of, validate,
-        ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items]))
+        ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items]),
+        "best.pt", {(6, rank()): draws})
     return {name: score(which) for name, which in judged_rows(cohort).items()}
 
 
@@ -989,7 +1069,8 @@ def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y:
 
 def probe_loss(head: nn.Module, inputs: Tensor, y: Tensor, n: int, pos_weight: Tensor) -> Callable:
     """`loss_of` for `fit`: A's loss for a linear head, B's for an MLP; n real rows come first."""
-    def loss_of(items: np.ndarray, at: Tensor, step: int) -> tuple[Tensor, dict]:
+    def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
+        (at,) = batch
         logits = head(inputs[at].float())
         if isinstance(head, cardiowm.LinearProbe):
             loss = cardiowm.asymmetric_loss(logits, y[at])
@@ -1067,7 +1148,7 @@ def probe(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     header = checkpoint_header(args, cohort, "probe", head_args)
     fit(run, args, recipe, {"model": head},
         header | {"head": args.head, "features": args.features}, len(y),
-        lambda items: to_device(items, device), probe_loss(head, inputs, y, n, pos_weight),
+        lambda items: (to_device(items, device),), probe_loss(head, inputs, y, n, pos_weight),
         validate, ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items[items < n]]))
     return {"val": scores_of(head, val), "test": scores_of(head, test)}
 
@@ -1556,7 +1637,8 @@ def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device, n: i
 # ----------------------------------------------------------------------------------------------
 
 # flags that say where or how a run executes, not what it computes: in no run name, free to differ
-HOW_FLAGS = {"data", "cache", "run", "device", "resume", "overwrite", "checkpoint_minutes"}
+HOW_FLAGS = {"data", "cache", "run", "device", "resume", "overwrite", "checkpoint_minutes",
+             "compile"}
 # flags with a meaning in some modes only; given elsewhere they are refused, not ignored
 MODE_FLAGS = {
     "pretrain": {"pairs", "objective", "action", "residual", "z_dim", "reg", "lam", "slices",
@@ -1644,8 +1726,6 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
          f"{args.init}; leave one out"),
         (args.augment_action != "true" and args.augment != "dynamics",
          f"--augment-action {args.augment_action}: a control of --augment dynamics; add that"),
-        (args.compile and args.mode == "probe",
-         "--compile: a probe trains no encoder; leave it out"),
         (args.head == "linear" and (augments or args.class_weight is not None),
          "--augment and --class-weight belong to paper B's probe: add --head mlp"),
         (args.augment == "dynamics" and args.features == "h",
@@ -1664,7 +1744,8 @@ def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: st
     parts, usual = [stem, args.mode], usual_switches(args)
     for action in parser._actions:
         name, value = action.dest, getattr(args, action.dest, None)
-        if name in HOW_FLAGS | {"mode", "help"} or value in (action.default, usual.get(name, "")):
+        if name in HOW_FLAGS - {"compile"} | {"mode", "help"} \
+                or value in (action.default, usual.get(name, "")):
             continue
         text = f"{value:g}" if isinstance(value, float) else str(value)
         if name in ("init", "compute_of"):
@@ -1748,7 +1829,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", 0, "of patients, weights, batches and directions; reproduce takes several",
         nargs="+", metavar="SEED")
     add("--device", "auto", "auto, cpu, cuda, cuda:N, mps")
-    add("--compile", False, "torch.compile the encoder")
+    add("--compile", False, argparse.SUPPRESS)  # of older commands, without effect
     add("--deterministic", False, "deterministic kernels only")
     add("--resume", False, "finished runs: say so and exit 0")
     add("--overwrite", False, "move an old run folder aside and start anew")
@@ -1784,7 +1865,10 @@ def pick_device(name: str) -> torch.device:
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         name = "cpu" if name == "auto" else name
-    return evaluate.pick_device(name)
+    device = evaluate.pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for NCCL, and for the stream of a CUDA graph
+    return device
 
 
 def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
@@ -1988,12 +2072,10 @@ def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
 def bench_encoder(args: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
     """The encoder forward and back: as cardiowm.py has it, laid out anew, and in bf16."""
     pairs = 8 if args.quick else 64 if device.type == "cpu" else BATCH_PAIRS
-    how, repeats = "channels_last" + " + compile" * args.compile, 1 if args.quick else 7
+    repeats = 1 if args.quick else 7
     for samples, n in ((1000, 2 * pairs), (5000, max(4, pairs // 2))):
         x, plain = torch.randn(n, 12, samples, device=device), cardiowm.XResNet1d50().to(device)
         fast = fast_encoder(copy.deepcopy(plain))
-        if args.compile:
-            fast.compile()
 
         def step(encoder: nn.Module, low: bool) -> None:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
@@ -2008,9 +2090,9 @@ def bench_encoder(args: argparse.Namespace, device: torch.device) -> Iterator[li
 
         stage = f"encoder step, {n} records, T={samples}"
         today = "Conv1d, float32", lambda: step(plain, False)
-        low = f"{how}, bf16", lambda: step(fast, True)
-        yield compare(stage, today, (f"{how}, float32", lambda: step(fast, False)), "≥ 1.3×",
-                      repeats)
+        low = "channels_last, bf16", lambda: step(fast, True)
+        yield compare(stage, today, ("channels_last, float32", lambda: step(fast, False)),
+                      "≥ 1.3×", repeats)
         if has_bf16(device.type):
             yield compare(stage, today, low, "≥ 2.5×", repeats)
         if device.type == "cuda":
@@ -2022,42 +2104,67 @@ def complex_sigreg(z: Tensor, directions: Tensor) -> Tensor:
     t = torch.linspace(0, 3, 17, device=z.device)
     phi = torch.exp(-t.square() / 2)
     weight = torch.full_like(t, 2 * 3 / 16)
-    weight[[0, -1]] = 3 / 16
+    weight[0] = weight[-1] = 3 / 16
     u = z @ directions                                              # (N, S)
     error = torch.exp(1j * u[..., None] * t).mean(dim=0) - phi      # (N, S, Q) -> (S, Q)
     return len(z) * (error.abs().square() * phi * weight).sum(dim=1).mean()
 
 
+def without_launches(call: Callable, device: torch.device) -> Callable:
+    """The call; on CUDA the replay of its graph, whose time is that of the kernels alone."""
+    if device.type != "cuda":
+        return call
+    call()
+    return record(call)[0].replay
+
+
 def bench_training(args: argparse.Namespace, cohort: Cohort,
                    device: torch.device) -> Iterator[list[str]]:
-    """SIGReg against its formula, and whole pretraining steps against the SIGReg in them."""
+    """SIGReg against its formula, and whole pretraining steps against the SIGReg in them; on CUDA
+    the steps as a graph against the same steps launched kernel by kernel."""
     pairs = np.flatnonzero((cohort.split[cohort.pair] == 0).all(axis=1))
-    batch, steps = (8, 2) if args.quick else (64, 5) if device.type == "cpu" else (BATCH_PAIRS, 50)
+    cuda = device.type == "cuda"
+    batch, steps = (8, 2) if args.quick else (64, 5) if not cuda else (BATCH_PAIRS, 25)
     task = Pretraining(args, cohort, pairs, device)
     optimizer = make_optimizer(task.modules.values(), 1e-3, 5e-4)
     order = np.random.default_rng(0).integers(0, len(pairs), (steps, batch))
     directions = task.sigreg.draw_directions(256, None, device)
     z, part = (torch.randn(n, 256, device=device, requires_grad=True) for n in (BATCH_PAIRS, batch))
+    typed, ours, in_step = (without_launches(call, device) for call in (
+        lambda: complex_sigreg(z, directions).backward(),
+        lambda: task.sigreg(z, directions).backward(),
+        lambda: task.sigreg(part, directions).backward()))
+    repeats = 1 if args.quick else 5
+    yield compare(f"SIGReg with gradient, N={BATCH_PAIRS}", ("complex exponential", typed),
+                  ("SIGReg", ours), "≥ 3×" if cuda else "≥ 10×", 10 * repeats)
 
-    def train_steps() -> None:
+    def train_steps(step: Step) -> None:
         for items, loaded in prefetch(task.read, order):
-            # past the steps that also compare gradients
-            descend(task.loss_of(items, loaded, GRAD_RATIO_STEPS)[0], optimizer)
+            step(items, loaded, GRAD_RATIO_STEPS)  # past the steps that also compare gradients
 
     def sigreg_in_them() -> None:
         for _ in range(2 * steps):
-            task.sigreg(part, directions).backward()
+            in_step()
 
-    repeats = 1 if args.quick else 5
-    yield compare(f"SIGReg with gradient, N={BATCH_PAIRS}",
-                  ("complex exponential", lambda: complex_sigreg(z, directions).backward()),
-                  ("SIGReg", lambda: task.sigreg(z, directions).backward()), "≥ 10×",
-                  10 * repeats)
-    stage, *row = compare(
-        f"{steps} pretraining steps, {batch} pairs, T={cohort.signal.shape[2]}",
-        ("the steps", train_steps), ("SIGReg in them", sigreg_in_them), "≥ 50× (2 %)", repeats)
-    epochs = timedelta(seconds=round(50 * MIMIC_PAIRS / order.size * float(row[1])))
-    yield [f"{stage} (50 epochs of {MIMIC_PAIRS:,} pairs: {epochs})", *row]
+    for samples in (1000, 5000)[:1 + cuda]:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if samples == 5000:  # a step's time depends on the length alone
+            task.signals.signal = torch.randn(len(cohort), 12, samples, device=device).half()
+        plain, graph = (Step(task.loss_of, optimizer, None, task.draws.values()) for _ in range(2))
+        plain.plain_left = math.inf
+        stage = f"{steps} pretraining steps, {batch} pairs, T={samples}"
+        rows = [compare(stage, ("the steps", functools.partial(train_steps, graph)),
+                        ("SIGReg in them", sigreg_in_them), "≥ 50× (2 %)", repeats)]
+        if cuda:
+            rows.append(compare(stage, ("kernel by kernel", functools.partial(train_steps, plain)),
+                                ("a CUDA graph", functools.partial(train_steps, graph)),
+                                "≥ 1.1×", repeats))
+        speed = order.size / float(rows[0][2])
+        epochs = timedelta(seconds=round(50 * MIMIC_PAIRS / speed))
+        rows[0][0] += (f" ({speed:,.0f} pairs/s; 50 epochs of {MIMIC_PAIRS:,} pairs: {epochs}"
+                       + f"; {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" * cuda + ")")
+        yield from rows
 
 
 def bench_bootstrap(quick: bool) -> Iterator[list[str]]:
@@ -2090,12 +2197,12 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
     inputs = torch.randn(n + total, 256, device=device).half()
     y = torch.zeros(n + total, 76, dtype=torch.uint8, device=device)
     loss_of = probe_loss(head, inputs, y, n, torch.ones(76, device=device))
-    optimizer = make_optimizer([head], 1e-4, 1e-2)
+    step = Step(loss_of, make_optimizer([head], 1e-4, 1e-2))
     order = rng.integers(0, n + total, (4 if args.quick else 40, 4096))
 
     def train_steps() -> None:
-        for items, at in prefetch(lambda items: to_device(items, device), order):
-            descend(loss_of(items, at, 0)[0], optimizer)
+        for items, batch in prefetch(lambda items: (to_device(items, device),), order):
+            step(items, batch, 0)
 
     yield compare(f"{total:,} synthetic rows beside {n:,} real",
                   ("one epoch of the MLP probe", train_steps),
@@ -2109,7 +2216,7 @@ def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    flags = " --compile" * args.compile + " --quick (too small to mean anything)" * quick
+    flags = " --quick (too small to mean anything)" * quick
     title = (f"python train.py --mode bench{flags}: {hardware}; torch {torch.__version__}, numpy "
              f"{np.__version__}; medians of repeats that take turns, seed {args.seed}")
     print(title, flush=True)
@@ -2189,7 +2296,6 @@ def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[s
             at = (f"-frac{frac:g}" if frac != 1 else "") + (f"-seed{seed}" if seed else "")
             own = [*flags.split(), *([str(folder / (start + at))] if start else [])]
             own += ["--frac", f"{frac:g}"] * (frac != 1) + ["--seed", str(seed)] * (seed > 0)
-            own += ["--compile"] if args.compile and "probe" not in own else []
             runs[name + at] = [*own, "--run", str(folder / (name + at)), *shared]
     return runs
 
@@ -2285,8 +2391,6 @@ def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort:
         # what starts from a run that could not be done cannot be done for the same reason
         entry["reason"] = runs[entry["start"]]["reason"] if entry["start"] in given_up else ""
         if not entry["reason"]:
-            if args.compile:
-                torch._dynamo.reset()  # what was compiled for another run is of no use to this one
             try:
                 train(parser.parse_args(argv), parser)
             except (InputError, torch.OutOfMemoryError) as error:
@@ -2365,6 +2469,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         try:
             check_arguments(args, parser)
+            if args.compile:
+                print("note: --compile has no effect any more: on a GPU, a step is a CUDA graph")
             {"bench": bench, "reproduce": reproduce}.get(args.mode, train)(args, parser)
         except InputError as error:
             raise InputError(f"rank {rank()}: {error}" if rank() else str(error)) from error
