@@ -639,3 +639,128 @@ def effective_rank(z: Tensor) -> Tensor:
     s = torch.linalg.svdvals(z - z.mean(dim=0))
     p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
     return torch.exp(-torch.xlogy(p, p).sum())
+
+
+# The action as two sets, and what makes a world model need it: ratio, windows, labels, decoys
+
+
+def action_sets(y: Tensor, y_next: Tensor, known: Tensor, known_next: Tensor) -> Tensor:
+    """The action as [y, y_next, known, known_next]; no change is [y, y, known, known_next].
+
+    y_next - y tells neither 0 -> 0 from 1 -> 1 nor a code that begins from a record that nobody
+    coded. A model of this form is WorldModel(num_classes=2 * K + 2).
+
+    Args:    y, y_next (B, K) of 0/1; known, known_next (B,): the record carries codes at all
+    Returns: (B, 2K + 2) float32
+    """
+    return torch.cat([y, y_next, known[:, None], known_next[:, None]], dim=1).float()
+
+
+def ratio_to_lam(ratio: float, n: int) -> float:
+    """lam with lam * n / (1 - lam) = ratio, for a global batch of n.
+
+    SIGReg grows with n: lam = 0.1 is a ratio of 57 at the papers' n = 512 and of 7 at n = 64, two
+    objectives. At a high ratio z is mostly the noise of one recording, which no action predicts.
+    """
+    return ratio / (n + ratio)
+
+
+def crop_and_noise(x: Tensor, samples: int, noise: float,
+                   generator: torch.Generator | None = None) -> Tensor:
+    """A window of each record, then normal noise: against learning the recordings by heart.
+
+    Args:    x (B, C, T) normalised; samples <= T, the same in all, each record's start uniform;
+             noise, the standard deviation; generator on x's device: starts first, then noise
+    Returns: (B, C, samples)
+    """
+    starts = torch.randint(x.shape[2] - samples + 1, (len(x), 1, 1), generator=generator,
+                           device=x.device)
+    at = starts + torch.arange(samples, device=x.device)                    # (B, 1, samples)
+    x = x.gather(2, at.expand(-1, x.shape[1], -1))                          # (B, C, samples)
+    if noise == 0:
+        return x
+    return x + noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def known_bce(logits: Tensor, y: Tensor, known: Tensor,
+              mean_over_ranks: MeanOverRanks | None = None) -> Tensor:
+    """sum_n known_n sum_k bce_nk / sum_n known_n; 0 where no record is known.
+
+    A record without codes is unlabelled, not healthy: it teaches nothing. Summed over classes, as
+    in asymmetric_loss, so that a weight means the same whatever K is.
+
+    Args:    logits, y (B, K); known (B,) of 0/1
+    Returns: scalar float32
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        bce = F.binary_cross_entropy_with_logits(logits.float(), y.float(), reduction="none")
+        known = known.float()
+        count = _gather_mean(known.mean(), mean_over_ranks)  # of all ranks: some have more known
+        return (known * bce.sum(dim=1)).mean() / count.clamp_min(1e-9)      # (B, K) -> (B,) -> ()
+
+
+def decoy_loss(model: WorldModel, z: Tensor, z_next: Tensor, a: Tensor, changed: Tensor,
+               sets: bool = False, others: int = 7, tau: float = 0.1) -> Tensor:
+    """Tell the action that was taken from those of other pairs by where each of them leads.
+
+        logit_nj = -mean_d (r(z_n, a_nj) - z_next_n)^2 / tau     a_n0 true, a_nj that of row n - j
+        loss     = mean_n -log softmax_j(logit_n)_0
+
+    A squared error alone is nearly as small where the action is ignored; this one is not: log 8.
+
+    Args:    z, z_next (B, D); a (B, A); changed (B,) bool: the pairs that take part, those whose
+             action is no "no change" and known at both ends; sets: a is of action_sets, and a decoy
+             keeps y and known of its own source
+    Returns: scalar float32; 0 where at most others + 1 pairs take part. Gradients flow through
+             z_next. Assumed: a decoy that equals the true action stays.
+    """
+    z, z_next, a = z[changed], z_next[changed], a[changed]                  # (n, ...)
+    n = len(z)
+    if n <= others + 1:
+        return z.new_zeros((), dtype=torch.float32)
+    own = torch.zeros(a.shape[1], dtype=torch.bool, device=a.device)
+    if sets:
+        own[:a.shape[1] // 2 - 1] = own[-2] = True                          # y and known
+    actions = torch.cat([torch.where(own, a, a.roll(j, dims=0)) for j in range(others + 1)])
+    z_pred = model.predict(z.repeat(others + 1, 1), actions).float().view(others + 1, n, -1)
+    with torch.autocast(z.device.type, enabled=False):
+        logits = -(z_pred - z_next.float()).square().mean(dim=2).T / tau    # (n, others + 1)
+        return F.cross_entropy(logits, torch.zeros(n, dtype=torch.long, device=z.device))
+
+
+class SetAugmentor(Augmentor):
+    """The Augmentor for a model of action_sets: z_aug = r([z_n; p([y_n, y_C, known_n, 1])]).
+
+    As the Augmentor, but for `known_normal` (R,) beside y_normal: whether the normal ECG carries
+    codes at all; None where all do. Raises: ValueError as there, K from 2K + 2 inputs.
+    """
+
+    def __init__(self, world_model: WorldModel, combinations: Tensor, counts: Tensor, total: int):
+        _Synthesis.__init__(self, combinations, counts, total)  # the Augmentor asks for K inputs
+        found = world_model.action_encoder and world_model.action_encoder[0].in_features
+        wanted = 2 * combinations.shape[1] + 2
+        if found != wanted:
+            raise ValueError(f"world_model: found {found or 'no'} action inputs, wanted {wanted} "
+                             f"for {combinations.shape[1]} classes: a model of action_sets")
+        self.model = copy.deepcopy(world_model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _rows(self, which: Tensor, y: Tensor, source: tuple, generator) -> Tensor:
+        z_normal, y_normal, known_normal = source
+        n = torch.randint(len(z_normal), (len(which),), generator=generator)    # with replacement
+        y_n = torch.zeros_like(y) if y_normal is None else y_normal[n].to(y)
+        known = y.new_ones(len(y))
+        known_n = known if known_normal is None else known_normal[n].to(known)
+        z = z_normal[n.to(z_normal.device)].float()
+        return self.model.predict(z, action_sets(y_n, y, known_n, known).to(z.device))
+
+    def sample(self, z_normal: Tensor, n: int, generator: torch.Generator | None = None,
+               y_normal: Tensor | None = None, known_normal: Tensor | None = None
+               ) -> tuple[Tensor, Tensor]:
+        which = torch.multinomial(self.allocation.double(), n, True, generator=generator)
+        return self._draw(which, (z_normal, y_normal, known_normal), generator)
+
+    def batches(self, z_normal: Tensor, batch_size: int, generator: torch.Generator | None = None,
+                y_normal: Tensor | None = None, known_normal: Tensor | None = None
+                ) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._batches((z_normal, y_normal, known_normal), batch_size, generator)

@@ -1634,19 +1634,34 @@ class Cohort:
         return len(self.study_id)
 
     def action_of(self, pairs: np.ndarray, which: str) -> np.ndarray:
-        """What a model is told of pairs (P,), (P, K) int8 in {-1, 0, 1}.
+        """What a model is told of pairs (P,), (P, K) int8 in {-1, 0, 1}, or sets, uint8.
 
         coded: the change of the label set, a = y_next - y (A, section 3.1); state: that of what is
         truly expressed, known of the demo cohort alone; none: zeros, the same architecture without
-        information. Raises: InputError for state where the cohort has none.
+        information; sets: [y, y_next, has_label, has_label_next] (P, 2K + 2), of
+        cardiowm.action_sets. Raises: InputError for state where the cohort has none.
         """
         if which in ("coded", "none"):
             return self.action[pairs] * np.int8(which == "coded")
+        source, target = self.pair[pairs].T
+        if which == "sets":
+            known = self.has_label[self.pair[pairs]].astype(np.uint8)               # (P, 2)
+            return np.concatenate([self.label[source], self.label[target], known], axis=1)
         if self.state is None:
             raise InputError(f"action state: {self.path} holds no true states, as only a demo "
-                             "cohort does; take the action coded or none")
-        source, target = self.pair[pairs].T
+                             "cohort does; take the action coded, sets or none")
         return self.state[target].astype(np.int8) - self.state[source].astype(np.int8)
+
+    def no_change(self, pairs: np.ndarray, form: str) -> np.ndarray:
+        """The action of pairs (P,) in which nothing changed, of a model's action_form.
+
+        difference: zeros (P, K) int8; sets: [y, y, has_label, has_label_next] (P, 2K + 2) uint8.
+        """
+        if form == "difference":
+            return np.zeros_like(self.action[pairs])
+        sets, k = self.action_of(pairs, "sets"), len(self.class_name)
+        sets[:, k:2 * k] = sets[:, :k]
+        return sets
 
 
 def check_cohort(cohort: Cohort) -> None:

@@ -623,6 +623,155 @@ def test_interpolator_stays_between_neighbours_of_one_label_set():
         assert (torch.cdist(z_new, z).amin(1) < 1e-3).all()
 
 
+def test_action_sets_tell_apart_what_a_difference_cannot():
+    y, y_next = torch.tensor([[0, 1], [0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 1], [0, 0]])
+    known, known_next = torch.tensor([True, False, True]), torch.tensor([1, 1, 0])
+    a = cardiowm.action_sets(y, y_next, known, known_next)
+    wanted = [[*y[i], *y_next[i], known[i], known_next[i]] for i in range(3)]
+    assert a.dtype == torch.float32 and torch.equal(a, torch.tensor(wanted).float())
+    assert cardiowm.WorldModel(num_classes=a.shape[1]).eval().predict(torch.zeros(3, 256), a).shape
+    own = cardiowm.action_sets(y, y, known, known)  # no change: not the same for every source
+    assert len(own.unique(dim=0)) == 3 and not (y - y).any()
+
+
+@pytest.mark.parametrize("n", [2, 64, 512])
+def test_the_weight_of_a_ratio_gives_that_ratio_at_any_batch_size(n):
+    for ratio in (0, 0.5, 5, 57):
+        lam = cardiowm.ratio_to_lam(ratio, n)
+        assert 0 <= lam < 1 and lam * n / (1 - lam) == pytest.approx(ratio)
+    assert cardiowm.ratio_to_lam(0.1 * n / 0.9, n) == pytest.approx(0.1)
+
+
+def test_windows_are_slices_of_their_records_with_noise_of_the_given_size():
+    x = torch.randn(40, 3, 50, generator=generator())
+    found = cardiowm.crop_and_noise(x, 20, 0.0, generator(1))
+    starts = [next(i for i in range(31) if torch.equal(x[n, :, i:i + 20], found[n]))
+              for n in range(len(x))]
+    assert len(set(starts)) > 10 and min(starts) < 5 and max(starts) > 25
+    noisy = cardiowm.crop_and_noise(x, 20, 0.3, generator(1))  # the same windows
+    noise = noisy - found
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05)  # of 2,400 values: 1.4 % each way
+    assert abs(noise.mean().item()) < 0.025
+    assert torch.equal(noisy, cardiowm.crop_and_noise(x, 20, 0.3, generator(1)))
+    assert not torch.equal(noisy, cardiowm.crop_and_noise(x, 20, 0.3, generator(2)))
+    assert torch.equal(cardiowm.crop_and_noise(x, 50, 0.0, generator(3)), x)  # the whole record
+    x.requires_grad_()
+    cardiowm.crop_and_noise(x, 20, 0.3, generator(1)).sum().backward()
+    assert torch.equal(x.grad.sum(dim=(1, 2)), torch.full((40,), 60.0))
+
+
+def test_known_bce_equals_a_loop_over_known_records_and_ignores_the_others():
+    logits = torch.randn(7, 4, generator=generator(), dtype=torch.float64).requires_grad_()
+    y = (torch.rand(7, 4, generator=generator(1)) < 0.4).long()
+    known = torch.tensor([1, 0, 1, 1, 0, 0, 1])
+    loss = cardiowm.known_bce(logits, y, known)
+    total = 0.0
+    for n in range(7):
+        for k in range(4):
+            p = 1 / (1 + math.exp(-logits[n, k].item()))
+            total -= known[n].item() * math.log(p if y[n, k] else 1 - p)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(total / 4, rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    wanted = known[:, None] * (logits.detach().sigmoid() - y) / 4  # the closed form
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+    order, other = torch.tensor([6, 2, 0, 1, 5, 3, 4]), torch.where(known[:, None] > 0, y, 1 - y)
+    assert cardiowm.known_bce(logits[order], other[order], known[order]).item() == pytest.approx(
+        loss.item(), rel=1e-6)
+    assert cardiowm.known_bce(logits, y, known.bool()).item() == loss.item()
+    none = cardiowm.known_bce(logits, y, 0 * known)
+    assert none.item() == 0 and not torch.autograd.grad(none, logits)[0].any()
+    # two ranks of unlike shares of known records, averaged, are the whole batch
+    rows = [torch.tensor([0, 2, 3]), torch.tensor([1, 4, 6])]
+    share = torch.stack([known[r].float().mean() for r in rows]).mean()
+    halves = [cardiowm.known_bce(logits[r], y[r], known[r], lambda x: share) for r in rows]
+    both = torch.cat(rows)
+    assert sum(halves).item() / 2 == pytest.approx(
+        cardiowm.known_bce(logits[both], y[both], known[both]).item(), rel=1e-5)
+
+
+def decoys_by_loop(model, z, z_next, a, rows, sets, others=7, tau=0.1):
+    k, total = a.shape[1] // 2 - 1, 0.0
+    told = [[torch.cat([a[n, :k], a[m, k:2 * k], a[n, -2:-1], a[m, -1:]]) if sets else a[m]
+             for m in (rows[i - j] for j in range(others + 1))] for i, n in enumerate(rows)]
+    # one batch: its batch norm sees all of them
+    flat = torch.stack([told[i][j] for j in range(others + 1) for i in range(len(rows))])
+    z_pred = model.predict(z[rows].repeat(others + 1, 1), flat)
+    for i, n in enumerate(rows):
+        logits = [-((z_pred[j * len(rows) + i] - z_next[n]) ** 2).mean() / tau
+                  for j in range(others + 1)]
+        total = total - logits[0] + torch.stack(logits).exp().sum().log()
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("sets", [False, True])
+def test_decoy_loss_equals_a_loop_with_its_gradient(sets):
+    torch.manual_seed(0)
+    n, k = 16, 3
+    model = cardiowm.WorldModel(2 * k + 2 if sets else k, z_dim=4)
+    z, z_next = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
+    y, y_next = (torch.rand(2, n, k) < 0.4).float()
+    a = cardiowm.action_sets(y, y_next, torch.ones(n), torch.ones(n)) if sets else y_next - y
+    changed = torch.arange(n) % 4 != 1                                       # 12 of 16
+    rows = changed.nonzero()[:, 0].tolist()
+    leaves = [z, z_next, *model.action_encoder.parameters(), *model.predictor.parameters()]
+    found = cardiowm.decoy_loss(model, z, z_next, a, changed, sets)
+    wanted = decoys_by_loop(model, z, z_next, a, rows, sets)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss in (found, wanted))):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # float32, a batch norm each
+    assert torch.autograd.grad(cardiowm.decoy_loss(model, z, z_next, a, changed, sets),
+                               z_next)[0][changed].any()  # no stop-gradient
+    # rows that take no part change nothing; turning those that do changes nothing either
+    with torch.no_grad():
+        z[~changed], z_next[~changed], a[~changed] = 9.0, -9.0, 1.0
+        turned = torch.tensor([*rows[5:], *rows[:5]])
+        for at, part in ((torch.arange(n), changed), (turned, changed[turned])):
+            again = cardiowm.decoy_loss(model, z[at], z_next[at], a[at], part, sets)
+            torch.testing.assert_close(again, found.detach(), rtol=1e-5, atol=1e-6)
+    few = torch.arange(n) < 8
+    assert cardiowm.decoy_loss(model, z, z_next, a, few, sets).item() == 0
+
+
+def test_decoys_cost_log_8_where_the_action_is_ignored_and_nothing_where_it_tells_all():
+    a = 5 * torch.eye(12)
+
+    def model(scale):
+        return types.SimpleNamespace(predict=lambda z, action: scale * action)
+
+    z, changed = torch.zeros(12, 12), torch.ones(12, dtype=torch.bool)
+    assert cardiowm.decoy_loss(model(0), z, a, a, changed).item() == pytest.approx(math.log(8))
+    assert cardiowm.decoy_loss(model(1), z, a, a, changed).item() < 1e-9
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_set_augmentor_tells_the_source_and_its_target(named):
+    torch.manual_seed(0)
+    model, (_, combinations, _) = cardiowm.WorldModel(num_classes=10), make_augmentor()
+    model(torch.randn(4, 12, 100), torch.randn(4, 12, 100), torch.rand(4, 10))
+    augmentor = cardiowm.SetAugmentor(model, combinations, torch.tensor([100, 50, 10]), 37)
+    z_normal, y_normal = torch.randn(2, 256), torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0]])
+    known = torch.tensor([True, False])
+    source = {"y_normal": y_normal, "known_normal": known} if named else {}
+    batches = list(augmentor.batches(z_normal, 16, generator(), **source))
+    z, y = (torch.cat(part) for part in zip(*batches))
+    assert [len(y) for _, y in batches] == [16, 16, 5] and not z.requires_grad and model.training
+    assert [int((y == c).all(1).sum()) for c in combinations] == augmentor.allocation.tolist()
+    z, y = (torch.cat(pair) for pair in zip((z, y), augmentor.sample(
+        z_normal, 20, generator(), **source)))
+    y_n, known_n = (y_normal, known) if named else (0 * y_normal, known | True)
+    model.eval()
+    with torch.no_grad():
+        either = torch.stack([model.predict(z_normal[i].expand(len(y), -1), torch.cat(
+            [y_n[i].expand(len(y), -1), y, known_n[i].expand(len(y), 1), torch.ones(len(y), 1)],
+            dim=1)) for i in range(2)])
+    away = (either - z).abs().amax(dim=2)
+    assert (away.amin(dim=0) < 1e-4).all() and ((away < 1e-4).sum(dim=1) > 10).all()
+    for wrong, found in ((cardiowm.WorldModel(4), "found 4"),
+                         (cardiowm.WorldModel(10, action=False), "found no")):
+        with pytest.raises(ValueError, match=f"{found} action inputs, wanted 10 for 4 classes"):
+            cardiowm.SetAugmentor(wrong, combinations, torch.tensor([1, 1, 1]), 10)
+
+
 def test_effective_rank_counts_the_dimensions_in_use():
     z = torch.randn(4000, 6, generator=generator())
     assert cardiowm.effective_rank(z).item() == pytest.approx(6, abs=0.05)
@@ -1749,6 +1898,19 @@ def test_the_action_of_a_pair_is_the_coded_the_true_or_no_change(demo_cohort):
         assert got.dtype == np.int8 and got.any() == (which != "none")
         np.testing.assert_array_equal(
             got, [of[b].astype(int) - of[a] for a, b in demo_cohort.pair[pairs]])
+    sets, k = demo_cohort.action_of(np.arange(len(demo_cohort.pair)), "sets"), len(
+        demo_cohort.class_name)
+    for row, (a, b) in zip(sets, demo_cohort.pair):
+        known = [demo_cohort.has_label[a], demo_cohort.has_label[b]]
+        assert row.tolist() == [*demo_cohort.label[a], *demo_cohort.label[b], *known]
+    torch.testing.assert_close(torch.from_numpy(sets).float(), cardiowm.action_sets(*(
+        torch.from_numpy(of[demo_cohort.pair[:, i]]) for of in (
+            demo_cohort.label, demo_cohort.has_label) for i in (0, 1))))
+    assert demo_cohort.no_change(pairs, "difference").shape == (len(pairs), k)
+    assert not demo_cohort.no_change(pairs, "difference").any()
+    same = demo_cohort.no_change(pairs, "sets")
+    assert (same[:, k:2 * k] == same[:, :k]).all() and (same[:, :k] == sets[pairs, :k]).all()
+    assert (same[:, 2 * k:] == sets[pairs, 2 * k:]).all() and not (same == sets[pairs]).all()
     demo_cohort.state = None
     with pytest.raises(InputError, match="true states"):
         demo_cohort.action_of(pairs, "state")
@@ -3312,6 +3474,15 @@ def pretrained(workplace):
     return workplace / "runs/base"
 
 
+@pytest.fixture(scope="module")
+def recommended(workplace):
+    """The same with every switch of the recommended recipe and single records."""
+    name = "tiny-pretrain-reciperecommended"  # as unnamed without --self-pairs and what is quick
+    assert run_train("--mode pretrain --recipe recommended --self-pairs --decoys 0.05 --epochs 2 "
+                     f"--batch-size 48 --allow-tiny --run {name}") == 0
+    return workplace / "runs" / name
+
+
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -3604,6 +3775,8 @@ def ranks(workplace):
 
     def runs(prefix, batch_size):
         how = {"sigreg": "--mode pretrain", "vicreg": "--mode pretrain --reg vicreg",
+               # without windows and noise, of which each rank has its own
+               "recipe": "--mode pretrain --recipe recommended --crop 1 --noise 0",
                "finetune": "--mode finetune --init scratch --epochs 1 --batch-size 24"}
         more = f"--allow-tiny --epochs 1 --batch-size {batch_size}"  # of 40 pairs
         return {name: f"{data} --device cpu --frac 0.6 --run {prefix}-{name} {flags} "
@@ -3617,6 +3790,7 @@ def ranks(workplace):
         "cuda:0": f"{data} {pretrain} --device cuda:0",
         "mps": f"{data} {pretrain} --device mps",
         "batch": f"{data} {pretrain} --device cpu --batch-size 3",
+        "decoys": f"{data} {pretrain} --device cpu --batch-size 8 --decoys 1",
         "data": f"--data nowhere.h5 {pretrain} --device cpu",
         "finished": two["vicreg"],
         "long": f"{data} --mode pretrain --allow-tiny --device cpu --run {'x' * 300}",
@@ -3632,7 +3806,7 @@ def training_rows_of(name):
 def assert_rows_agree(rows, wanted, tolerance):
     """tolerance: step -> relative, of the terms of the loss in two logs of as many steps."""
     assert [row["step"] for row in rows] == [row["step"] for row in wanted]
-    terms = set("loss pred sigreg_t sigreg_next var cov grad_ratio".split())
+    terms = set("loss pred sigreg_t sigreg_next var cov grad_ratio supervised_bce".split())
     for row, other in zip(rows, wanted):
         assert row.keys() == other.keys() and row["lr"] == other["lr"]
         for key in row.keys() & terms:
@@ -3680,7 +3854,8 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("name, steps", [("sigreg", 10), ("vicreg", 10), ("finetune", 2)])
+@pytest.mark.parametrize("name, steps", [
+    ("sigreg", 10), ("vicreg", 10), ("recipe", 10), ("finetune", 2)])
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
     assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
@@ -3720,6 +3895,7 @@ def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
     ("cuda:0", "--device cuda:0: torchrun gives each process its own device"),
     ("mps", "--device mps: torchrun gives each process its own device"),
     ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
+    ("decoys", "--decoys: found several processes"),
     ("data", "nowhere.h5"),
     ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
     ("long", "File name too long; choose a shorter name"),
@@ -3810,15 +3986,127 @@ def test_pretraining_leaves_checkpoint_log_config_and_predictions(pretrained, ti
     "--objective invariance --reg vicreg",
     "--residual --action state --lam 0.02",
     "--schedule onecycle --z-dim 32 --normalize none --pairs labelled",
+    "--recipe recommended --objective invariance",
+    "--supervise 1 --objective labels --lam 0",
 ])
 def test_variants_of_the_pretraining_train(workplace, flags):
     name = "variant" + flags.split()[0]
     assert run_train("--mode pretrain --run", name, *QUICK, flags) == 0
     state, row = state_of(name), training_rows_of(name)[0]
     assert all(torch.isfinite(v).all() for v in state["model"].values())
-    assert state["model_args"]["action"] is ("invariance" not in flags)
+    assert state["model_args"]["action"] is ("objective" not in flags)
+    assert state["action_form"] == "difference"
     if "vicreg" in flags:
         assert row["loss"] == pytest.approx(25 * row["pred"] + 25 * row["var"] + row["cov"], 1e-5)
+
+
+def test_the_recommended_recipe_learns_its_terms_and_is_judged_on_whole_records(recommended, tiny):
+    args = json.loads((recommended / "config.json").read_text())["args"]
+    assert args["lam"] * 48 / (1 - args["lam"]) == pytest.approx(5)
+    *rows, _ = log_of(recommended)
+    for r in (r for r in rows if "loss" in r):
+        terms = (1 - args["lam"]) * r["pred"] + args["lam"] * (r["sigreg_t"] + r["sigreg_next"])
+        wanted = terms + 0.3 * r["supervised_bce"] + 0.05 * r["decoy_ce"]
+        assert r["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert 1 < rows[0]["decoy_ce"] < 4  # log 8 = 2.08 where the action tells nothing
+    state, k = state_of(recommended.name), len(tiny.class_name)
+    assert state["action_form"] == "sets" and state["model_args"]["num_classes"] == 2 * k + 2
+    model = cardiowm.WorldModel(**state["model_args"])
+    model.load_state_dict(state["model"])
+    head = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, k))
+    head.load_state_dict(state["supervised"])
+    val = np.flatnonzero(tiny.split == 1)
+    pairs = np.flatnonzero((tiny.split[tiny.pair] == 1).all(axis=1))
+    pairs = pairs[:len(pairs) // min(48, len(pairs)) * 48]
+    x, x_next, x_val = (cardiowm.normalize(torch.from_numpy(tiny.signal[which])) for which in (
+        *tiny.pair[pairs].T, val))
+    with torch.no_grad():
+        a = torch.from_numpy(tiny.action_of(pairs, "sets"))
+        _, _, z_pred, z_next = model.eval()(x, x_next, a)
+        score = head(model.encode(x_val)).numpy()
+    row = [r for r in rows if "val_loss" in r][-1]
+    assert row["val_pred"] == pytest.approx(F.mse_loss(z_pred, z_next).item(), rel=1e-4)
+    assert row["val_supervised_macro_auroc"] == pytest.approx(
+        evaluate.macro_auroc(tiny.label[val], score), abs=1e-3)
+    y, known = tiny.label[val], torch.from_numpy(tiny.has_label[val])
+    bce = cardiowm.known_bce(torch.from_numpy(score), torch.from_numpy(y), known).item()
+    assert row["val_supervised_bce"] == pytest.approx(bce, rel=1e-4)
+    assert row["val_loss"] == pytest.approx(0.3 * bce + (1 - args["lam"]) * row["val_pred"] + args[
+        "lam"] * (row["val_sigreg_t"] + row["val_sigreg_next"]), rel=1e-4)
+
+
+def test_single_records_become_pairs_without_change(tiny):
+    flags = "--mode pretrain --action sets --crop 0.5 --self-pairs --frac 0.5"
+    args = train.settle(train.build_parser().parse_args(flags.split()))
+    args.seed = 0
+    rows, pairs, single, n = train.training_items(args, tiny)
+    in_pairs = {row for pair in pairs for row in tiny.pair[pair]}
+    assert single.tolist() == [row for row in rows if row not in in_pairs] and len(single)
+    task, p = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single), len(pairs)
+    assert n == len(task.pair) == p + len(single)
+    assert (task.pair[p:] == single[:, None]).all() and (task.pair[:p] == tiny.pair[pairs]).all()
+    y, known = (torch.from_numpy(of[single]) for of in (tiny.label, tiny.has_label))
+    assert torch.equal(task.action[p:].float(), cardiowm.action_sets(y, y, known, known))
+    assert torch.equal(task.label[p:], y) and torch.equal(task.label_next[p:], y)
+    labelled = tiny.has_label[tiny.pair[pairs]].all(axis=1)
+    changed = tiny.action[pairs].any(axis=1) & labelled
+    assert task.changed.tolist() == [*changed, *[False] * len(single)] and changed.any()
+    x, x_next, at = task.read(np.arange(p, n))
+    assert torch.equal(x, x_next)
+    x, x_next = task.signals.windows(args, 0, x, x_next)  # whose windows differ
+    assert x.shape[2] == 250 and (x != x_next).flatten(1).any(dim=1).float().mean() > 0.9
+    args.action, args.self_pairs = "coded", False
+    assert train.training_items(args, tiny)[3] == p
+    task = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single)
+    assert not task.action[p:].any() and task.action.dtype == torch.int8
+
+
+def test_windows_are_a_function_of_seed_step_and_rank_and_off_for_the_papers(tiny, monkeypatch):
+    args = train.settle(train.build_parser().parse_args("--mode pretrain --recipe recommended"
+                                                        .split()))
+    signals, rows = train.Signals(tiny, torch.device("cpu"), "ram", "zscore"), np.arange(8)
+
+    def draw(seed, step, rank):
+        args.seed = seed
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        return signals.windows(args, step, signals.read(rows))[0]
+
+    first = draw(0, 3, 0)
+    assert first.shape == (8, 12, 400) and torch.equal(first, draw(0, 3, 0))
+    for other in ((1, 3, 0), (0, 4, 0), (0, 3, 1)):
+        assert not torch.equal(first, draw(*other))
+    args.crop, args.noise = 1.0, 0.0
+    assert torch.equal(draw(0, 3, 0), signals.ready(signals.read(rows)))
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ("", dict(action="coded", lam=0.1, crop=1.0, noise=0.0, supervise=0.0, sigreg_ratio=None)),
+    ("--recipe recommended", dict(action="sets", lam=5 / 69, crop=0.8, noise=0.05, supervise=0.3)),
+    ("--recipe recommended --crop 1 --supervise 0 --action state",
+     dict(action="state", lam=5 / 69, crop=1.0, noise=0.05, supervise=0.0)),
+    ("--recipe recommended --lam 0.2", dict(lam=0.2, sigreg_ratio=None, action="sets")),
+    ("--sigreg-ratio 57", dict(lam=57 / 121, action="coded", crop=1.0)),
+    ("--recipe recommended --objective invariance", dict(action="coded", lam=5 / 69, crop=0.8)),
+    ("--recipe recommended --reg vicreg", dict(action="sets", lam=None, sigreg_ratio=None)),
+])
+def test_switches_come_from_the_recipe_unless_given(tiny, flags, wanted):
+    args = train.build_parser().parse_args(["--mode", "pretrain", *flags.split()])
+    train.resolve(train.settle(args), tiny, torch.device("cpu"), 1000)
+    assert {name: getattr(args, name) for name in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("flags", [
+    "probe --head mlp --augment dynamics --min-count 5",
+    "probe --head mlp --augment dynamics --min-count 5 --augment-action zero",
+    "finetune --batch-size 16 --crop 0.6 --noise 0.1 --frac 1",
+])
+def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, flags):
+    name = f"after-{len(flags)}"
+    assert run_train("--epochs 1 --recipe recommended --run", name, "--mode", flags) == 0
+    assert f"init: runs/{recommended.name} (pretraining of the same" in capsys.readouterr().out
+    config = json.loads((Path("runs") / name / "config.json").read_text())
+    assert config["init"]["run"] == recommended.name
+    assert config["args"]["action"] == "coded"  # switches of the pretraining's, not of this run
 
 
 @pytest.mark.parametrize("flags", [
@@ -3883,23 +4171,34 @@ def test_finetuning_starts_where_it_says(pretrained, init):
     assert state["kind"] == "classifier"
 
 
-def test_synthetic_rows_stand_behind_the_real_ones_and_weigh_less():
+@pytest.mark.parametrize("told", ["true", "shuffled", "zero", "sets", "sets-zero"])
+def test_synthetic_rows_stand_behind_the_real_ones_and_weigh_less(told):
     real, total, k = 6, 40, 4
     y = torch.zeros(real + total, k, dtype=torch.uint8)
     y[:real] = y_real = torch.tensor([[0, 0, 0, 0]] * 3 + [[1, 0, 0, 0]] * 2 + [[0, 1, 1, 0]])
     inputs = torch.zeros(real + total, 256, dtype=torch.float16)
     inputs[:real] = torch.randn(real, 256, generator=generator())
     combinations, counts = cardiowm.label_combinations(y_real, min_count=1)
-    args = types.SimpleNamespace(total=total, augment="dynamics", seed=0)
-    before, model = inputs[:real].clone(), cardiowm.WorldModel(k)
-    train.synthesise(args, model, (combinations, counts, (y_real == 0).all(dim=1)), inputs, y)
+    args = types.SimpleNamespace(total=total, augment="dynamics", seed=0,
+                                 augment_action=told.replace("sets-", "").replace("sets", "true"))
+    before, sets = inputs[:real].clone(), "sets" in told
+    model, known = cardiowm.WorldModel(2 * k + 2 if sets else k), torch.arange(real) != 1
+    train.synthesise(args, model, (combinations, counts, (y_real == 0).all(dim=1), known), inputs,
+                     y)
     assert torch.equal(inputs[:real], before) and torch.equal(y[:real].long(), y_real)
     assert torch.equal(torch.unique(y[real:].long(), dim=0), torch.unique(combinations, dim=0))
-    # each synthetic row is r([z_n; p(y)]) of one of the three normal rows, in float16
+    # each synthetic row is r([z_n; p(y)]) of one of the three normal rows, in float16: nothing
+    # changes for "zero", and the label tells nothing of the action for "shuffled"
     with torch.no_grad():
-        wanted = torch.stack([model.eval().predict(z.float().expand(total, -1), y[real:])
-                              for z in inputs[:3]])
-    assert ((wanted - inputs[real:].float()).abs().amax(dim=2).amin(dim=0) < 2e-3).all()
+        y_to = y[real:].long() * ("zero" not in told)
+        seen = [known[i].expand(total) for i in range(3)]
+        actions = [cardiowm.action_sets(0 * y_to, y_to, n, n if "zero" in told else 0 * n + 1)
+                   if sets else y_to for n in seen]
+        wanted = torch.stack([model.eval().predict(z.float().expand(total, -1), a)
+                              for z, a in zip(inputs[:3], actions)])
+    near = (wanted - inputs[real:].float()).abs().amax(dim=2).amin(dim=0) < 2e-3
+    assert near.all() if told != "shuffled" else 0 < near.sum() < total / 2 + 8
+    assert len(inputs[real:].unique(dim=0)) <= (3 if "zero" in told else 3 * len(counts))
     head, pos_weight = cardiowm.MLPProbe(256, k), torch.full((k,), 2.0)
     at, weight = torch.tensor([2, 5, 10, 45]), torch.tensor([1, 1, 0.3, 0.3])[:, None]
     loss, _ = train.probe_loss(head, inputs, y, real, pos_weight)(at.numpy(), at, 0)
@@ -4006,13 +4305,15 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("flags", [
     "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
-    "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24",
+    "--mode pretrain --recipe recommended --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny "
+    "--decoys 0.1 --self-pairs",
+    "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24 --crop 0.8 --noise 0.1",
     "--mode probe --init base --head mlp --epochs 4 --batch-size 64",
 ])
 def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     pretrained, monkeypatch, capsys, flags
 ):
-    kind = flags.split()[1]
+    kind = flags.split()[1] + "-recipe" * ("recipe" in flags)
     flags += f" --run {{}}-{kind}"
     assert run_train(flags.format("whole")) == 0
     pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # amid an epoch; at 4, as after a SIGKILL
@@ -4042,7 +4343,8 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    n = sum(len(state_of(f"parts-{kind}").get(k, ())) for k in ("model", "online_probe"))
+    n = sum(len(state_of(f"parts-{kind}").get(k, ()))
+            for k in ("model", "online_probe", "supervised"))
     assert f"threads: {threads}, as when this run began" in out
     assert f"{n} of {n} tensors loaded from {path}" in out
     assert run_train(parts) == 130 and last_line(capsys).startswith("SIGINT: stopped at step 4")
@@ -4219,21 +4521,30 @@ def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained
     assert run_train(flags) == 2 and "the weights of init" in last_line(capsys)
 
 
-def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys):
-    flags, run = "--mode probe --init base --epochs 2 --run older", Path("runs/older")
+@pytest.mark.parametrize("flags", [
+    "--mode probe --init base --epochs 2",
+    "--mode pretrain --epochs 1 --batch-size 64 --allow-tiny"])
+def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys, flags):
+    run = Path("runs/older-" + flags.split()[1])
+    flags += f" --run {run.name}"
     assert run_train(flags) == 0
     (run / "predictions_test.npz").unlink()  # as if interrupted at the end
     config = json.loads((run / "config.json").read_text())
     (new,) = config.pop("code")
-    for key in ("patience", "compute_of", "class_weight"):  # arguments that it did not know
-        del config["args"][key]
+    state = state_of(run.name)
+    state.pop("action_form", None)
+    for key in ("patience compute_of class_weight recipe sigreg_ratio crop noise supervise decoys "
+                "self_pairs augment_action").split():  # arguments that it did not know
+        del config["args"][key], state["args"][key]
+    torch.save(state, run / "last.pt")
     old = new["sha256"] | {"train.py": "0"}
     (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
     assert run_train(flags, "--seed 1") == 2  # another run all the same
-    broken = config | {"speed": {"threads": "many"}}
     before = (run / "config.json").read_text()
-    (run / "config.json").write_text(json.dumps(broken))
-    assert run_train(flags) == 2 and "damaged: speed.threads is 'many'" in last_line(capsys)
+    for part, found in (({"speed": {"threads": "many"}}, "speed.threads is 'many'"),
+                        ({"code": []}, "code is None"), ({"code": [{}]}, "code.sha256 is None")):
+        (run / "config.json").write_text(json.dumps(config | part))
+        assert run_train(flags) == 2 and f"damaged: {found}" in last_line(capsys)
     (run / "config.json").write_text(before)
     assert run_train(flags) == 0
     code = json.loads((run / "config.json").read_text())["code"]
@@ -4312,6 +4623,14 @@ def test_a_run_is_named_by_what_differs_from_the_defaults():
     for flags, name in (
             ("pretrain", "cohort-pretrain"),
             ("pretrain --frac 0.1 --device cpu", "cohort-pretrain-frac0.1"),
+            ("pretrain --lam 0.1 --action coded --crop 1 --no-self-pairs", "cohort-pretrain"),
+            ("pretrain --recipe recommended --seed 1", "cohort-pretrain-reciperecommended-seed1"),
+            ("pretrain --recipe recommended --action sets --noise 0.05 --sigreg-ratio 5",
+             "cohort-pretrain-reciperecommended"),
+            ("pretrain --recipe recommended --action coded --lam 0.1 --self-pairs",
+             "cohort-pretrain-reciperecommended-actioncoded-self-pairs-lam0.1"),
+            ("finetune --recipe recommended --crop 0.8",
+             "cohort-finetune-reciperecommended-crop0.8"),
             ("probe --init runs/cohort-pretrain-lam0.02 --labelled-only --seed 1",
              "cohort-probe-labelled-only-initpretrain-lam0.02-seed1")):
         args = parser.parse_args(["--mode", *flags.split()])
@@ -4334,6 +4653,10 @@ def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_se
     config["args"]["seed"] = 7
     (folder / "config.json").write_text(json.dumps(config))
     assert train.find_init(args, tiny) == folder
+    args.recipe = "recommended"
+    with pytest.raises(InputError, match=f"{missing} --recipe recommended` first"):
+        train.find_init(args, tiny)
+    args.recipe = "papers"
     (folder / "predictions_test.npz").unlink()
     with pytest.raises(InputError, match="unfinished"):
         train.find_init(args, tiny)
@@ -4386,6 +4709,23 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --cache gpu", "the device is the CPU"),
     ("pretrain --objective invariance --action state", "no action"),
     ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
+    ("pretrain --reg vicreg --sigreg-ratio 5", "means nothing with --reg vicreg"),
+    ("pretrain --sigreg-ratio 5 --lam 0.1", "--lam and --sigreg-ratio exclude each other"),
+    ("pretrain --sigreg-ratio -1", "--sigreg-ratio: found -1.0, wanted 0"),
+    ("pretrain --crop 0", "--crop: found 0.0, wanted 0.1 to 1"),
+    ("pretrain --noise nan", "--noise: found nan"),
+    ("pretrain --self-pairs", "--self-pairs: pairs two windows of a record, and without --crop"),
+    ("pretrain --recipe recommended --self-pairs --crop 1", "add --crop 0.8"),
+    ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
+    ("pretrain --objective invariance --decoys 0.1", "--decoys 0.1: tells the true action"),
+    ("pretrain --action none --decoys 0.1", "--decoys 0.1: tells the true action"),
+    ("pretrain --objective labels", "--objective labels: learns labels"),
+    ("pretrain --objective labels --supervise 1 --reg vicreg", "leave --reg out"),
+    ("probe --supervise 1 --init base", "--supervise: means nothing in --mode probe"),
+    ("probe --recipe recommended --init base", "and so does --init base; leave one out"),
+    ("finetune --recipe recommended --frac 0.5", "--recipe recommended` first, or name one"),
+    ("probe --init base --head mlp --augment smote --augment-action zero --min-count 5",
+     "--augment-action zero: a control of --augment dynamics"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file --allow-tiny", "File exists; name a folder"),
     ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
@@ -4584,8 +4924,10 @@ def test_a_study_of_several_seeds_has_three_untrained_encoders_at_least(tiny, se
     assert len(untrained) == 3 * draws  # at 100, 10 and 1 %
     assert len({runs[name][runs[name].index("--init") + 1] for name in untrained}) == draws
     assert all("--quick" in argv for argv in runs.values())
+    few = [f"{name}-frac0.1" for name in ("mlp-dynamics", "mlp-recommended-dynamics")]
     assert [name for name in first if "--min-count" in runs[name]] == [
-        f"mlp-{kind}{ends[0]}" for kind in ("dynamics", "smote", "oversample", "state")]
+        name + ends[0] for name in ("mlp-dynamics", "mlp-smote", "mlp-oversample",
+                                    "mlp-recommended-dynamics", "mlp-state", *few)]
 
 
 def test_the_plan_knows_what_each_run_is_and_works_on(tiny):
@@ -4728,6 +5070,8 @@ import train"""
 
 FLAGS = {
     "train": """--mode --data --frac --labelled-only --pairs --cache --objective --action --residual
+        --recipe --sigreg-ratio --crop --noise --supervise --decoys --self-pairs --no-self-pairs
+        --augment-action
         --z-dim --normalize --init --head --features --augment --class-weight --min-count --total
         --reg --lam --slices --epochs --batch-size --lr --schedule --paper --quick --compute-of
         --run --seed --device --compile --deterministic --resume --overwrite --allow-tiny
@@ -4825,7 +5169,7 @@ def test_compiled_pretraining_steps_are_those_of_the_plain_encoder(tiny, monkeyp
     for flags in (["--compile"], []):
         if not flags:
             monkeypatch.setattr(train, "fast_encoder", lambda encoder: encoder)
-        args = train.build_parser().parse_args(["--mode", "pretrain", *flags])
+        args = train.settle(train.build_parser().parse_args(["--mode", "pretrain", *flags]))
         torch.manual_seed(0)
         task = train.Pretraining(args, tiny, pairs, cpu)
         optimizer = train.make_optimizer(task.modules.values(), 1e-3, 5e-4)

@@ -7,6 +7,7 @@
     python train.py --mode finetune --frac 0.1 --init scratch       # supervised baseline
     python train.py --mode pretrain --frac 0.1 --objective invariance   # naive patient invariance
     python train.py --mode pretrain --frac 0.1 --reg vicreg             # VICReg ablation
+    python train.py --mode pretrain --recipe recommended    # a world model that needs its action
     python train.py --mode reproduce --quick            # both papers' whole matrix, and a report
     python train.py --mode bench                        # how fast each stage is here
     torchrun --nproc_per_node=8 -- train.py --mode pretrain     # on eight GPUs
@@ -94,6 +95,15 @@ RECIPES = {
                 quick=dict(epochs=20, batch_size=256, steps=20)),
 }
 
+# What --recipe sets of a pretraining's objective where a flag is unset; a recipe of the papers' own
+# has lam, any other the ratio that lam follows from.
+PAPERS = dict(action="coded", lam=0.1, sigreg_ratio=None, crop=1.0, noise=0.0, supervise=0.0,
+              decoys=0.0, self_pairs=False)
+SWITCHES = {
+    "papers": PAPERS,
+    "recommended": PAPERS | dict(action="sets", lam=None, sigreg_ratio=5.0, crop=0.8, noise=0.05,
+                                 supervise=0.3)}
+
 # ----------------------------------------------------------------------------------------------
 # Data: which patients, which pairs, and batches of signals
 # ----------------------------------------------------------------------------------------------
@@ -126,11 +136,16 @@ def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bo
     return np.flatnonzero(keep)
 
 
-def training_items(args: argparse.Namespace, cohort: Cohort) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows and pairs for training, and the number of those that --mode trains on."""
+def training_items(args: argparse.Namespace, cohort: Cohort
+                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Rows, pairs and single rows for training, and the number of those that --mode trains on.
+
+    --self-pairs: a row that is in none of the pairs becomes one of two windows of itself.
+    """
     rows = training_rows(cohort, args.frac, args.seed, args.labelled_only)
     pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
-    return rows, pairs, len(pairs) if args.mode == "pretrain" else len(rows)
+    single = rows[~np.isin(rows, cohort.pair[pairs])] if args.self_pairs else rows[:0]
+    return rows, pairs, single, len(pairs) + len(single) if args.mode == "pretrain" else len(rows)
 
 
 def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -173,6 +188,15 @@ class Signals:
     def ready(self, x: Tensor) -> Tensor:
         """float16 mV -> model input, float32 (B, 12, T)."""
         return cardiowm.normalize(x) if self.how == "zscore" else x.float()
+
+    def windows(self, args: argparse.Namespace, step: int, *batch: Tensor) -> list[Tensor]:
+        """The same for training, cut to --crop and with --noise: a function of (seed, step), of
+        each rank its own."""
+        if (args.crop, args.noise) == (1.0, 0.0):
+            return [self.ready(x) for x in batch]
+        generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, step, 6) + rank())
+        return [cardiowm.crop_and_noise(self.ready(x), round(args.crop * x.shape[2]), args.noise,
+                                        generator) for x in batch]
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
@@ -681,20 +705,25 @@ def gradient_ratio(pred: Tensor, reg: Tensor, model: nn.Module) -> float:
 class Pretraining:
     """World model, online probe, data and objective of a pretraining: what a step needs (A)."""
 
-    def __init__(self, args, cohort: Cohort, pairs: np.ndarray, device: torch.device):
+    def __init__(self, args, cohort: Cohort, pairs: np.ndarray, device: torch.device,
+                 single: Iterable[int] = ()):
         self.args, self.device, self.seed = args, device, args.seed
-        self.model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads),
-                           "residual": args.residual, "action": args.objective == "dynamics",
-                           "z_dim": args.z_dim}
+        k, self.sets = len(cohort.class_name), args.action == "sets"
+        self.model_args = {"num_classes": 2 * k + 2 if self.sets else k,
+                           "in_leads": len(cohort.leads), "residual": args.residual,
+                           "action": args.objective == "dynamics", "z_dim": args.z_dim}
         model = _WorldModel(**self.model_args).to(device)
         fast_encoder(model.encoder)
         if device.type == "cpu" and torch.get_num_threads() > 1 and world_size() == 1 \
                 and not args.compile:
             model.both = BothOnTwoThreads(model.encoder)
-        online = nn.Sequential(nn.LayerNorm(cardiowm.H_DIM),
-                               nn.Linear(cardiowm.H_DIM, len(cohort.class_name))).to(device)
-        self.model, self.modules = model, {"model": model, "online_probe": online}
-        self.network, self.online = parallel(model, device), parallel(online, device)
+        heads = ["online_probe", "supervised"][:1 + (args.supervise > 0)]
+        self.model, self.modules = model, {"model": model} | {name: nn.Sequential(
+            nn.LayerNorm(cardiowm.H_DIM), nn.Linear(cardiowm.H_DIM, k)).to(device)
+            for name in heads}
+        self.network, self.online, *supervised = (
+            parallel(module, device) for module in self.modules.values())
+        self.supervised = supervised[0] if supervised else None
         self.sigreg = cardiowm.SIGReg(args.slices).to(device)
         if args.compile:
             from torch._functorch import config
@@ -702,9 +731,20 @@ class Pretraining:
             model.encoder.compile()
             self.sigreg.compile()
         self.signals = Signals(cohort, device, args.cache, args.normalize)
-        self.pair = cohort.pair[pairs]                                           # (P, 2) rows
-        self.action = torch.from_numpy(cohort.action_of(pairs, args.action)).to(device)  # (P, K)
-        self.label = torch.from_numpy(cohort.label[self.pair[:, 0]]).to(device)  # (P, K) uint8
+        # pairs, then single rows (--self-pairs), whose labels do not change
+        single = np.array(single, dtype=cohort.pair.dtype)
+        self.pair = np.concatenate([cohort.pair[pairs], np.stack([single] * 2, axis=1)])
+        y, known = cohort.label[single], cohort.has_label[single, None]          # (S, K), (S, 1)
+        same = np.hstack([y, y, known, known]) if self.sets else np.zeros_like(y)        # (S, A)
+        action = cohort.action_of(pairs, args.action)                            # (P, A)
+        changed = cohort.action_of(pairs, "coded" if self.sets else args.action).any(axis=1)
+        changed &= cohort.has_label[cohort.pair[pairs]].all(axis=1)              # (P,)
+        self.action, self.label, self.label_next, self.known, self.changed = (
+            torch.from_numpy(part).to(device) for part in (
+                np.concatenate([action, same.astype(action.dtype)]),             # (P + S, A)
+                *cohort.label[self.pair.T],                                      # (P + S, K) uint8
+                cohort.has_label[self.pair],                                     # (P + S, 2) bool
+                np.concatenate([changed, np.zeros(len(single), bool)])))         # (P + S,)
 
     def read(self, items: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) pairs -> both ECGs (B, 12, T) float16 mV and the index (B,), all on the device."""
@@ -717,18 +757,36 @@ class Pretraining:
         if self.args.reg == "vicreg":
             return cardiowm.vicreg_loss(z_pred, z_next, mean)
         generator = torch.Generator(z.device).manual_seed(seed)  # of each kind of device its own
-        return cardiowm.dynamics_loss(z, z_pred, z_next, self.sigreg, self.args.lam, generator,
-                                      mean)
+        terms = cardiowm.dynamics_loss(z, z_pred, z_next, self.sigreg, self.args.lam, generator,
+                                       mean)
+        if self.args.objective == "labels":  # a control, whose predictor gets 0 for gradient
+            terms["loss"] = self.args.lam * (terms["sigreg_t"] + terms["sigreg_next"]) \
+                + 0 * terms["pred"]
+        return terms
+
+    def supervised_bce(self, h: Tensor, h_next: Tensor, at: Tensor) -> Tensor:
+        """Mean of known_bce at both ends of the pairs `at`, of the head that is not detached."""
+        logits = self.supervised(torch.cat([h, h_next]).float()).chunk(2)
+        ends = zip(logits, (self.label[at], self.label_next[at]), self.known[at].T)
+        return sum(cardiowm.known_bce(*end, mean_over_ranks()) for end in ends) / 2
 
     def loss_of(self, items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         """The scalar to minimise and the terms to log, of this rank's part of the batch."""
-        x, x_next, at = batch
+        *both, at = batch
+        x, x_next = self.signals.windows(self.args, step, *both)
         with autocast(self.device):
-            h, _, z, z_pred, z_next = self.network(
-                self.signals.ready(x), self.signals.ready(x_next), self.action[at])
+            h, h_next, z, z_pred, z_next = self.network(x, x_next, self.action[at])
         logits = self.online(h.detach().float())  # a problem of its own: nothing flows back
         seed = seed_of(self.seed, step, 2)  # the same directions on all ranks
         terms = self.objective(z, z_pred, z_next, seed, mean_over_ranks())
+        if self.args.supervise:
+            terms["supervised_bce"] = self.supervised_bce(h, h_next, at)
+            terms["loss"] = terms["loss"] + self.args.supervise * terms["supervised_bce"]
+        if self.args.decoys:
+            with autocast(self.device):
+                terms["decoy_ce"] = cardiowm.decoy_loss(
+                    self.model, z, z_next, self.action[at], self.changed[at], self.sets)
+            terms["loss"] = terms["loss"] + self.args.decoys * terms["decoy_ce"]
         terms["online_bce"] = F.binary_cross_entropy_with_logits(
             logits, self.label[at].float())
         first_epoch = len(self.pair) // (len(items) * world_size())
@@ -741,14 +799,17 @@ class Pretraining:
         return terms["loss"] + terms["online_bce"], terms
 
 
-def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
+def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray, single: np.ndarray,
              device: torch.device) -> dict[str, np.ndarray]:
-    """Train the world model on pairs; returns the online probe's scores of val and test records."""
-    task = Pretraining(args, cohort, pairs, device)
-    model, online = task.model, task.modules["online_probe"]
+    """Train the world model on pairs, and single rows; returns the online probe's scores of val and
+    test records, those of the supervised head where nothing else is learned (labels)."""
+    task = Pretraining(args, cohort, pairs, device, single)
+    model, n = task.model, len(task.pair)
+    heads = {"": task.modules["online_probe"]} | {
+        "supervised_": head for name, head in task.modules.items() if name == "supervised"}
     # every rank takes the whole batches, so that the statistics are those of a single process
-    batch_size = global_batch(args, len(pairs))
-    fixed = epoch_order(len(pairs), batch_size, args.seed, 0)[:RECALIBRATE_BATCHES]
+    batch_size = global_batch(args, n)
+    fixed = epoch_order(n, batch_size, args.seed, 0)[:RECALIBRATE_BATCHES]
     val_rows = judged_rows(cohort)["val"]
     val_pairs = select_pairs(cohort, val_rows, args.pairs, args.labelled_only)
     val_n = min(batch_size, len(val_pairs))  # the statistic scales with N
@@ -764,9 +825,9 @@ def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
     def validate() -> dict:
         recalibrate([model], forward, (b for _, b in prefetch(task.read, fixed)))
         model.eval()
-        online.eval()
         h, z = evaluate.embed(model, task.signals, val_rows, args.normalize)
-        values = {"val_macro_auroc": macro_auroc(cohort.label[val_rows], scores_of(online, h))}
+        values = {f"val_{name}macro_auroc": macro_auroc(
+            cohort.label[val_rows], scores_of(head.eval(), h)) for name, head in heads.items()}
         source, target = np.searchsorted(val_rows, cohort.pair[val_pairs]).T
         a = torch.from_numpy(cohort.action_of(val_pairs, args.action)).to(device)
         terms: dict[str, list[float]] = {"loss": []}
@@ -777,14 +838,22 @@ def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray,
             for name, value in out.items():
                 terms.setdefault(name, []).append(float(value))
         values |= {f"val_{k}": float(np.mean(v)) if v else math.nan for k, v in terms.items()}
+        if args.supervise:
+            y, known = (torch.from_numpy(a[val_rows]).to(device)
+                        for a in (cohort.label, cohort.has_label))
+            values["val_supervised_bce"] = float(cardiowm.known_bce(
+                heads["supervised_"](h), y, known))
+            values["val_loss"] += args.supervise * values["val_supervised_bce"]
         return values | {"val_z_std_min": float(z.std(dim=0).min()),
                          "val_z_rank": float(cardiowm.effective_rank(z))}
 
-    header = checkpoint_header(args, cohort, "worldmodel", task.model_args)
-    fit(run, args, recipe, task.modules, header, len(pairs), task.read, task.loss_of, validate,
+    header = checkpoint_header(args, cohort, "worldmodel", task.model_args) | {
+        "action_form": "sets" if task.sets else "difference"}
+    fit(run, args, recipe, task.modules, header, n, task.read, task.loss_of, validate,
         ("val_loss", -1), lambda items: blame(cohort, task.pair[items]),
         "last.pt")  # which paper A probes
-    return {name: scores_of(online, evaluate.embed(model, task.signals, which, args.normalize)[0])
+    head = heads["supervised_" if args.objective == "labels" else ""]
+    return {name: scores_of(head, evaluate.embed(model, task.signals, which, args.normalize)[0])
             for name, which in judged_rows(cohort).items()}
 
 
@@ -813,7 +882,7 @@ def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
     def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         x, at = batch
         with autocast(device):
-            logits = network(signals.ready(x))
+            logits = network(*signals.windows(args, step, x))
         loss = cardiowm.asymmetric_loss(logits, label[at])
         # a sum over the global batch, of which DDP takes the mean over ranks; logged per record
         return loss * world_size(), {"loss": loss.detach() / len(items)}
@@ -849,8 +918,9 @@ def synthetic_rows(args, n: int) -> int:
     return args.total or (synthetic if args.preset == "paper" else round(synthetic / real * n))
 
 
-def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Combinations (M, K), their counts (M,) and which rows are normal (n,); sets args.total."""
+def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, ...]:
+    """Combinations (M, K), their counts (M,), which rows are normal and which carry codes (n,);
+    sets args.total."""
     y = torch.from_numpy(cohort.label[rows])
     normal_code = torch.tensor([name in cohort.normal_codes for name in cohort.class_name])
     combinations, counts = cardiowm.label_combinations(y, min_count=args.min_count,
@@ -867,26 +937,50 @@ def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, T
     print(f"augmentation ({args.augment}): {len(counts)} label combinations seen "
           f"{int(counts.min())} to {int(counts.max())} times, {args.total} synthetic rows beside "
           f"{len(y)} real ones, {int(normal.sum())} of them normal")
-    return combinations, counts, normal
+    return combinations, counts, normal, torch.from_numpy(cohort.has_label[rows])
+
+
+def without_change(model: cardiowm.WorldModel, sets: bool) -> cardiowm.WorldModel:
+    """A copy that takes every action for "no change" at the same source: the augmentor's control.
+
+    In the first layer of the action encoder, the weights of y_next go over to y's, as if the target
+    were the source; where the action is a difference, all are 0.
+    """
+    model = copy.deepcopy(model)
+    weight = model.action_encoder[0].weight.data                            # (512, A)
+    if not sets:
+        weight.zero_()
+        return model
+    k = weight.shape[1] // 2 - 1
+    for own, target in ((slice(k), slice(k, 2 * k)), (-2, -1)):             # y and y_next, known
+        weight[:, own] += weight[:, target]
+        weight[:, target] = 0
+    return model
 
 
 def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y: Tensor) -> None:
     """Paper B's last args.total rows of inputs (n + total, dim) and y (n + total, K), made from the
     first n, the real ones."""
-    combinations, counts, normal = plan
+    combinations, counts, normal, known = plan
     n = len(inputs) - args.total
     generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 4))
     if args.augment == "dynamics":
-        augmentor = cardiowm.Augmentor(model, combinations, counts, args.total)
-        normal = normal.to(inputs.device)
-        y_normal = y[:n][normal] if y[:n][normal].any() else None  # MIMIC: normal is no code
-        batches = augmentor.batches(inputs[:n][normal], SYNTHESIS_BATCH, generator, y_normal)
+        sets = model.action_encoder[0].in_features != y.shape[1]
+        model = without_change(model, sets) if args.augment_action == "zero" else model
+        augmentor = (cardiowm.SetAugmentor if sets else cardiowm.Augmentor)(
+            model, combinations, counts, args.total)
+        at = normal.to(inputs.device)
+        y_normal = y[:n][at] if y[:n][at].any() else None  # MIMIC: normal is no code
+        source = {"known_normal": known[normal]} if sets else {}
+        batches = augmentor.batches(inputs[:n][at], SYNTHESIS_BATCH, generator, y_normal, **source)
     else:
         batches = cardiowm.Interpolator(
             inputs[:n], y[:n], combinations, counts, args.total,
             neighbours=5 if args.augment == "smote" else 0).batches(SYNTHESIS_BATCH, generator)
     progress, at = Progress(args.total, "rows", "augmentation"), n
     for z, label in batches:
+        if args.augment_action == "shuffled":  # of the batch, in which combinations are mixed
+            label = label[torch.randperm(len(label), generator=generator)]
         inputs[at:at + len(z)], y[at:at + len(z)] = z, label
         at += len(z)
         progress.update(len(z))
@@ -1012,7 +1106,7 @@ def last_row(run: Path) -> dict:
     return read_json(run / "log.jsonl", {"step": (int,)}, lines=True)[-1]
 
 
-def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: np.ndarray,
+def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: int,
              init: Path | None) -> dict:
     """The content of config.json: arguments, versions, code, cohort, and the run it starts from."""
     here = Path(__file__).resolve().parent
@@ -1040,7 +1134,7 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
                    "patients": len(np.unique(cohort.subject_id)),
                    "classes": len(cohort.class_name),
                    "frac_patients": len(np.unique(cohort.subject_id[rows])),
-                   "frac_records": len(rows), "frac_pairs": len(pairs)},
+                   "frac_records": len(rows), "frac_pairs": pairs},
         "init": start,
     }
 
@@ -1067,7 +1161,8 @@ class Run:
             old = {"init": None, "speed": config["speed"], "code": [
                 {"git": old.get("git"), "sha256": old.get("sha256"), "step": 0}]} | old
             why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
-                             "init": (dict, type(None))})
+                             "init": (dict, type(None))}) or lack(
+                (old["code"] or [None])[-1], {"sha256": (dict,)}, "code.")
             refuse([(why, f"{path / 'config.json'}: damaged: {why}; start anew with --overwrite")])
             self._check_same(path, defaults | old["args"], old)
             refuse([(self.finished and not resume,
@@ -1274,8 +1369,10 @@ def write_predictions(run: Run, cohort: Cohort, scores: dict[str, np.ndarray]) -
 
 
 def default_pretraining(stem: str, args: argparse.Namespace) -> str:
-    """Name of the pretraining that probes and finetunings of this fraction and seed start from."""
+    """Name of the pretraining that probes and finetunings of this recipe, fraction and seed start
+    from."""
     return f"{stem}-pretrain" + (f"-frac{args.frac:g}" if args.frac != 1 else "") \
+        + (f"-recipe{args.recipe}" if args.recipe != "papers" else "") \
         + (f"-seed{args.seed}" if args.seed else "")
 
 
@@ -1296,9 +1393,10 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> 
     if args.mode == "pretrain":
         same = f" --data {quoted(cohort.path)}" * (cohort.path != DEFAULT_DATA) \
             + f" --frac {args.frac:g}" * (args.frac != 1) + f" --seed {args.seed}" * (args.seed > 0)
+        recipe = f" --recipe {args.recipe}" * (args.recipe != "papers")
         scaling = f" --normalize {args.normalize}" * (args.normalize != "zscore")
         found = run.path == Path("runs") / default_pretraining(cohort.name, args)
-        init = "" if found else f" --init {quoted(run.path)}"
+        init = recipe if found else f" --init {quoted(run.path)}"
         for mode in (f"probe{init}", f"probe --head mlp{init}", f"finetune{init}{scaling}",
                      f"finetune --init scratch{scaling}"):
             print(f"  python train.py --mode {mode}{same}")
@@ -1327,18 +1425,20 @@ def finished_run(name: str | Path, flag: str) -> Path:
 
 
 def find_init(args, cohort: Cohort) -> Path | None:
-    """The pretraining to start from: --init, or the one of the same cohort, fraction and seed."""
+    """The pretraining to start from: --init, or that of the same cohort, recipe, fraction, seed."""
     if args.mode == "pretrain" or args.init == "scratch" or untrained_draw(args.init) is not None:
         return None
     if args.init is not None:
         return finished_run(args.init, "--init")
     path = Path("runs") / default_pretraining(cohort.name, args)
     old = config_of(path) if (path / "config.json").exists() else None
-    refuse([(old is None or (cohort.sha256, args.frac, args.seed) != (
-        old["cohort"]["sha256"], old["args"]["frac"], old["args"]["seed"]),
+    recipe = f" --recipe {args.recipe}" * (args.recipe != "papers")
+    refuse([(old is None or (cohort.sha256, args.frac, args.seed, args.recipe) != (
+        old["cohort"]["sha256"], old["args"]["frac"], old["args"]["seed"],
+        old["args"].get("recipe", "papers")),
         f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and seed {args.seed} at "
         f"{path}; run `python train.py --mode pretrain --data {quoted(cohort.path)} --frac "
-        f"{args.frac:g} --seed {args.seed}` first, or name one with --init RUN")])
+        f"{args.frac:g} --seed {args.seed}{recipe}` first, or name one with --init RUN")])
     print(f"init: {path} (pretraining of the same cohort, fraction and seed)")
     return finished_run(path, "--init")
 
@@ -1396,6 +1496,24 @@ def compute_of(name: str) -> int:
     return passes
 
 
+def usual_switches(args: argparse.Namespace) -> dict:
+    """What --recipe sets where a flag is unset; of the objective, so of a pretraining alone."""
+    usual = dict(SWITCHES[args.recipe if args.mode == "pretrain" else "papers"])
+    if args.objective != "dynamics":  # it takes no action
+        usual |= {"action": "coded", "decoys": 0.0}
+    if args.lam is not None or args.reg != "sigreg":
+        usual["sigreg_ratio"] = None
+    return usual
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill the switches left unset from --recipe; returns args."""
+    for name, value in usual_switches(args).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
 def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device, n: int,
             passes: int | None = None) -> dict:
     """Fill what was left unset from the recipe, for n training items; returns the recipe.
@@ -1424,6 +1542,8 @@ def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device, n: i
     for name in ("epochs", "batch_size", "lr", "schedule"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
+    if args.sigreg_ratio is not None:
+        args.lam = cardiowm.ratio_to_lam(args.sigreg_ratio, global_batch(args, n))
     if args.mode == "probe":
         args.features = args.features or {"linear": "h", "mlp": "z"}[args.head]
         args.class_weight = args.class_weight or ("5" if args.head == "mlp" else None)
@@ -1440,9 +1560,11 @@ HOW_FLAGS = {"data", "cache", "run", "device", "resume", "overwrite", "checkpoin
 # flags with a meaning in some modes only; given elsewhere they are refused, not ignored
 MODE_FLAGS = {
     "pretrain": {"pairs", "objective", "action", "residual", "z_dim", "reg", "lam", "slices",
+                 "sigreg_ratio", "crop", "noise", "supervise", "decoys", "self_pairs",
                  "allow_tiny", "normalize"},
-    "finetune": {"init", "normalize", "compute_of"},
-    "probe": {"init", "head", "features", "augment", "class_weight", "min_count", "total"},
+    "finetune": {"init", "normalize", "compute_of", "crop", "noise"},
+    "probe": {"init", "head", "features", "augment", "augment_action", "class_weight", "min_count",
+              "total"},
 }
 OWN_FLAGS = {  # modes that compose runs of their own take these flags only
     "bench": {"run", "seed", "device", "compile", "quick"},
@@ -1450,7 +1572,9 @@ OWN_FLAGS = {  # modes that compose runs of their own take these flags only
                   "seed", "device", "compile", "deterministic", "resume", "checkpoint_minutes"},
 }
 RANGES = {  # lowest and highest value
-    "frac": (1e-9, 1.0), "lam": (0.0, 1.0), "slices": (1, 1_000_000), "z_dim": (2, 65_536),
+    "frac": (1e-9, 1.0), "lam": (0.0, 1.0), "sigreg_ratio": (0.0, 1e6), "crop": (0.1, 1.0),
+    "noise": (0.0, 100.0), "supervise": (0.0, 1e6), "decoys": (0.0, 1e6), "slices": (1, 1_000_000),
+    "z_dim": (2, 65_536),
     "epochs": (1, 1_000_000), "batch_size": (2, 10_000_000), "lr": (1e-12, 100.0),
     "min_count": (1, 10**9), "total": (1, 10**9), "checkpoint_minutes": (0.0, 1e6),
     "seed": (0, 2**31 - 1)}
@@ -1492,14 +1616,34 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
     """Flags of a run that contradict each other: (broken, message)."""
     scratch, augments = args.init == "scratch", args.augment != "none"
-    idle = [(name, "reg") for name in ("lam", "slices") if args.reg != "sigreg"] + [
+    usual = usual_switches(args)
+    switch = {name: value if getattr(args, name) is None else getattr(args, name)
+              for name, value in usual.items()}
+    idle = [(name, "reg") for name in ("lam", "sigreg_ratio", "slices")
+            if args.reg != "sigreg"] + [
         (name, "augment") for name in ("min_count", "total")
         if args.mode == "probe" and not augments]
     return [
         *((name in given, f"{flag_of(name)}: means nothing with {flag_of(owner)} "
            f"{getattr(args, owner)}; leave it out") for name, owner in idle),
-        (args.objective == "invariance" and args.action != "coded",
-         f"--action {args.action}: the invariance objective takes no action; leave it out"),
+        (args.objective != "dynamics" and args.action not in (None, "coded"),
+         f"--action {args.action}: the {args.objective} objective takes no action; leave it out"),
+        (args.objective == "labels" and (not switch["supervise"] or args.reg != "sigreg"),
+         "--objective labels: learns labels, with SIGReg or nothing beside: give --supervise W and "
+         "leave --reg out"),
+        (switch["decoys"] > 0 and (args.objective != "dynamics" or switch["action"] == "none"),
+         f"--decoys {switch['decoys']:g}: tells the true action from others, and this model has "
+         "none; leave it out"),
+        (args.lam is not None and args.sigreg_ratio is not None,
+         "--lam and --sigreg-ratio exclude each other: give one"),
+        (switch["self_pairs"] and switch["crop"] == 1,
+         "--self-pairs: pairs two windows of a record, and without --crop they are one: add --crop "
+         "0.8"),
+        (args.mode != "pretrain" and args.init is not None and args.recipe != "papers",
+         f"--recipe {args.recipe}: chooses the pretraining to start from, and so does --init "
+         f"{args.init}; leave one out"),
+        (args.augment_action != "true" and args.augment != "dynamics",
+         f"--augment-action {args.augment_action}: a control of --augment dynamics; add that"),
         (args.compile and args.mode == "probe",
          "--compile: a probe trains no encoder; leave it out"),
         (args.head == "linear" and (augments or args.class_weight is not None),
@@ -1517,15 +1661,16 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
 
 def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: str) -> str:
     """<cohort stem>-<mode> and every flag that differs from its default, in the parser's order."""
-    parts = [stem, args.mode]
+    parts, usual = [stem, args.mode], usual_switches(args)
     for action in parser._actions:
         name, value = action.dest, getattr(args, action.dest, None)
-        if name in HOW_FLAGS | {"mode", "help"} or value == action.default:
+        if name in HOW_FLAGS | {"mode", "help"} or value in (action.default, usual.get(name, "")):
             continue
         text = f"{value:g}" if isinstance(value, float) else str(value)
         if name in ("init", "compute_of"):
             text = Path(text).name.removeprefix(stem + "-")
-        parts.append(name.replace("_", "-") + ("" if value is True else text))
+        parts.append("no-" * (value is False) + name.replace("_", "-")
+                     + ("" if isinstance(value, bool) else text))
     return "-".join(parts)
 
 
@@ -1536,7 +1681,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(flag: str, default, text: str, choices: str = "", **how) -> None:
         """A flag of the current group; its default, or its type where it is unset by default."""
-        if default is False:
+        if default is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif default is False:
             how["action"] = "store_true"
         elif isinstance(default, type):
             how["type"] = default
@@ -1557,9 +1704,13 @@ def build_parser() -> argparse.ArgumentParser:
         "all labelled between")
     add("--cache", "auto", "where the signals are held", "auto disk ram gpu")
     group = parser.add_argument_group("model")
-    add("--objective", "dynamics", "predict from state and action, or from the state alone",
-        "dynamics invariance")
-    add("--action", "coded", "label change, true change (demo only), zeros", "coded state none")
+    add("--recipe", "papers", "what unset --action, --sigreg-ratio, --crop, --noise, --supervise, "
+        "--decoys, --self-pairs are; probe, finetune: that of the pretraining", " ".join(SWITCHES))
+    add("--objective", "dynamics", "predict from state and action, from the state alone, or, with "
+        "--supervise, nothing", "dynamics invariance labels")
+    add("--action", str, "label change, true change (demo only), zeros, or both label sets",
+        "coded state none sets")
+    add("--self-pairs", bool, "records in no pair become pairs of two windows of themselves")
     add("--residual", False, "z_pred = z + MLP (paper A's text)")
     add("--z-dim", 256, "width of z")
     add("--normalize", "zscore", "none keeps mV (a probe takes its encoder's)", "zscore none")
@@ -1571,13 +1722,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--head", "linear", "probe of paper A or of B", "linear mlp")
     add("--features", str, "what is probed (unset: linear h, mlp z)", "h z")
     add("--augment", "none", "synthetic rows for the mlp head", "none dynamics smote oversample")
+    add("--augment-action", "true", "controls of dynamics: other rows' labels, no change",
+        "true shuffled zero")
     add("--class-weight", str, "cap on neg/pos weights of the mlp head (unset: 5)", "none 5 full")
     add("--min-count", 50, "rarest label combination synthesised")
     add("--total", int, "synthetic rows (unset: 2,000,000; laptop preset: 2.77 a real row)")
     group = parser.add_argument_group("loss")
     add("--reg", "sigreg", "against collapse", "sigreg vicreg")
-    add("--lam", 0.1, "weight of SIGReg")
+    add("--lam", float, "weight of SIGReg (papers: 0.1)")
+    add("--sigreg-ratio", float, "lam from lam N / (1 - lam) at the batch size N")
     add("--slices", 256, "random directions of SIGReg")
+    add("--crop", float, "train on a random window of this part of each record")
+    add("--noise", float, "and on noise of this standard deviation")
+    add("--supervise", float, "weight of a linear head on h that learns the coded labels")
+    add("--decoys", float, "weight of telling the true action from those of other pairs")
     group = parser.add_argument_group("optimisation (unset: the papers' recipe or the preset)")
     add("--epochs", int, "passes over the training items: exactly so many")
     add("--batch-size", int, "pairs (pretrain) or records a step")
@@ -1645,7 +1803,7 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     init = find_init(args, cohort)
     torch.manual_seed(args.seed)
     start = load_start(init, args, cohort)
-    rows, pairs, n = training_items(args, cohort)
+    rows, pairs, single, n = training_items(settle(args), cohort)
     pretraining = args.mode == "pretrain"
     strict = pretraining and not args.allow_tiny
     least = MIN_PAIRS if strict else 2
@@ -1658,17 +1816,19 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     size = global_batch(args, n)
     refuse([(size < 2 * world_size(),
              f"--batch-size: found {min(args.batch_size, n)} items for {world_size()} ranks, "
-             "wanted at least 2 for each; raise it or start fewer processes")])
-    print_training(args, cohort, rows, pairs)
+             "wanted at least 2 for each; raise it or start fewer processes"),
+            (args.decoys > 0 and world_size() > 1,
+             "--decoys: found several processes, and each has decoys of its own; start one")])
+    print_training(args, cohort, rows, pairs, single)
     if passes is not None:
         print(f"compute of {args.compute_of} and its pretraining: {passes:,} records forward and "
               f"back, {args.epochs} epochs of {n}")
     plan = plan_augmentation(args, cohort, rows) if args.augment != "none" else None
-    return path, init, start, recipe, rows, pairs, plan
+    return path, init, start, recipe, rows, pairs, single, plan
 
 
 def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
-                   pairs: np.ndarray) -> None:
+                   pairs: np.ndarray, single: np.ndarray) -> None:
     """Print what a resolved run is trained on, with which settings, and why."""
     found = training_rows(cohort, args.frac, args.seed, labelled_only=False)
     everyone = np.unique(cohort.subject_id[cohort.split == 0])
@@ -1676,8 +1836,15 @@ def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
           f"{len(found)} records, of which {int((~cohort.has_label[found]).sum())} unlabelled "
           f"({'left out' if args.labelled_only else 'kept as all-zero labels'})")
     if args.mode == "pretrain":
-        changed = int(cohort.action_of(pairs, args.action).any(axis=1).sum())
-        print(f"pairs: {len(pairs)} for training, {changed} of them with an action")
+        told = "coded" if args.action == "sets" else args.action
+        changed = int(cohort.action_of(pairs, told).any(axis=1).sum())
+        print(f"pairs: {len(pairs)} for training, {changed} of them with an action"
+              + f"; and {len(single)} single records" * args.self_pairs)
+        if usual := {name: getattr(args, name) for name, value in PAPERS.items()
+                     if getattr(args, name) != value}:
+            print(f"recipe: {args.recipe}; other than the papers': "
+                  + ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else
+                              f"{name} {value}" for name, value in usual.items()))
     positive = cohort.label[rows].sum(axis=0, dtype=np.int64)
     constant = np.flatnonzero((positive == 0) | (positive == len(rows)))
     if len(constant):
@@ -1706,9 +1873,9 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     on_first_rank(lambda: open_cohort(args.data).sha256)  # builds the demo cohort if there is none
     cohort = open_cohort(args.data)
     print(cohort_lines(cohort, device))
-    path, init, start, recipe, rows, pairs, plan = prepare(args, parser, cohort, device)
-    config = describe(args, cohort, rows, pairs, init)
-    defaults = vars(parser.parse_args(["--mode", args.mode]))
+    path, init, start, recipe, rows, pairs, single, plan = prepare(args, parser, cohort, device)
+    config = describe(args, cohort, rows, len(pairs) + len(single), init)
+    defaults = vars(settle(parser.parse_args(["--mode", args.mode])))
     with contextlib.ExitStack() as until:
         on_first_rank(lambda: hold(path, args.overwrite, until))
         run = on_first_rank(lambda: Run(path, config, args.resume, defaults))
@@ -1721,7 +1888,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             until.callback(torch.set_num_threads, now)
             torch.set_num_threads(threads)
         if args.mode == "pretrain":
-            scores = pretrain(run, args, recipe, cohort, pairs, device)
+            scores = pretrain(run, args, recipe, cohort, pairs, single, device)
         elif args.mode == "finetune":
             scores = finetune(run, args, recipe, cohort, rows, start, device)
         else:
@@ -1917,7 +2084,7 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
     rng = np.random.default_rng(0)
     combinations = (rng.random((300, 76)).argsort(axis=1) < 3).astype(np.int64)  # 3 classes
     plan = (torch.from_numpy(combinations), torch.from_numpy(rng.integers(50, 13_000, 300)),
-            torch.from_numpy(rng.random(n) < 0.54))  # as many normal rows as MIMIC has
+            torch.from_numpy(rng.random(n) < 0.54), None)  # as many normal rows as MIMIC has
     model, head = cardiowm.WorldModel(76).to(device), cardiowm.MLPProbe(256, 76).to(device)
     args = argparse.Namespace(**vars(args) | {"total": total, "augment": "dynamics"})
     inputs = torch.randn(n + total, 256, device=device).half()
@@ -1938,7 +2105,7 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
 
 def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """--mode bench: print each row when it is there; write bench.md and bench.csv."""
-    device, quick = pick_device(args.device), args.quick
+    device, quick = pick_device(args.device), settle(args).quick
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -1974,11 +2141,12 @@ def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[s
     """Name and command line of every run of a study, in order; all lie under `folder`.
 
     Paper A: five pretrainings, linear probe and finetuning of each, supervised at each fraction.
-    Paper B: the MLP probe on z and on h, with dynamics and with SMOTE-style rows. Controls: three
+    Paper B: the MLP probe on z and on h, with dynamics and with SMOTE-style rows. Beside each: what
+    begins from the recommended recipe, at 100 and 10 %. Controls: three
     untrained encoders, supervised at the compute of a finetuned run and its pretraining,
     oversampling, full class weights and, where it is known, the true state change as action.
     """
-    every, whole, world = (1.0, 0.1, 0.01), (1.0,), "pretrain-dynamics"
+    every, few, whole, world = (1.0, 0.1, 0.01), (1.0, 0.1), (1.0,), "pretrain-dynamics"
     mlp, supervised = "--mode probe --head mlp", "--mode finetune --init scratch"
     rare = f"--min-count {args.min_count}" + (f" --total {args.total}" if args.total else "")
     draws = [f":{draw}" * (draw > 0) for draw in range(-(-UNTRAINED_DRAWS // len(args.seed)))]
@@ -1986,16 +2154,23 @@ def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[s
         (world, "--mode pretrain", None, every),
         ("probe-dynamics", "--mode probe --init", world, every),
         # one after the other: probes of one pretraining share its embeddings
-        ("mlp-z", f"{mlp} --init", world, whole),
+        ("mlp-z", f"{mlp} --init", world, few),
         ("mlp-h", f"{mlp} --features h --init", world, whole),
         ("mlp-full-weights", f"{mlp} --class-weight full --init", world, whole),
-        *((f"mlp-{kind}", f"{mlp} --augment {kind} {rare} --init", world, whole)
-          for kind in ("dynamics", "smote", "oversample")),
+        *((f"mlp-{kind}", f"{mlp} --augment {kind} {rare} --init", world, fracs)
+          for kind, fracs in (("dynamics", few), ("smote", whole), ("oversample", whole))),
         ("finetune-dynamics", "--mode finetune --init", world, every),
         ("supervised-compute", f"{supervised} --compute-of", "finetune-dynamics", every),
         ("supervised", supervised, None, every),
         *(("probe-untrained" + draw.replace(":", "-draw"), f"--mode probe --init random{draw}",
            None, every) for draw in draws)]
+    better = "pretrain-recommended"
+    matrix += [
+        (better, "--mode pretrain --recipe recommended", None, few),
+        ("probe-recommended", "--mode probe --init", better, few),
+        ("mlp-recommended", f"{mlp} --init", better, few),
+        ("mlp-recommended-dynamics", f"{mlp} --augment dynamics {rare} --init", better, few),
+        ("finetune-recommended", "--mode finetune --init", better, few)]
     for kind, flags in (("invariance", "--objective invariance"), ("vicreg", "--reg vicreg")):
         matrix += [(f"pretrain-{kind}", f"--mode pretrain {flags}", None, whole),
                    (f"probe-{kind}", "--mode probe --init", f"pretrain-{kind}", whole),
@@ -2030,7 +2205,8 @@ def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, coho
     for name, argv in runs.items():
         args = parser.parse_args(argv)
         check_arguments(args, parser)
-        n, unit = training_items(args, cohort)[2], "pairs" if args.mode == "pretrain" else "records"
+        n = training_items(settle(args), cohort)[3]
+        unit = "pairs" if args.mode == "pretrain" else "records"
         start = Path(args.compute_of or args.init or "").name
         start, passes, init = start if start in runs else None, None, None
         if args.compute_of:
@@ -2136,7 +2312,7 @@ def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list
     """(mode of evaluate.py, its flags) of every page of a study's report, in order."""
     models = {kind: [str(path) for seed in args.seed if is_finished(
         path := folder / (f"pretrain-{kind}" + f"-seed{seed}" * bool(seed)))]
-        for kind in ("dynamics", "state")}
+        for kind in ("dynamics", "state", "recommended")}
     test = cohort.split == 2
     begins = (cohort.action == 1)[test[cohort.pair[:, 0]]].sum(axis=0)
     begins[np.isin(cohort.class_name, cohort.normal_codes)] = 0
@@ -2146,7 +2322,7 @@ def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list
     if models["dynamics"]:
         pages.append(("worldmodel", ["--runs", str(folder)]))  # all its pretrainings and seeds
         if cohort.state is not None:
-            pages.append(("counterfactual", ["--runs", *models["dynamics"], *models["state"]]))
+            pages.append(("counterfactual", ["--runs", *itertools.chain(*models.values())]))
         patients = np.flatnonzero(test & (cohort.label[:, onset] == 0) & cohort.has_label
                                   & (cohort.quality == 0) & begins.any())
         one = ["--runs", models["dynamics"][0]]
