@@ -561,11 +561,14 @@ def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
     return folders, reasons
 
 
-# Beyond the papers, what --recipe sets of a pretraining where a flag is unset
-PAPERS = dict(action="coded", sigreg_ratio=None, crop=1.0, noise=0.0, supervise=0.0, decoys=0.0,
-              self_pairs=False)
-SWITCHES = {"papers": PAPERS, "recommended": PAPERS | dict(
-    action="sets", sigreg_ratio=5.0, crop=0.8, noise=0.05, supervise=0.3)}
+# What --recipe sets of a pretraining's objective where a flag is unset; a recipe of the papers' own
+# has lam, any other the ratio that lam follows from.
+PAPERS = dict(action="coded", lam=0.1, sigreg_ratio=None, crop=1.0, noise=0.0, supervise=0.0,
+              decoys=0.0, self_pairs=False)
+SWITCHES = {
+    "papers": PAPERS,
+    "recommended": PAPERS | dict(action="sets", lam=None, sigreg_ratio=5.0, crop=0.8, noise=0.05,
+                                 supervise=0.3)}
 
 
 def recipe_words(args: dict) -> str:
@@ -573,8 +576,8 @@ def recipe_words(args: dict) -> str:
 
     args: of its config.json; a key that an older one lacks, or that is None, is the papers' value.
     """
-    names = [name for name in PAPERS  # other objectives have no action
-             if name != "action" or args.get("objective", "dynamics") == "dynamics"]
+    names = [name for name in PAPERS if name != "lam" and (  # other objectives have no action
+        name != "action" or args.get("objective", "dynamics") == "dynamics")]
     used = {name: PAPERS[name] if args.get(name) is None else args[name] for name in names}
     if all(used[name] == SWITCHES["recommended"][name] for name in names):
         return ", recommended"

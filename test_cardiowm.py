@@ -2321,6 +2321,23 @@ def test_method_says_what_else_a_pretraining_saw():
     assert evaluate.method(here, init).endswith("pretrained on cohort there")
 
 
+@pytest.mark.parametrize("switches, words", [
+    ({}, "dynamics"), (dict.fromkeys(evaluate.PAPERS), "dynamics"),
+    (evaluate.SWITCHES["papers"] | {"lam": 0.1}, "dynamics"),
+    (evaluate.SWITCHES["recommended"] | {"lam": 0.009}, "dynamics, recommended"),
+    (evaluate.SWITCHES["recommended"] | {"objective": "invariance", "action": "coded"},
+     "invariance, recommended"),
+    (evaluate.SWITCHES["recommended"] | {"self_pairs": True},
+     "dynamics, sets, ratio 5, crop 0.8, noise 0.05, supervise 0.3, self-pairs"),
+    ({"action": "state", "decoys": 0.1}, "dynamics, --action state, decoys 0.1")])
+def test_method_tells_recipes_apart_and_older_runs_are_the_papers(switches, words):
+    start = {"args": {"mode": "pretrain", "frac": 1.0} | switches}
+    assert evaluate.method({"mode": "probe", "frac": 1.0, "init": "x"}, start) \
+        == "linear probe, " + words
+    assert evaluate.method({"mode": "finetune", "frac": 1.0, "init": "scratch", "crop": 0.8,
+                            "noise": 0.0}, None) == "supervised, --crop 0.8"
+
+
 def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_root, capsys):
     runs = [write_run(runs_root, f"s{seed}", seed=seed, epochs=seed + 8) for seed in range(2)]
     code, out, _ = run_evaluate(capsys, "--runs", "s0", "s1", "--n-boot", 20)
@@ -2593,6 +2610,20 @@ def test_ag_finds_the_share_that_an_action_explains():
         assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
 
 
+def test_ag_by_moments_is_that_of_two_ridges():
+    train, test = constructed(0.1, 3, patients=60)
+    with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
+    u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
+    fits = [evaluate.ridge(u, train["z_next"] - train["z"], train["patient"]),
+            evaluate.ridge(u, train["a"], train["patient"])]
+    r, r_test = (part["z_next"] - part["z"] - fits[0].predict(x)
+                 for part, x in ((train, u), (test, u_test)))
+    a, a_test = (part["a"] - fits[1].predict(x) for part, x in ((train, u), (test, u_test)))
+    wanted = r_test - evaluate.ridge(a, r, train["patient"]).predict(a_test)
+    np.testing.assert_allclose(with_a, (wanted**2).sum(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(without, (r_test**2).sum(axis=1), rtol=1e-12)
+
+
 @slow
 def test_ag_is_unbiased_and_its_p_is_level_where_the_action_does_nothing():
     for share, tolerance in ((0.25, 0.03), (0.05, 0.015), (0.0, 0.005)):
@@ -2821,10 +2852,192 @@ def test_scorecard_averages_seeds_and_names_what_is_not_defined(pretrained, tiny
     for name in ("worldmodel.md", "worldmodel.png", "onset.png"):
         assert (out_folder / name).stat().st_size > 1000
     entries = evaluate.scorecard_entries(
-        {"m": {0: {("t", "q", "g"): np.array([1.0, 2.0])}, 1: {("t", "q", "g"): np.array([3.0, 2])}},
+        {"m": {0: {("t", "q", "g"): np.array([1.0, 2.0])},
+               1: {("t", "q", "g"): np.array([3.0, 2.0])}},
          "n": {0: {("t", "q", "g"): "why"}}}, {"g": ("pairs", 7, 3)})
     assert [e["value"] for e in entries][0] == 2 and entries[0]["n"] == 7
     assert entries[1]["why"] == "why" and np.isnan(entries[1]["value"])
+    assert [(e["seed"], e["value"]) for e in entries if e["table"] == "t, by seed"][:2] == [
+        (0, 1), (1, 3)]
+
+
+def test_methods_are_compared_by_the_seeds_that_they_share_and_each_seed_is_told():
+    rng, key = np.random.default_rng(0), (evaluate.MATTER, "AG", evaluate.HEADLINE)
+    values = {"papers": {s: {key: rng.normal(0, 1, 50)} for s in (0, 1, 2)},
+              "other": {s: {key: rng.normal(3, 1, 50)} for s in (1, 2, 3)},
+              "untrained": {"draw 0": {key: rng.normal(0, 1, 50)}}}
+    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: ("pairs", 90, 40)})
+    (mean,) = [e for e in entries if e["table"] == evaluate.DIFFERENCE]
+    each = [values["other"][s][key] - values["papers"][s][key] for s in (1, 2)]
+    assert (mean["column"], mean["against"], mean["seeds"]) == ("other", "papers", 2)
+    assert mean["value"] == pytest.approx(np.mean(each, axis=0)[0])
+    assert (mean["t"], mean["df"], mean["p"]) == evaluate.seed_test(
+        np.array([d[0] for d in each]), np.mean(each, axis=0)[1:], 40)
+    told = [e for e in entries if e["table"] == f"{evaluate.DIFFERENCE}, by seed"]
+    assert [(e["seed"], e["value"], (e["low"], e["high"])) for e in told] == [
+        (s, d[0], evaluate.interval(d[1:])) for s, d in zip((1, 2), each)]
+
+
+# A model that is told label sets instead of their difference
+
+
+def test_what_a_model_is_told_is_the_pair_no_change_or_the_way_back_in_either_form(tiny):
+    pairs, k = np.arange(len(tiny.pair)), len(tiny.class_name)
+    (source, target), known = tiny.pair.T, tiny.has_label
+    told = tiny.label[source], tiny.label[target], known[source], known[target]
+    y, y_next, was, is_known = told
+    np.testing.assert_array_equal(evaluate.action_input("difference", *told), tiny.action)
+    assert not evaluate.action_input("difference", y, y, was, is_known).any()
+    np.testing.assert_array_equal(
+        evaluate.action_input("difference", y_next, y, is_known, was), -tiny.action)
+    sets = evaluate.action_input("sets", *told)
+    assert sets.dtype == torch.float32 and sets.shape == (len(pairs), 2 * k + 2)
+    np.testing.assert_array_equal(sets, np.column_stack(told))
+    still = evaluate.action_input("sets", y, y, was, is_known)
+    np.testing.assert_array_equal(still, np.column_stack([y, y, was, is_known]))
+    assert set(pairs[(sets != still).any(dim=1)]) == set(np.flatnonzero(tiny.action.any(axis=1)))
+
+
+@pytest.mark.parametrize("form, told", [("difference", "coded"), ("sets", "sets"),
+                                        ("difference", "none")])
+def test_every_question_keeps_the_half_of_the_source(form, told):
+    world, asked = LinearWorld(patients=40), []
+    world.cohort.has_label = np.random.default_rng(1).random(len(world.z)) < 0.8
+    world.run = {"frac": 1.0, "told": told, "form": form, "model": types.SimpleNamespace(
+        predict=lambda z, a: (asked.append(a.numpy()), z)[1])}
+    world.predict = types.MethodType(evaluate.Embedded.predict, world)
+    source, target = world.cohort.pair[world.used["test pairs"]].T
+    y, y_next, known = world.y[source], world.y[target], world.cohort.has_label
+    evaluate.error_results(world, world.boot, world.groups)
+    zero, *dealt, true, training = asked
+    if told == "none":
+        assert not any(a.any() for a in asked)
+        return
+    a = y_next.astype(int) - y
+    wanted = evaluate.shuffled_actions(a.astype(np.int8), y)
+    assert len(dealt) == evaluate.SHUFFLES and len(training) == len(world.used["train pairs"])
+    if form == "difference":
+        np.testing.assert_array_equal(zero, 0 * a)
+        np.testing.assert_array_equal(true, a)
+        np.testing.assert_array_equal(dealt, wanted)
+    for got, then in ((zero, y), (true, y_next), *zip(dealt, y + wanted)) if form == "sets" else ():
+        np.testing.assert_array_equal(got, np.column_stack([y, then, known[source],
+                                                            known[target]]))
+    asked.clear()
+    evaluate.reversal_results(world, world.boot, world.groups)
+    back = np.column_stack([y_next, y, known[target], known[source]])
+    np.testing.assert_array_equal(asked[0], back if form == "sets" else -a)
+    asked.clear()
+    evaluate.onset_results(world, evaluate.Bootstrap(
+        world.cohort.subject_id[world.used["test"]], 5))
+    y, known = world.y[world.used["test"]], known[world.used["test"]]
+    for c, got in enumerate(asked[1:]):
+        begun = y.copy()
+        begun[:, c] = 1
+        np.testing.assert_array_equal(got, begun - y if form == "difference" else np.column_stack(
+            [y, begun, known, known | True]))
+
+
+@pytest.fixture
+def told_sets(pretrained, tiny):
+    """runs/sets: an untrained world model of label sets, in the place of a trained one."""
+    folder = Path("runs/sets")
+    shutil.copytree(pretrained, folder, dirs_exist_ok=True)
+    torch.manual_seed(1)
+    args = dict(num_classes=2 * len(tiny.class_name) + 2)
+    checkpoint = torch.load(pretrained / "last.pt", weights_only=True)
+    checkpoint |= {"model_args": args, "model": cardiowm.WorldModel(**args).state_dict(),
+                   "action_form": "sets", "args": checkpoint["args"] | {"action": "sets"}}
+    torch.save(checkpoint, folder / "last.pt")
+    config = json.loads((folder / "config.json").read_text())
+    config["args"] |= {"action": "sets", "sigreg_ratio": 5.0}
+    config["method"] = evaluate.method(config["args"], None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_scorecard_of_both_forms_judges_the_fold_asked_for(told_sets, tiny, capsys, split):
+    code, out, _ = run_evaluate(capsys, "--mode", "worldmodel", "--runs", "base", told_sets,
+                                "--n-boot", 5, "--permutations", 2, "--split", split, "--out",
+                                "both")
+    assert code == 0 and f"{'validation fold 18' if split == 'val' else 'test fold 19'}: " in out
+    model, checkpoint = evaluate.load_world_model(told_sets)
+    fold = prepare_data.SPLITS.index(split)
+    pairs = np.flatnonzero(tiny.split[tiny.pair[:, 0]] == fold)
+    (z, z_next), (source, target) = (evaluate.embed(model, tiny.signal, rows)[1]
+                                     for rows in tiny.pair[pairs].T), tiny.pair[pairs].T
+    for quantity, y_next in (("model", tiny.label[target]), ("zero action", tiny.label[source])):
+        told = np.column_stack([tiny.label[source], y_next, tiny.has_label[source],
+                                tiny.has_label[target]])
+        error = (model.predict(z, torch.from_numpy(told).to(z)) - z_next).double().square().mean()
+        (row,) = read_csv("both/worldmodel.csv", table=evaluate.ERRORS, group="all",
+                          quantity=quantity, run="dynamics, sets, ratio 5")
+        assert float(row["value"]) == pytest.approx(float(error), rel=1e-5)
+        assert int(row["n"]) == len(pairs)
+    names = {row["quantity"] for row in read_csv("both/worldmodel.csv", table=evaluate.DIFFERENCE,
+                                                 column="dynamics, sets, ratio 5")}
+    assert {"AG of the coded action", "skill of the model less that of ridge on z",
+            "macro-AUROC of a read-out of h, true state, codes with signature"} <= names
+    (count,) = {row["n"] for row in read_csv("both/worldmodel.csv", group="test records",
+                                             table=evaluate.MATTER)}
+    assert int(count) == (tiny.split == fold).sum()
+
+
+def test_counterfactuals_of_sets_start_from_codes_and_from_the_true_state(
+        told_sets, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "CASES", 5)
+    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 4)
+    code, out, _ = run_evaluate(capsys, "--mode", "counterfactual", "--runs", told_sets, "--split",
+                                "val", "--onset", "I45", "--n-boot", 5, "--permutations", 2,
+                                "--out", "sets")
+    assert code == 0 and "validation fold 18" in out
+    model, checkpoint = evaluate.load_world_model(told_sets)
+    c, cosines = tiny.class_name.index("I45"), ([], [])
+    rows = evaluate.choose_records(tiny, [c], "val")
+    assert (tiny.split[rows] == 1).all()
+    for row in rows[tiny.state[rows, c] == 0]:
+        state = {tiny.class_name[k] for k in np.flatnonzero(tiny.state[row])}
+        x = np.stack([prepare_data.resimulate(tiny, row, of) for of in (state, state | {"I45"})])
+        z, z_true = evaluate.embed(model, x, np.arange(2))[1]
+        for values, y, known in zip(cosines, (tiny.label[row], tiny.state[row]),
+                                    (tiny.has_label[row], 1)):
+            y = np.stack([y, y])
+            y[0, c], begun = 0, y[0].copy()
+            begun[c] = 1
+            without = y[0].copy()
+            without[c] = 0
+            told = np.stack([np.concatenate([without, then, [known, 1]]) for then in
+                             (without, begun)])
+            zero, onset = model.predict(torch.stack([z, z]), torch.from_numpy(told).to(z))
+            values.append(float(F.cosine_similarity(onset - zero, z_true - z, dim=0)))
+    cells = {(e["table"], e["row"], e["column"]): float(e["value"] or "nan")
+             for e in read_csv("sets/counterfactual.csv")}
+    for source, values in zip((evaluate.MODEL, evaluate.STATE), cosines, strict=True):
+        assert cells["truth", source, "cosine to the true change"] == pytest.approx(
+            np.mean(values), abs=1e-4)
+        assert cells["truth, by seed", source, "cosine to the true change"] == pytest.approx(
+            np.mean(values), abs=1e-4)
+
+
+def test_pages_of_a_model_of_sets_ask_it_in_sets(told_sets, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "POINTS", 60)
+    monkeypatch.setattr(evaluate, "PAGE_RECORDS", 40)
+    assert run_evaluate(capsys, "--mode", "embedding", "--runs", told_sets, "--out", "sets")[0] == 0
+    c = tiny.class_name.index("I48")
+    row = int(np.flatnonzero((tiny.split == 2) & (tiny.label[:, c] == 0))[0])
+    code, out, _ = run_evaluate(capsys, "--mode", "counterfactual", "--runs", told_sets,
+                                "--study-id", int(tiny.study_id[row]), "--onset", "I48", "--out",
+                                "sets")
+    assert code == 0
+    model, _ = evaluate.load_world_model(told_sets)
+    z, y = evaluate.embed(model, tiny.signal, np.array([row]))[1], tiny.label[row]
+    told = [np.concatenate([y, np.where(np.arange(len(y)) == c, then, y),
+                            [tiny.has_label[row], 1]]) for then in (0, 1)]
+    zero, onset = model.predict(z[[0, 0]], torch.from_numpy(np.stack(told)).to(z))
+    for words, step in (("r(z, a) - z", onset - z[0]), ("r(z, 0) - z", zero - z[0]),
+                        ("r(z, a) - r(z, 0)", onset - zero)):
+        assert f"|{words}| {step.norm():.1f}" in out
 
 
 # Figures: transitions, cohort, embedding

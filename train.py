@@ -96,15 +96,6 @@ RECIPES = {
                 quick=dict(epochs=20, batch_size=256, steps=20)),
 }
 
-# What --recipe sets of a pretraining's objective where a flag is unset; a recipe of the papers' own
-# has lam, any other the ratio that lam follows from.
-PAPERS = dict(action="coded", lam=0.1, sigreg_ratio=None, crop=1.0, noise=0.0, supervise=0.0,
-              decoys=0.0, self_pairs=False)
-SWITCHES = {
-    "papers": PAPERS,
-    "recommended": PAPERS | dict(action="sets", lam=None, sigreg_ratio=5.0, crop=0.8, noise=0.05,
-                                 supervise=0.3)}
-
 # ----------------------------------------------------------------------------------------------
 # Data: which patients, which pairs, and batches of signals
 # ----------------------------------------------------------------------------------------------
@@ -1579,7 +1570,7 @@ def compute_of(name: str) -> int:
 
 def usual_switches(args: argparse.Namespace) -> dict:
     """What --recipe sets where a flag is unset; of the objective, so of a pretraining alone."""
-    usual = dict(SWITCHES[args.recipe if args.mode == "pretrain" else "papers"])
+    usual = dict(evaluate.SWITCHES[args.recipe if args.mode == "pretrain" else "papers"])
     if args.objective != "dynamics":  # it takes no action
         usual |= {"action": "coded", "decoys": 0.0}
     if args.lam is not None or args.reg != "sigreg":
@@ -1786,7 +1777,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", "auto", "where the signals are held", "auto disk ram gpu")
     group = parser.add_argument_group("model")
     add("--recipe", "papers", "what unset --action, --sigreg-ratio, --crop, --noise, --supervise, "
-        "--decoys, --self-pairs are; probe, finetune: that of the pretraining", " ".join(SWITCHES))
+        "--decoys, --self-pairs are; probe, finetune: that of the pretraining",
+        " ".join(evaluate.SWITCHES))
     add("--objective", "dynamics", "predict from state and action, from the state alone, or, with "
         "--supervise, nothing", "dynamics invariance labels")
     add("--action", str, "label change, true change (demo only), zeros, or both label sets",
@@ -1924,7 +1916,7 @@ def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
         changed = int(cohort.action_of(pairs, told).any(axis=1).sum())
         print(f"pairs: {len(pairs)} for training, {changed} of them with an action"
               + f"; and {len(single)} single records" * args.self_pairs)
-        if usual := {name: getattr(args, name) for name, value in PAPERS.items()
+        if usual := {name: getattr(args, name) for name, value in evaluate.PAPERS.items()
                      if getattr(args, name) != value}:
             print(f"recipe: {args.recipe}; other than the papers': "
                   + ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else
