@@ -41,6 +41,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+if __name__ == "__main__":  # the products here are too small for threads, and idle ones spin
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which NumPy reads when it starts
+
 import h5py
 import numpy as np
 
@@ -438,11 +441,12 @@ def read_header(folder: str, record: str) -> Header:
     Source: PhysioNet header(5). Differs: a line may end in a comment; names hold anything.
     """
     with open_regular(folder, record + ".hea", "header file missing") as handle:
-        raw = handle.read(MAX_HEADER + 1)
+        # no more than there is: room for the most would be taken, and given back, each time
+        raw = handle.read(min(os.fstat(handle.fileno()).st_size, MAX_HEADER) + 1)
     if len(raw) > MAX_HEADER:
         raise Rejected("unreadable", f"{record}.hea: more than {MAX_HEADER:,} bytes")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
@@ -522,8 +526,9 @@ def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> 
     """Raise Rejected where the sum of a signal's own samples is not the header's, modulo 2^16."""
     for i, found in zip(signals_read, sums):
         stated = header.checksum[i]  # signed in MIMIC's, in others not; or not stated
-        if stated is not None and not (stated.lstrip("-").isdecimal() and len(stated) < 19
-                                       and (int(stated) ^ found) & 0xFFFF == 0):
+        if stated not in (None, str(found)) and not (
+                stated.lstrip("-").isdecimal() and len(stated) < 19
+                and (int(stated) ^ found) & 0xFFFF == 0):
             raise Rejected("checksum differs", f"{(header.name[i] or '?')}: {stated} "
                                                f"stated, {(found + 2**15) % 2**16 - 2**15} found")
 
@@ -740,14 +745,14 @@ def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]
         x = x[:, :(samples + 10) * q] if q > 1 else x[:, :samples]
     elif -(-x.shape[1] // q) < samples:
         quality |= PADDED
-    low, high = x.min(axis=1), x.max(axis=1)  # NaN where the lead holds one
-    if np.isnan(low).any():
+    low, high = x.min(axis=1).tolist(), x.max(axis=1).tolist()  # NaN where the lead holds one
+    if any(map(math.isnan, low)):
         quality |= mend(x, recorded_fs)  # before the filter, which would smear a gap
-        low, high = x.min(axis=1), x.max(axis=1)
-    if (low == high).any():
+        low, high = x.min(axis=1).tolist(), x.max(axis=1).tolist()
+    if dead := [lead for lead in range(12) if low[lead] == high[lead]]:
         quality |= DEAD
-        x[low == high] = 0
-    if max(high.max(), -low.min()) > LIMIT_MV:
+        x[dead] = 0
+    if max(*high, -min(low)) > LIMIT_MV:
         quality |= BEYOND
     x = decimate(x, q, scratch)[:, :samples]
     if quality & BEYOND and not (largest := np.abs(x).max()) <= FLOAT16_MAX:
@@ -1329,11 +1334,12 @@ def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
         np.load(f"{folder}/{name}.npy", mmap_mode="r" if name in ("path", "signal") else "r+")
         for name in ("path", "signal", "quality", "status"))
     chunk, stored = np.array(status[first:first + CHUNK]), signal[first:first + CHUNK]
+    path = path[first:first + CHUNK].tolist()
     todo = np.flatnonzero(chunk != KEPT)
     block = np.zeros_like(stored) if len(todo) == len(chunk) else np.array(stored)
     for i in todo:
         try:
-            block[i], quality[first + i] = read_record(f"{root}/{path[first + i].decode()}", fs)
+            block[i], quality[first + i] = read_record(f"{root}/{path[i].decode()}", fs)
             chunk[i] = KEPT
         except Rejected as error:
             chunk[i] = 2 + REASONS.index(error.reason)
