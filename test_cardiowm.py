@@ -4024,6 +4024,8 @@ def test_variants_of_the_pretraining_train(workplace, flags):
     assert all(torch.isfinite(v).all() for v in state["model"].values())
     assert state["model_args"]["action"] is ("objective" not in flags)
     assert state["action_form"] == "difference"
+    method = json.loads((Path("runs") / name / "config.json").read_text())["method"]
+    assert method.startswith("supervised head, labels" if "labels" in flags else "online probe, ")
     if "vicreg" in flags:
         assert row["loss"] == pytest.approx(25 * row["pred"] + 25 * row["var"] + row["cov"], 1e-5)
 
@@ -4132,6 +4134,7 @@ def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, 
     config = json.loads((Path("runs") / name / "config.json").read_text())
     assert config["init"]["run"] == recommended.name
     assert config["args"]["action"] == "coded"  # switches of the pretraining's, not of this run
+    assert ("--augment-action zero" in config["method"]) == ("zero" in flags)
 
 
 @pytest.mark.parametrize("flags", [
