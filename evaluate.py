@@ -595,14 +595,15 @@ def method(args: dict, init: dict | None) -> str:
     """
     source = init["args"] if init else args
     mlp = args["mode"] == "probe" and args.get("head") == "mlp"
-    words = {"pretrain": "online probe", "finetune": "finetuned",
-             "probe": "mlp probe" if mlp else "linear probe"}[args["mode"]]
+    words = {"pretrain": "supervised head" if args.get("objective") == "labels" else "online probe",
+             "finetune": "finetuned", "probe": "mlp probe" if mlp else "linear probe"}[args["mode"]]
     if args["mode"] == "probe":
         features, augment = args.get("features") or "h", args.get("augment") or "none"
         words += " on z" if features == "z" else " on h" if mlp else ""  # A probes h, B probes z
         words += "" if augment == "none" else f" + {augment} augmentation"
     usual = {"normalize": "zscore", "labelled_only": False}
-    usual |= {"class_weight": "5"} if mlp else {}  # B: pos_weight = min(negatives / positives, 5)
+    # B: pos_weight = min(negatives / positives, 5)
+    usual |= {"class_weight": "5", "augment_action": "true"} if mlp else {}
     usual |= {} if args["mode"] == "pretrain" else {"crop": 1.0, "noise": 0.0}
     changed = [(key, args.get(key), value) for key, value in usual.items()]
     start = str(args.get("init") or "") if args["mode"] != "pretrain" else ""
@@ -1533,7 +1534,7 @@ def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
     runs = [load_run(folder, args.split) for folder in find_runs(args.runs, "pretrain")[0]]
     for run in runs:
         run["model"], checkpoint = load_world_model(run["path"])
-        run["method"] = run["method"].removeprefix("online probe, ")
+        run["method"] = run["method"].partition(", ")[2]
         run |= {key: checkpoint[key] for key in ("model_args", "normalize")}
         run["form"] = checkpoint.get("action_form", "difference")  # as older ones are
         run["told"] = checkpoint.get("args", {}).get("action") or "coded"

@@ -4024,6 +4024,8 @@ def test_variants_of_the_pretraining_train(workplace, flags):
     assert all(torch.isfinite(v).all() for v in state["model"].values())
     assert state["model_args"]["action"] is ("objective" not in flags)
     assert state["action_form"] == "difference"
+    method = json.loads((Path("runs") / name / "config.json").read_text())["method"]
+    assert method.startswith("supervised head, labels" if "labels" in flags else "online probe, ")
     if "vicreg" in flags:
         assert row["loss"] == pytest.approx(25 * row["pred"] + 25 * row["var"] + row["cov"], 1e-5)
 
@@ -4095,13 +4097,13 @@ def test_windows_are_a_function_of_their_generator_and_off_for_the_papers(tiny):
     signals, rows = train.Signals(tiny, torch.device("cpu"), "ram", "zscore"), np.arange(8)
 
     def draw(seed):
-        return signals.windows(args, torch.Generator().manual_seed(seed), signals.read(rows))[0]
+        return signals.windows(args, generator(seed), *[signals.read(rows)] * 2)
 
-    first = draw(0)
-    assert first.shape == (8, 12, 400) and torch.equal(first, draw(0))
-    assert not torch.equal(first, draw(1))
+    (first, second), again = draw(0), draw(0)
+    assert first.shape == (8, 12, 400) and not torch.equal(first, second)
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
     args.crop, args.noise = 1.0, 0.0
-    assert torch.equal(draw(0), signals.ready(signals.read(rows)))
+    assert torch.equal(draw(1)[0], signals.ready(signals.read(rows)))
 
 
 @pytest.mark.parametrize("flags, wanted", [
@@ -4132,6 +4134,7 @@ def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, 
     config = json.loads((Path("runs") / name / "config.json").read_text())
     assert config["init"]["run"] == recommended.name
     assert config["args"]["action"] == "coded"  # switches of the pretraining's, not of this run
+    assert ("--augment-action zero" in config["method"]) == ("zero" in flags)
 
 
 @pytest.mark.parametrize("flags", [
@@ -4917,10 +4920,12 @@ def test_two_replays_of_one_batch_differ_in_their_directions_and_equal_the_plain
 
 
 @needs_cuda
+@pytest.mark.parametrize("recipe", evaluate.SWITCHES)
 def test_a_run_on_a_gpu_is_a_graph_and_goes_on_where_it_was_stopped(
-    workplace, monkeypatch, capsys
+    workplace, monkeypatch, capsys, recipe
 ):
-    flags = "--mode pretrain --device cuda --allow-tiny --epochs 8 --batch-size 16 --run"
+    flags = f"--mode pretrain --recipe {recipe} --device cuda --allow-tiny --epochs 8 " \
+        "--batch-size 16 --overwrite --run"
     assert run_train(flags, "gpu-whole") == 0
     take, at = train.Loop.take, itertools.count(1)
 
@@ -4933,7 +4938,7 @@ def test_a_run_on_a_gpu_is_a_graph_and_goes_on_where_it_was_stopped(
         patch.setattr(train.Loop, "take", stop)
         assert run_train(flags, "gpu-parts") == 143
     assert state_of("gpu-parts")["step"] == 2 * train.GRAPH_AFTER
-    assert run_train(flags, "gpu-parts") == 0
+    assert run_train(flags.replace(" --overwrite", ""), "gpu-parts") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "GRAPH_AFTER", math.inf)
         assert run_train(flags, "gpu-plain") == 0
