@@ -2204,7 +2204,7 @@ def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, coho
         if args.compute_of:
             passes = plan[start]["work"] + plan[plan[start]["start"]]["work"]
         elif start:
-            init = {"args": vars(parser.parse_args(runs[start])),
+            init = {"args": vars(settle(parser.parse_args(runs[start]))),
                     "cohort": {"name": cohort.name, "sha256": cohort.sha256}}
         resolve(args, cohort, device, max(n, 1), passes)
         if args.head == "mlp":
