@@ -950,6 +950,7 @@ EXTRA_METHODS = (                                           # and in B's, beside
     "mlp probe on z, dynamics, recommended",
     "mlp probe on z + dynamics augmentation, dynamics, recommended")
 GAP_FROM, GAP_TO = "mlp probe on z, dynamics", "finetuned, dynamics"  # B recovers 55 % of this gap
+RARE = 0.05         # of the scored records; a class below it is rare
 LEAST_PATIENTS = 2  # with a class, and without it, that its AUROC needs to enter a macro mean
 
 # Arguments in which two runs of one method may differ: those that say where, not what. Of the
@@ -1781,11 +1782,22 @@ MAIN_METHODS = ("supervised", "finetuned, dynamics", "linear probe, dynamics",
                 "linear probe, untrained encoder")
 
 
+def with_rare(tasks: dict) -> list[tuple]:
+    """(task, column, chosen): each task over its classes, and over the rare ones among them."""
+    result = [(task, task, chosen) for task, chosen in tasks.items()]
+    for task, chosen in tasks.items():  # B is about them
+        rare = chosen["eligible"] & (chosen["positives"] < RARE * chosen["scored"])
+        if rare.any() and (rare != chosen["eligible"]).any():
+            result.append((task, f"{task}, classes below {RARE:.0%}", chosen | {"eligible": rare}))
+    return result
+
+
 def difference_entries(rows: dict, tasks: dict) -> list[dict]:
     """Any two rows on each task, paired on the same draws; seeds are averaged, not tested."""
-    return [row_entry("differences", rows[a], task, chosen,
-                      paired(rows[a], rows[b], task, chosen)) | {"against": row_name(rows[b])}
-            for b, a in itertools.combinations(rows, 2) for task, chosen in tasks.items()]
+    return [row_entry("differences", rows[a], task, chosen, paired(
+        rows[a], rows[b], task, chosen), column) | {"against": row_name(rows[b])}
+            for b, a in itertools.combinations(rows, 2)
+            for task, column, chosen in with_rare(tasks)]
 
 
 def class_entries(rows: dict, pair: list[str], task: str, chosen: dict,
@@ -1999,12 +2011,13 @@ def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
         f"t and Satterthwaite's df join the variances over patients and over seeds; Holm at "
         f".05 over all claims tested in this call, {tested} of them here; a >= asks for no more "
         "than 0.01 below.")
-    add([row_entry("all methods", row, task, chosen) for row in rows.values()
-         for task, chosen in tasks.items()], "All methods", "method", ("seeds", "steps", "minutes"))
+    add([row_entry("all methods", row, task, chosen, column=column) for row in rows.values()
+         for task, column, chosen in with_rare(tasks)], "All methods", "method",
+        ("seeds", "steps", "minutes"))
     entries += [row_entry("all runs", row | {"method": run["name"], "runs": [run],
-                                             "seeds": {run["seed"]: [run]}}, task, chosen)
-                | {"method": run["method"]}
-                for row in rows.values() for run in row["runs"] for task, chosen in tasks.items()]
+                                             "seeds": {run["seed"]: [run]}}, task, chosen,
+                          column=column) | {"method": run["method"]} for row in rows.values()
+                for run in row["runs"] for task, column, chosen in with_rare(tasks)]
     first, differences = row_name(next(iter(rows.values()))), difference_entries(rows, tasks)
     add(differences, "Paired differences", f"less {first}",
         show=[e for e in differences if e["against"] == first])
@@ -2476,7 +2489,7 @@ def seed_entries(results: dict[str, dict], cell, compared, patients: int) -> lis
             entries += [e | {"table": f"{e['table']}, by seed", "seed": seed} for e in found]
         shared = [seed for seed in seeds if seed in results[first]] if label != first else []
         for key in compared if shared else ():
-            pairs = [(seeds[seed][key], results[first][seed][key]) for seed in shared]
+            pairs = [[of[seed].get(key, "") for of in (seeds, results[first])] for seed in shared]
             if any(isinstance(value, str) for pair in pairs for value in pair):
                 continue
             each = np.array([np.atleast_1d(b - a) for b, a in pairs])           # (S, 1 + n_boot)

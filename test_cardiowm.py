@@ -2260,6 +2260,17 @@ def test_score_equals_the_direct_computation_task_by_task(runs_root, capsys, uni
     assert (rows[0]["steps"], rows[0]["minutes"], rows[3]["minutes"]) == ("9", "0.5", "1.5")
 
 
+def test_rare_classes_have_a_mean_of_their_own_where_not_all_are_rare():
+    chosen = {"eligible": np.array([True, True, False]), "positives": np.array([90, 40, 1]),
+              "scored": 1000}
+    plain, (task, column, rare) = evaluate.with_rare({"triage": chosen})
+    assert plain == ("triage", "triage", chosen)
+    assert (task, column) == ("triage", "triage, classes below 5%")
+    assert rare["eligible"].tolist() == [False, True, False]
+    for positives in ([90, 50, 1], [49, 49, 1]):  # none is, all are
+        assert len(evaluate.with_rare({"t": chosen | {"positives": np.array(positives)}})) == 1
+
+
 def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root, capsys):
     a = write_run(runs_root, "one")
     a["y_true"][:] = 0
@@ -2336,6 +2347,13 @@ def test_method_tells_recipes_apart_and_older_runs_are_the_papers(switches, word
         == "linear probe, " + words
     assert evaluate.method({"mode": "finetune", "frac": 1.0, "init": "scratch", "crop": 0.8,
                             "noise": 0.0}, None) == "supervised, --crop 0.8"
+
+
+def test_method_names_the_control_of_an_augmentation():
+    args = {"mode": "probe", "head": "mlp", "features": "z", "augment": "dynamics", "frac": 1.0,
+            "init": "x", "augment_action": "zero"}
+    assert evaluate.method(args, {"args": {"mode": "pretrain", "frac": 1.0}}) \
+        == "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero"
 
 
 def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_root, capsys):
