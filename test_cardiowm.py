@@ -323,7 +323,7 @@ def test_sigreg_on_a_gpu_is_the_complex_integral_and_keeps_its_gradient():
     directions = F.normalize(torch.randn(64, 32, generator=g), dim=0)
     found = []
     for device in ("cpu", "cuda"):
-        own = z.to(device).requires_grad_()
+        own = z.to(device, copy=True).requires_grad_()
         value = cardiowm.SIGReg().to(device)(own, directions=directions)
         assert value.item() == pytest.approx(sigreg_by_quadrature(
             z.double().numpy(), directions.double().numpy()), rel=1e-5)
