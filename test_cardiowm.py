@@ -4879,6 +4879,17 @@ def test_what_cannot_be_captured_stays_plain_with_one_line(monkeypatch, capsys):
                     "permitted when stream is capturing)")
 
 
+def test_a_schedule_that_moves_beta1_stays_plain_on_a_gpu_with_one_line(capsys):
+    optimizer = train.make_optimizer([nn.Linear(3, 1)], 0.1, 0.1)
+    train.make_schedule(optimizer, "onecycle", 0.1, 6)
+    on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    groups = [group | {"params": [on_a_gpu]} for group in optimizer.param_groups]
+    step = train.Step(None, types.SimpleNamespace(param_groups=groups))
+    assert step.plain_left == math.inf and not step.rates
+    assert capsys.readouterr().out == "note: a step of a one-cycle schedule is launched kernel by " \
+        "kernel, not as a CUDA graph\n"
+
+
 @needs_cuda
 def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
     rows = []

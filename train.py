@@ -502,10 +502,13 @@ class Step:
         self.generators, self.graph = list(generators), None
         device = optimizer.param_groups[0]["params"][0].device
         cuda = device.type == "cuda"
-        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups * cuda]
-        self.plain_left = GRAPH_AFTER if cuda and world_size() == 1 else math.inf
-        if cuda and world_size() > 1:
-            print("note: a step of several ranks is launched kernel by kernel, not as a CUDA graph")
+        why = "several ranks" if world_size() > 1 else \
+            "a one-cycle schedule" if "base_momentum" in optimizer.param_groups[0] else ""
+        graph = cuda and not why  # one-cycle moves beta1 too: a number, which a graph would keep
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups * graph]
+        self.plain_left = GRAPH_AFTER if graph else math.inf
+        if cuda and why:
+            print(f"note: a step of {why} is launched kernel by kernel, not as a CUDA graph")
 
     def work(self, items: np.ndarray, batch: tuple, step: int) -> tuple[list, Tensor, dict]:
         """One step: names and values (n,) of its scalars, and the functions that give others."""
