@@ -1861,7 +1861,7 @@ def pick_device(name: str) -> torch.device:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         name = "cpu" if name == "auto" else name
     device = evaluate.pick_device(name)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # for NCCL, and for the stream of a CUDA graph
     return device
 
