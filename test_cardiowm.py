@@ -4238,8 +4238,8 @@ def test_synthetic_rows_stand_behind_the_real_ones_and_weigh_less(told):
     with torch.no_grad():
         y_to = y[real:].long() * ("zero" not in told)
         seen = [known[i].expand(total) for i in range(3)]
-        actions = [cardiowm.action_sets(0 * y_to, y_to, n, n if "zero" in told else 0 * n + 1)
-                   if sets else y_to for n in seen]
+        actions = [cardiowm.action_sets(0 * y_to, y_to, n, 0 * n + 1) if sets else y_to
+                   for n in seen]
         wanted = torch.stack([model.eval().predict(z.float().expand(total, -1), a)
                               for z, a in zip(inputs[:3], actions)])
     near = (wanted - inputs[real:].float()).abs().amax(dim=2).amin(dim=0) < 2e-3

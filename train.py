@@ -1026,9 +1026,8 @@ def without_change(model: cardiowm.WorldModel, sets: bool) -> cardiowm.WorldMode
         weight.zero_()
         return model
     k = weight.shape[1] // 2 - 1
-    for own, target in ((slice(k), slice(k, 2 * k)), (-2, -1)):             # y and y_next, known
-        weight[:, own] += weight[:, target]
-        weight[:, target] = 0
+    weight[:, :k] += weight[:, k:2 * k]                                     # y and y_next
+    weight[:, k:2 * k] = 0
     return model
 
 
