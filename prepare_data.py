@@ -1658,17 +1658,6 @@ class Cohort:
                              "cohort does; take the action coded, sets or none")
         return self.state[target].astype(np.int8) - self.state[source].astype(np.int8)
 
-    def no_change(self, pairs: np.ndarray, form: str) -> np.ndarray:
-        """The action of pairs (P,) in which nothing changed, of a model's action_form.
-
-        difference: zeros (P, K) int8; sets: [y, y, has_label, has_label_next] (P, 2K + 2) uint8.
-        """
-        if form == "difference":
-            return np.zeros_like(self.action[pairs])
-        sets, k = self.action_of(pairs, "sets"), len(self.class_name)
-        sets[:, k:2 * k] = sets[:, :k]
-        return sets
-
 
 def check_cohort(cohort: Cohort) -> None:
     """Verify a file against itself: checksums, shapes, order, folds, pairs. InputError if not."""
