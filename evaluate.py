@@ -616,7 +616,7 @@ def method(args: dict, init: dict | None) -> str:
         words += f", {objective}" + ("" if reg == "sigreg" else f", {reg}") + recipe_words(source)
         usual = {"residual": False, "z_dim": 256, "pairs": "all"}
         usual |= {"slices": 256} if reg == "sigreg" else {}
-        usual |= {"lam": 0.1} if reg == "sigreg" and not source.get("sigreg_ratio") else {}
+        usual |= {"lam": 0.1} if reg == "sigreg" and source.get("sigreg_ratio") is None else {}
         changed += [(key, source.get(key), value) for key, value in usual.items()]
         if init:
             frac, cohort = float(source.get("frac", 1.0)), init.get("cohort") or {}
@@ -956,7 +956,7 @@ LEAST_PATIENTS = 2  # with a class, and without it, that its AUROC needs to ente
 # Arguments in which two runs of one method may differ: those that say where, not what. Of the
 # settings that the preset derives from the number of records drawn, only those given are compared.
 FREE_SETTINGS = {"seed", "run", "init", "compute_of", "data", "cache", "device", "resume",
-                 "overwrite", "checkpoint_minutes", "compile", "allow_tiny"}
+                 "overwrite", "checkpoint_minutes", "compile", "allow_tiny", "recipe"}
 DERIVED_SETTINGS = {"epochs", "batch_size", "lr", "schedule", "total"}
 
 
@@ -1006,10 +1006,13 @@ def by_method(runs: list[dict]) -> tuple[dict[tuple, dict], dict[tuple, str]]:
     Returns: rows, and {(method, frac): why no row stands for it}.
     """
     def version(run: dict) -> list[dict]:  # without what may differ between seeds
-        given = run["args"].get("given")
-        free = FREE_SETTINGS | (set() if given is None else DERIVED_SETTINGS)
-        return [{key: value for key, value in part.items() if key not in free}
-                for part in (run["args"], (run["init"] or {}).get("args", {}))] + [given or {}]
+        given, parts = run["args"].get("given"), []
+        for args in (run["args"], (run["init"] or {}).get("args", {})):
+            args = PAPERS | {"augment_action": "true"} | args  # an older run has fewer
+            free = FREE_SETTINGS | (set() if given is None else DERIVED_SETTINGS) \
+                | (set() if args["sigreg_ratio"] is None else {"lam"})  # of the batch size
+            parts.append({key: value for key, value in args.items() if key not in free})
+        return [*parts, given or {}]
 
     found: dict[tuple, list[dict]] = {}
     for run in runs:

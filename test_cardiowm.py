@@ -2371,6 +2371,23 @@ def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_r
     assert "linear probe, untrained encoder (" not in out and code == 0
 
 
+def test_a_weight_derived_from_a_ratio_and_switches_unknown_before_part_no_seeds(runs_root):
+    def rows(name, *runs):
+        for seed, args in enumerate(runs):
+            write_run(runs_root, f"{name}{seed}", seed=seed, **{"mode": "pretrain"} | args)
+        return evaluate.by_method([evaluate.load_run(runs_root / f"{name}{seed}")
+                                   for seed in range(len(runs))])[0]
+
+    better = evaluate.SWITCHES["recommended"]
+    assert len(rows("ratio", *(better | {"lam": lam} for lam in (0.07, 0.08)))) == 1
+    for mode in {"mode": "pretrain"}, {"mode": "probe", "init": "pre", "head": "mlp"}:
+        older, newer = mode | {"lam": 0.1}, mode | evaluate.PAPERS | {
+            "augment_action": "true", "recipe": "papers"}
+        assert len(rows(f"older-{mode['mode']}", older, newer)) == 1
+    other = better | {"sigreg_ratio": 6.0, "lam": 0.07}
+    assert len(rows("other", better | {"lam": 0.07}, other)) == 2
+
+
 def test_score_refuses_bad_input_in_one_line_and_writes_nothing(runs_root, capsys):
     for name in ("good", "unfinished", "broken", "keyless", "misfit"):
         arrays = write_run(runs_root, name)
