@@ -1555,7 +1555,7 @@ def with_actions(runs: list[dict], alone: bool) -> tuple[list[dict], list[str]]:
     left_out = [f"{run['name']}: {run['no_action']}" for run in runs if run["no_action"]]
     if len(left_out) == len(runs):
         raise InputError(f"--runs: {'; '.join(left_out)}; a pretraining with --objective dynamics "
-                         "and --action coded or state is wanted")
+                         "and --action coded, sets or state is wanted")
     return [run for run in runs if not run["no_action"]], left_out
 
 

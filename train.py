@@ -1737,6 +1737,7 @@ def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: st
     parts, usual = [stem, args.mode], usual_switches(args)
     for action in parser._actions:
         name, value = action.dest, getattr(args, action.dest, None)
+        # compile stays in a name: so an older command finds its run
         if name in HOW_FLAGS - {"compile"} | {"mode", "help"} \
                 or value in (action.default, usual.get(name, "")):
             continue
