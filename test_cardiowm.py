@@ -5305,7 +5305,7 @@ FLAGS = {
         --checkpoint-minutes""",
     "prepare_data": """--source --root --labels --out --fs --workers --patients --label-fidelity
         --nuisance --seed --check""",
-    "evaluate": """--mode --runs --data --out --task --labelled-only --unit --n-boot --permutations
+    "evaluate": """--mode --runs --data --out --task --split --labelled-only --unit --n-boot --permutations
         --onset --resolve --stable --study-id""",
 }
 
