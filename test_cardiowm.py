@@ -4897,8 +4897,8 @@ def test_a_schedule_that_moves_beta1_stays_plain_on_a_gpu_with_one_line(capsys):
     groups = [group | {"params": [on_a_gpu]} for group in optimizer.param_groups]
     step = train.Step(None, types.SimpleNamespace(param_groups=groups))
     assert step.plain_left == math.inf and not step.rates
-    assert capsys.readouterr().out == "note: a step of a one-cycle schedule is launched kernel by " \
-        "kernel, not as a CUDA graph\n"
+    assert capsys.readouterr().out == (
+        "note: a step of a one-cycle schedule is launched kernel by kernel, not as a CUDA graph\n")
 
 
 @needs_cuda
@@ -5305,8 +5305,8 @@ FLAGS = {
         --checkpoint-minutes""",
     "prepare_data": """--source --root --labels --out --fs --workers --patients --label-fidelity
         --nuisance --seed --check""",
-    "evaluate": """--mode --runs --data --out --task --split --labelled-only --unit --n-boot --permutations
-        --onset --resolve --stable --study-id""",
+    "evaluate": """--mode --runs --data --out --task --split --labelled-only --unit --n-boot
+        --permutations --onset --resolve --stable --study-id""",
 }
 
 
