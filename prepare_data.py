@@ -513,6 +513,7 @@ def locate(handle: io.FileIO, kind: int, offset: int, frame: int, samples: int,
     else:
         samples = samples or max(size - offset, 0) * 6 // per_six // frame
         needed = -(-samples * frame * per_six // 6)
+        needed += needed % 2 if kind == 310 else 0  # which ends with a whole word of 16 bits
         if offset + needed > size:
             raise Rejected("signal file truncated", f"{os.path.basename(handle.name)}: "
                                                     f"{size:,} of {offset + needed:,} bytes")
