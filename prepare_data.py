@@ -826,7 +826,8 @@ def within(low: int, high: int, missing: int | None = None) -> Callable[[str], i
     """A converter to a whole number from low to high; empty text is `missing` where that is given.
     """
     def convert(text: str) -> int:
-        value = missing if missing is not None and not text.strip() else number(text)
+        value = missing if missing is not None and text.strip().lower() in UNKNOWN else \
+            number(text)
         if not low <= value <= high:
             raise ValueError(text)
         return value
