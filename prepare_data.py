@@ -779,8 +779,7 @@ COLUMNS = {  # of a table and of the cohort file; the first three are the order 
     "sex": np.int8,  # 0 F, 1 M, -1 missing
     "has_label": bool,  # the source gives this record any code at all, of whatever chapter
 }
-SEX = {text: sex for sex, texts in enumerate(("F f Female female FEMALE", "M m Male male MALE"))
-       for text in texts.split()}
+SEX = {"f": 0, "female": 0, "m": 1, "male": 1}
 
 
 class Rounded(ValueError):
@@ -1117,7 +1116,7 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
     known, _ = read_rows(labels, {
         "study_id": number, "subject_id": number, "all_diag_all": icd10_codes,
         "fold": within(0, 19), "ecg_no_within_stay": within(-1, 2**15 - 1, missing=-1),
-    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years, "gender": SEX.__getitem__,
+    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years, "gender": lambda text: SEX[text.strip().lower()],
         "ecg_time": clock}, "label row", tally)
     entries, listed = read_rows(
         root / "record_list.csv", {"study_id": number, "subject_id": number, "path": record_path},
