@@ -809,7 +809,7 @@ def told(counts: dict, examples: dict) -> str:
                      for reason, n in counts.items() if n) or "nothing"
 
 
-WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(\.0*)?\s*")
+WHOLE = re.compile(r"\s*[+-]?([0-9]{1,18}|[0-9]{1,15}\.0*)\s*")  # a float holds 15 digits
 ROUNDED = re.compile(r"\s*[+-]?[0-9.,]+[eE][+-]?[0-9]+\s*")
 UNKNOWN = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}  # texts of a missing value
 
