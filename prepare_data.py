@@ -1061,8 +1061,9 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
             tally.add("header file missing", header)
     if not found:
         raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
-                         f"soundly; left out: {told(tally, tally.examples)}; wanted: their files "
-                         "below --root")
+                         f"soundly; left out: {told(tally, tally.examples)}; wanted: "
+                         + ("their files below --root" if rows else "ids in digits, folds as in "
+                            "the release, codes as a list or dict, such as ['I10', 'I4891']"))
     chosen = found
     if patients is not None:
         first = set(sorted({row[0][0] for row in found})[:patients])
