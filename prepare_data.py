@@ -78,11 +78,16 @@ class InputError(ValueError):
     """What the user did wrong: the message names the thing, what was found and wanted, the fix."""
 
 
+def printable(text: str) -> str:
+    """A file's own words, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 class Rejected(Exception):
     """One record cannot enter the cohort: `reason`, one of REASONS, and what was `found`."""
 
     def __init__(self, reason: str, found: str = ""):
-        found = "".join(c if c.isprintable() else "?" for c in found[:200])  # a file's own words
+        found = printable(found[:200])
         super().__init__(reason, found)
         self.reason, self.found = reason, found
 
@@ -800,7 +805,7 @@ class Tally(collections.Counter):
     def add(self, reason: str, example: str, kept: bool = False) -> None:
         """Count one, and keep the example if it is the first."""
         (self.flaws if kept else self)[reason] += 1
-        self.examples.setdefault(reason, example)
+        self.examples.setdefault(reason, printable(example))
 
 
 def told(counts: dict, examples: dict) -> str:
@@ -947,7 +952,8 @@ def table_header(reader, path: Path, required: dict, optional: dict) -> list[str
     if lacking or not header:
         mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
         raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
-                         f"{', '.join(header)[:200] or 'an empty file'}"
+                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; wanted: a CSV "
+                         f"file with the columns {names}"
                          + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
     if twice := [name for name in required | optional if header.count(name) > 1]:
         raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
