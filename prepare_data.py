@@ -876,10 +876,11 @@ def years(text: str) -> float:
 
 def record_path(text: str) -> str:
     """A record's path below the root; ValueError for one that leads out of it, or none."""
-    parts = text.strip().replace("\\", "/").split("/")
-    if not text.strip() or not parts[0] or ".." in parts or ":" in parts[0] or "\0" in text:
+    text = text.strip().replace("\\", "/")
+    parts = text.split("/")
+    if not parts[0] or ".." in parts or ":" in parts[0] or "\0" in text:
         raise ValueError(text)
-    return text.strip()
+    return text
 
 
 STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
