@@ -2391,7 +2391,7 @@ def loss_line(cohort: Cohort) -> str:
     tried = len(cohort) + unread
     lines = cohort.listed - cohort.not_chosen - tried  # lost before a record was looked at
     share = 1 - (1 - lines / max(1, cohort.listed)) * len(cohort) / tried
-    if share <= 0.05:
+    if share <= 0.05 + 1e-9:
         return ""
     return (f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} of "
             f"{cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the reasons stand "
