@@ -991,7 +991,7 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     listed, lost = 0, {}
     with open_table(path, ", ".join(required)) as handle:
         reader = csv.reader(handle)
-        header, line = table_header(reader, path, required, optional), reader.line_num
+        header = table_header(reader, path, required, optional)
         columns = [(name, header.index(name) if name in header else len(header) if name else 0,
                     if_known(convert) if name in optional else convert)
                    for name, convert in (required | optional).items()]
@@ -1019,13 +1019,13 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
             return values
 
         for row in table_rows(reader, path):
-            lines, line = reader.line_num - line, reader.line_num
             listed += 1
             if len(row) != len(header):
-                listed += lines - 1  # a quote without its end swallows lines, and so records
-                tally[f"{what} malformed"] += lines - 1
-                tally.add(f"{what} malformed", f"{path.name} line {line}: {len(row)} fields for "
-                          f"{len(header)} columns")
+                swallowed = "".join(row).count("\n")  # lines, and so rows, by a quote without end
+                listed += swallowed
+                tally[f"{what} malformed"] += swallowed
+                tally.add(f"{what} malformed", f"{path.name} line {reader.line_num}: {len(row)} "
+                          f"fields for {len(header)} columns")
                 continue
             row.append("")  # of the optional columns that are not there
             try:
