@@ -1428,12 +1428,12 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
 def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
                attributes: dict) -> None:
     """Write datasets, the kept rows of the signal with their checksums, and attributes; sync."""
-    h5py.File(path, "w").close()
+    h5py.File(path, "w", locking=False).close()  # the folder is held
     if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
         room = sum(array.nbytes for array in rows.values()) + len(keep) * signal[0].nbytes
         with open(path, "r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
-    with h5py.File(path, "r+") as file:  # which gives back what it does not need
+    with h5py.File(path, "r+", locking=False) as file:  # which gives back what it does not need
         for name, array in rows.items():
             file[name] = array
         stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
