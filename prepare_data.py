@@ -321,7 +321,9 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         with system_errors():
             work()
         return 0
-    except InputError as error:
+    except (InputError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            error = f"memory: {error or 'none left'}; {REMEDY[errno.ENOMEM]}"
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Stopped) as error:
