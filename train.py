@@ -337,9 +337,13 @@ def world_size() -> int:
 
 def join_ranks(device: torch.device) -> None:
     """Meet the other processes that torchrun started, if it did: NCCL on CUDA, else gloo."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+            return
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {error}: start several "
+                         "processes with torchrun, or one after `unset WORLD_SIZE`") from error
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     norms = "all ranks" if device.type == "cuda" else "each rank (torch synchronises CUDA only)"
