@@ -103,7 +103,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, label: str = ""):
         self.total, self.unit, self.label = total, unit, label
-        self.count, self.tty = 0, sys.stderr.isatty()
+        self.count, self.tty = 0, bool(sys.stderr and sys.stderr.isatty())  # None: closed
         self.start = self.shown = time.monotonic()
 
     def update(self, n: int = 1, last: bool = False) -> None:

@@ -1358,6 +1358,7 @@ def prepare_small(root, edit=lambda row, i: None):
     ("all_diag_all", "['4280']", [3], "1 one that is not of the system; found: '4280'"),
     ("ecg_time", "03/02/2150 10:00", range(12), "ecg_time '03/02/2150 10:00' is no time"),
     ("ecg_time", "2180-01-02 08:00:00+05:00", [3], "with a UTC offset, .* without one"),
+    ("study_id", "90071992547409921.0", range(12), "malformed .*409921[.]0'.*; wanted: ids in"),
     ("fold", "20", range(12), "left out: 12 label row malformed .*line 2: fold '20'"),
     ("fold", "15", [1], "patient 100 lies in folds 14 and 15")])
 def test_a_column_of_another_meaning_is_named_with_row_and_text(
@@ -1369,13 +1370,15 @@ def test_a_column_of_another_meaning_is_named_with_row_and_text(
 
 
 def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counted(tmp_path, capsys):
-    ages, sexes = ["> 89", "90+", "63.5", "old", "-3", "nan", ""], ["F", "male", "?", "", "NA"]
+    ages, sexes = ["> 89", "90+", "63.5", "old", "-3", "nan", ""], ["F ", "mALE", "?", "", "NA"]
     prepare_small(tmp_path, lambda row, i: row.update(
+        ecg_no_within_stay=["NA", "nan", 0][i % 3],
         age=ages[i % 7], gender=sexes[i % 5], all_diag_all="['i10', ' I48.91']",
         ecg_time="soon" if i == 4 else row["ecg_time"]))
     cohort = prepare_data.Cohort(
         prepare_data.build("mimic", tmp_path, tmp_path / "c.h5", fs=100, workers=1))
     assert len(cohort) == 12 and cohort.class_name == ["I10", "I48"] and cohort.label.all()
+    assert cohort.ecg_no_within_stay.tolist() == [-1, -1, 0] * 4
     np.testing.assert_array_equal(cohort.age[:7], [90, 90, 63.5, *[np.nan] * 4])
     assert cohort.sex[:5].tolist() == [0, 1, -1, -1, -1] and cohort.ecg_time[4] == -1
     assert cohort.flaws == {"age unreadable, stored as missing": 4,
@@ -1406,6 +1409,7 @@ def test_tables_are_read_gzipped_and_in_utf_16_and_spreadsheets_named(tmp_path):
         assert found["path"] == wanted["path"] and (found["label"] == wanted["label"]).all()
     for content, message in ((b"PK\x03\x04", "a spreadsheet; wanted: a CSV"),
                              (gzip.compress(text.encode())[:-20], "damaged after"),
+                             (b"PAR1\x15\x1b[2J", "found: PAR1[?][?]\\[2J; wanted: a CSV file"),
                              (text.replace(",", ";").encode(), "separated by ';', commas"),
                              (text.replace("fold", "study_id").encode(), "no column fold")):
         labels.write_bytes(content)
