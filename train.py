@@ -344,6 +344,7 @@ def join_ranks(device: torch.device) -> None:
     except ValueError as error:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {error}: start several "
                          "processes with torchrun, or one after `unset WORLD_SIZE`") from error
+    average.world_size = world_size()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     norms = "all ranks" if device.type == "cuda" else "each rank (torch synchronises CUDA only)"
@@ -354,46 +355,35 @@ def on_first_rank(make: Callable):
     """The result of make(), called on rank 0 alone and sent to all; so is what it refuses."""
     if world_size() == 1:
         return make()
-    sent = [None, None]
+    sent = [None]
     if rank() == 0:
         try:
             with system_errors():
-                sent[0] = make()
+                sent = [make()]
         except InputError as error:
-            sent[1] = str(error)
+            sent = [error]
     dist.broadcast_object_list(sent, src=0)
-    if sent[1] is not None:
-        raise InputError(sent[1])
+    if isinstance(sent[0], InputError):
+        raise sent[0]
     return sent[0]
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over ranks, without gradient."""
-    if world_size() == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / world_size()
-
-
-class _MeanOverRanks(torch.autograd.Function):
+class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return average(x)
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / world_size()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # DDP averages the ranks' gradients afterwards: together, the gradient of the global loss
-        return average(grad)
+        return _Average.apply(grad)
 
 
-def mean_over_ranks() -> Callable | None:
-    """What SIGReg and VICReg take to see the global batch; None for one process."""
-    if world_size() == 1:
-        return None
-    mean = functools.partial(_MeanOverRanks.apply)
-    mean.world_size = world_size()
-    return mean
+def average(x: Tensor) -> Tensor:
+    """Mean over ranks, x itself on one: the MeanOverRanks of cardiowm.py, for the global batch."""
+    return x if world_size() == 1 else _Average.apply(x)
 
 
 def parallel(module: nn.Module, device: torch.device) -> nn.Module:
@@ -844,7 +834,7 @@ class Pretraining:
         """Mean of known_bce at both ends of the pairs `at`, of the head that is not detached."""
         logits = self.supervised(torch.cat([h, h_next]).float()).chunk(2)
         ends = zip(logits, (self.label[at], self.label_next[at]), self.known[at].T)
-        return sum(cardiowm.known_bce(*end, mean_over_ranks()) for end in ends) / 2
+        return sum(cardiowm.known_bce(*end, average) for end in ends) / 2
 
     def loss_of(self, items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         """The scalar to minimise and the terms to log, of this rank's part of the batch."""
@@ -853,7 +843,7 @@ class Pretraining:
         with autocast(self.device):
             h, h_next, z, z_pred, z_next = self.network(x, x_next, self.action[at])
         logits = self.online(h.detach().float())  # a problem of its own: nothing flows back
-        terms = self.objective(z, z_pred, z_next, mean_over_ranks())
+        terms = self.objective(z, z_pred, z_next, average)
         if self.args.supervise:
             terms["supervised_bce"] = self.supervised_bce(h, h_next, at)
             terms["loss"] = terms["loss"] + self.args.supervise * terms["supervised_bce"]
@@ -1273,15 +1263,13 @@ class Run:
                                           "nothing to resume there") + "; starting at step 0")
             return
         self.found = there[0]
-        try:
+        with self._usable():
             self.state = load_checkpoint(self.found)
             why = lack(self.state, {
                 **dict.fromkeys(("step", "epoch", "bad_epochs", "log_rows"), (int,)),
                 "best": (float, int, type(None)), "args": {}, "optimizer": {"state": {}}})
             refuse([(why, f"{self.found}: no checkpoint of this run ({why})")])
             self._check_same(self.found, self.state["args"], self.config)
-        except InputError as error:
-            raise self._unusable(error) from None
         print(f"RESUMING {self.path} at step {self.state['step']} (epoch {self.state['epoch']}): "
               "found unfinished, same configuration, same cohort")
         if self.found.name == "previous.pt":
@@ -1295,27 +1283,29 @@ class Run:
         if self.config["args"]["device"] == "cpu":  # where the last digits depend on it
             self.config["speed"]["threads"] = old["speed"]["threads"]
 
-    def _unusable(self, error: Exception) -> InputError:
-        """What is said of a checkpoint that this run cannot go on from, and what to do instead."""
-        text = str(error) if isinstance(error, InputError) else \
-            f"{self.found}: no checkpoint of this run ({type(error).__name__}: {error})"
-        previous = self.path / "previous.pt"
-        with contextlib.suppress(InputError, KeyError):
-            step = load_checkpoint(previous)["step"]
-            if self.found != previous:
-                return InputError(f"{text}. The checkpoint before it is whole, at step {step}: run "
-                                  f"`mv {quoted(previous)} {quoted(self.found)}`, then the same "
-                                  "command")
-        return InputError(f"{text}. No other checkpoint is there: start anew with --overwrite")
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """InputError where this run cannot go on from the checkpoint found, and what to do then."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            text = str(error) if isinstance(error, InputError) else \
+                f"{self.found}: no checkpoint of this run ({type(error).__name__}: {error})"
+            previous = self.path / "previous.pt"
+            advice = "No other checkpoint is there: start anew with --overwrite"
+            with contextlib.suppress(InputError, KeyError):
+                step = load_checkpoint(previous)["step"]
+                if self.found != previous:
+                    advice = (f"The checkpoint before it is whole, at step {step}: run `mv "
+                              f"{quoted(previous)} {quoted(self.found)}`, then the same command")
+            raise InputError(f"{text}. {advice}") from None
 
     def begin(self, wanted: dict, parts: dict) -> None:
         """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
         nothing; open the folder."""
         if self.state:
-            try:
+            with self._usable():
                 self._restore(wanted, parts)
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise self._unusable(error) from None
         if rank() > 0:
             return
         for left in self.path.glob("*.tmp"):  # by a process that was killed
