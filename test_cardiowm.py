@@ -5140,23 +5140,11 @@ def test_help_lists_exactly_the_flags_of_the_design(name, capsys):
     assert set(re.findall(r"--[a-z][a-z-]+", usage)) - {"--help"} == set(FLAGS[name].split())
 
 
-def readme_blocks():
-    """(language, text) of each fenced block, by walking the lines: a fence ends what one began."""
-    blocks, language = [], None
-    for line in (HERE / "README.md").read_text().splitlines():
-        if line.startswith("```"):
-            language = line[3:].strip() if language is None else None
-            if language is not None:
-                blocks.append((language, []))
-        elif language is not None:
-            blocks[-1][1].append(line)
-    assert language is None, "a fence is open"
-    return [(name, "\n".join(lines)) for name, lines in blocks]
-
-
 def test_every_readme_command_parses_and_every_snippet_compiles():
     page = (HERE / "README.md").read_text()
-    text = "\n".join(block for name, block in readme_blocks() if name == "bash")
+    assert len(re.findall("^```", page, re.M)) % 2 == 0, "a fence is open"
+    blocks = re.findall(r"^```(.*)\n([\s\S]*?)^```$", page, re.M)
+    text = "\n".join(block for name, block in blocks if name == "bash")
     inline = re.findall(r"`((?:python|torchrun|CARDIOWM_SLOW)[^`]+)`", page)
     lines = [*text.replace("\\\n", " ").splitlines(), *inline]
     commands = [c.split("  #")[0].strip() for line in lines for c in line.split("&&")]
@@ -5171,7 +5159,7 @@ def test_every_readme_command_parses_and_every_snippet_compiles():
         args = parsers[script].parse_args(flags)  # SystemExit fails the test
         if script == "train.py":
             train.check_arguments(args, parsers[script])
-    for name, block in readme_blocks():
+    for name, block in blocks:
         if name == "python":
             compile(block, "README.md", "exec")
     for picture in re.findall(r"\]\((figures/[^)#]+)\)", page):
@@ -5393,306 +5381,259 @@ HOSTILE = (b"-1", b"0", b"7", b"1e400", b"nan", b"-inf", b"99999999999999999999"
            "µV".encode(), "\u2167\u0663".encode(), "I10".encode("utf-16"), b"../OUTSIDE",
            b"../OUTSIDE.dat", b"/etc/passwd", b"s3://nowhere/x.dat", b"'I48' 'I10'", b"[['I10']]",
            b"250", b"I48")
+BYTE_FAULTS = "bit bytes insert delete cut zeros more samples".split()
+TEXT_FAULTS = BYTE_FAULTS + "twice lost utf-16".split() + ["word"] * 10 + ["digit", "swap"] * 4
 
 
 def mutate(rng, data, text):
-    """One random fault: its kind, and the changed bytes."""
+    """One random fault: the changed bytes."""
+    kind = rng.choice(TEXT_FAULTS if text else BYTE_FAULTS)
     at, n = int(rng.integers(len(data))), int(rng.integers(1, 9))
-    if text and rng.random() < 0.65:
-        words = re.split(rb"([ ,\n\"])", data)  # words at the even places
-        i, j = (int(k) * 2 for k in rng.integers((len(words) + 1) // 2, size=2))
-        kind = str(rng.choice(["word", "word", "word", "digit", "swap"]))
-        if kind == "word":
-            words[i] = HOSTILE[rng.integers(len(HOSTILE))]
-        elif kind == "digit":
-            words[i] = re.sub(rb"\d", b"%d" % rng.integers(10), words[i], count=1)
-        else:
-            words[i], words[j] = words[j], words[i]
-        return kind, b"".join(words)
-    if text and rng.random() < 0.3:
-        lines = data.splitlines(keepends=True)
-        i, kind = int(rng.integers(len(lines))), str(rng.choice(["twice", "lost", "utf-16"]))
-        if kind == "utf-16":
-            return kind, data.decode().encode("utf-16")
-        return kind, b"".join(lines[:i] + lines[i:i + 1] * 2 * (kind == "twice") + lines[i + 1:])
-    kind = str(rng.choice(["bit", "bytes", "insert", "delete", "cut", "zeros", "samples", "more"]))
+    head, new, tail = data[:at], rng.bytes(n), data[at + n:]
+    whole = {"bit": head + bytes([data[at] ^ 1 << n - 1]) + data[at + 1:], "cut": head,
+             "bytes": head + new + tail, "zeros": head + bytes(n) + tail, "delete": head + tail,
+             "insert": head + new + data[at:], "more": data + new}
+    if kind in whole:
+        return whole[kind]
+    if kind == "utf-16":
+        return data.decode().encode("utf-16")
+    parts, step = data.splitlines(keepends=True), 1
     if kind == "samples":  # of a 12-lead signal, two frames change places: its sums stay
-        a, b = sorted(int(k) * 24 for k in rng.integers(len(data) // 24, size=2))
-        return kind, data[:a] + data[b:b + 24] + data[a + 24:b] + data[a:a + 24] + data[b + 24:]
-    new = {"bit": bytes([data[at] ^ 1 << int(rng.integers(8))]), "bytes": rng.bytes(n),
-           "insert": rng.bytes(n) + data[at:at + 1], "zeros": bytes(n)}.get(kind, b"")
-    past = {"bit": 1, "insert": 1, "cut": len(data)}.get(kind, n)
-    if kind == "more":
-        return kind, data + rng.bytes(n)
-    return kind, data[:at] + new + data[at + past:]
+        parts = [data[k:k + 24] for k in range(0, len(data), 24)]
+    elif kind in ("word", "digit", "swap"):
+        parts, step = re.split(rb"([ ,\n\"])", data), 2  # words at the even places
+    i, j = (int(k) * step for k in rng.integers((len(parts) - 1) // step + 1, size=2))
+    if kind in ("samples", "swap"):
+        parts[i], parts[j] = parts[j], parts[i]
+    else:
+        parts[i] = {"word": HOSTILE[rng.integers(len(HOSTILE))], "twice": parts[i] * 2, "lost": b"",
+                    "digit": re.sub(rb"\d", b"%d" % rng.integers(10), parts[i], count=1)}[kind]
+    return b"".join(parts)
 
 
-class HeaderFaults:
-    """read_record of records whose header is changed; what it should say is known from the ADC."""
+RECORDS = {  # {name: (prepare_adc's options, prepare_write's)}
+    "plain": (dict(seed=1), {}),
+    "order": (dict(seed=2), dict(names=PREPARE_MIMIC_LEADS[::-1], gain="0.4(-30)/uV")),
+    "gap": (dict(seed=3, edits=[(slice(100, 140), 2, -32768)]), dict(gain="1000")),
+    "fast": (dict(seed=4, n=10_000), dict(fs=1000))}
+RECORD_LINE = r"\S+\s+\d+\s+\d+(?:\.0*)?\s+\d+(\s.*)?"
+LEAD_LINE = (r"\S+\.dat\s+16\s+(-?\d+\.?\d*(e[+-]?\d+)?|(?=/))(\(-?\d+\))?(/(mV|uV|nV|V))?"
+             r"\s+\S+\s+\S+\s+\S+\s+-?\d+\s+\S+\s+\S+")
 
-    def __init__(self, root):
-        self.adc, self.root = {}, root
-        edits = [(slice(100, 140), 2, -32768)]
-        for name, adc, more in (
-                ("plain", prepare_adc(1), {}), ("order", prepare_adc(2), dict(
-                    names=PREPARE_MIMIC_LEADS[::-1], gain="0.4(-30)/uV")),
-                ("gap", prepare_adc(3, edits=edits), dict(gain="1000")),
-                ("fast", prepare_adc(4, n=10_000), dict(fs=1000))):
-            prepare_write(root / name, adc, **more)
-            self.adc[name] = adc
-        self.files = [(root / f"{name}.hea", True) for name in self.adc]
 
-    def read(self, path):
-        return prepare_data.read_record(path.with_suffix(""), 50)
+def write_records(root):
+    for name, (adc, file) in RECORDS.items():
+        prepare_write(root / name, prepare_adc(**adc), **file)
+    return [root / f"{name}.hea" for name in RECORDS]
 
-    def judge(self, path, data, truth, got):
-        if got[1] & ~truth[1]:
-            return "flagged"
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # what is not strictly a header
-            said = self.said(path, data.decode("ascii"))
-            if said is not None and np.allclose(got[0], said, **PREPARE_FLOAT16):
-                return "legal change"
+
+def judge_header(path, data, truth, got):
+    if got[1] & ~truth[1]:
+        return "flagged"
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # what is not strictly a header
+        said = said_by_header(path, data.decode("ascii"))
+        if said is not None and np.allclose(got[0], said, **PREPARE_FLOAT16):
+            return "legal change"
+    return "WRONG"
+
+
+def said_by_header(path, text):
+    """Signal (12, 500) at 50 Hz by wfdb, of a strict header with right sums; None of another."""
+    first, *lines = (line for line in text.splitlines() if line and line[0] != "#")
+    strict = [re.fullmatch(RECORD_LINE, first), *(
+        line.startswith(f"{path.stem}.dat") and re.fullmatch(LEAD_LINE, line) for line in lines)]
+    if not all(strict):
+        return None
+    adc, found = prepare_adc(**RECORDS[path.stem][0]), wfdb.rdrecord(str(path.with_suffix("")))
+    wrong = (np.array(found.checksum) - adc.astype(int).sum(axis=0)) % 2**16
+    if found.n_sig != len(lines) or found.sig_len != len(adc) or found.fs % 50 or wrong.any():
+        return None
+    for x in found.p_signal.T:
+        bad = np.isnan(x)
+        x[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), x[~bad])
+    names = [name.lower() for name in found.sig_name]
+    order = [names.index(lead.lower()) for lead in prepare_data.LEADS]
+    x = found.p_signal * [{"mV": 1, "uV": 1e-3, "nV": 1e-6, "V": 1e3}[u] for u in found.units]
+    return prepare_data.decimate(x.T[order].astype(np.float32), round(found.fs / 50))[:, :500]
+
+
+def judge_signal(path, data, truth, got):
+    adc = prepare_adc(**RECORDS[path.stem][0])
+    found = np.frombuffer(data[:adc.nbytes], "<i2").reshape(adc.shape).sum(axis=0, dtype="<i2")
+    alike = (found == adc.sum(axis=0, dtype="<i2")).all()
+    return "same 16-bit sum" if alike else "flagged" if got[1] & ~truth[1] else "WRONG"
+
+
+def write_tables(root):
+    rows = [dict(
+        subject_id=100 + k // 3, study_id=k, path=f"files/s{k}/{k}", file_name="x",
+        ecg_time=f"2180-0{k % 3 + 1}-02 08:00:0{k % 10}", fold=k // 3 + 13, age=50 + k,
+        gender="FM"[k % 2], ecg_no_within_stay=k % 3 - 1, hosp_hadm_id=700 + k // 2,
+        ed_stay_id="", all_diag_all=[["I10", "I4891"], ["J18", "I2510"], [], ["I10"]][k % 4])
+        for k in range(1, 19)]
+    for path in [*(root / row["path"] for row in rows), root.parent / "OUTSIDE"]:
+        prepare_write(path, np.ones((1, 12)))
+    columns = " ecg_time hosp_hadm_id ed_stay_id gender age"
+    prepare_csv(root / "record_list.csv", PREPARE_LIST, rows)
+    prepare_csv(root / "labels.csv", PREPARE_REQUIRED + columns, rows)
+    return [root / name for name in "record_list.csv labels.csv labels.csv".split()]
+
+
+def read_tables(path):
+    """{study_id: {column: value}}, how many rows were counted as lost or mended, what was said."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        table = prepare_data.read_mimic(path.parent, path.parent / "labels.csv", None)
+    names, rows = np.array(table["class_name"]), {}
+    for i, study_id in enumerate(table["study_id"].tolist()):
+        rows[study_id] = {name: table[name][i].item() for name in prepare_data.COLUMNS} | {
+            "classes": set(names[table["label"][i] > 0].tolist()), "path": table["path"][i]}
+    counted = sum(table["rejected"].values()) + sum(table["flaws"].values())
+    return rows, counted, output.getvalue()
+
+
+def judge_table(path, data, truth, got):
+    (rows, lost, said), (true_rows, true_lost, true_said) = got, truth
+    noted = lost > true_lost or said != true_said
+    listed, labels = (strict_rows(path.parent / name) for name in ("record_list.csv", "labels.csv"))
+    changed = [row for study_id, row in rows.items() if not same(row, true_rows.get(study_id))]
+    if not all(any(fits(row, a, b, noted) for a in listed for b in labels) for row in changed):
         return "WRONG"
-
-    def said(self, path, text):
-        """Signal (12, 500) at 50 Hz that a strict header of one format-16 file describes."""
-        adc = self.adc[path.stem]
-        first, *lines = (line for line in text.splitlines() if line and line[0] != "#")
-        record = re.fullmatch(r"\S+\s+(\d+)\s+(\d+(?:\.0*)?)\s+(\d+)(\s.*)?", first)
-        leads, fs, samples = int(record[1]), float(record[2]), int(record[3])
-        columns = {}
-        for k, line in enumerate(lines[:leads]):
-            field = re.fullmatch(rf"{path.stem}\.dat\s+16\s+(-?\d+\.?\d*(?:e[+-]?\d+)?|(?=/))"
-                                 r"(?:\((-?\d+)\))?(?:/(mV|uV|µV|nV|V))?"
-                                 r"\s+\S+\s+(\S+)\s+\S+\s+(-?\d+)\s+\S+\s+(\S+)", line)
-            baseline = int(field[2] if field[2] is not None else field[4])
-            gain = float(field[1] or 0) or 200  # not calibrated: 200 may be assumed (header(5))
-            if (int(field[5]) - int(adc[:, k].astype(int).sum())) % 2**16:
-                return None
-            x = (adc[:, k] - float(baseline)) / gain
-            x[adc[:, k] == -32768] = np.nan
-            bad = np.isnan(x)
-            x[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), x[~bad])
-            columns[field[6].lower()] = x * {"uV": 1e-3, "µV": 1e-3, "V": 1e3, "nV": 1e-6}.get(
-                field[3], 1)
-        if samples != len(adc) or len(lines) != leads or fs % 50:
-            return None
-        x = np.array([columns[lead.lower()] for lead in prepare_data.LEADS], np.float32)
-        return prepare_data.decimate(x, round(fs / 50))[:, :500]
+    here = {number(a, "study_id") for a in listed}
+    if (true_rows.keys() & here) - rows.keys() and not noted:
+        return "WRONG"
+    return "flagged" if noted and not changed else "legal change"  # a line less: a smaller file
 
 
-class SignalFaults(HeaderFaults):
-    """read_record of records whose signal file is changed."""
-
-    def __init__(self, root):
-        super().__init__(root)
-        self.files = [(path.with_suffix(".dat"), False) for path, _ in self.files]
-
-    def judge(self, path, data, truth, got):
-        adc = self.adc[path.stem]
-        found = np.frombuffer(data[:adc.nbytes], "<i2").reshape(adc.shape).sum(axis=0, dtype="<i2")
-        alike = (found == adc.sum(axis=0, dtype="<i2")).all()
-        return "same 16-bit sum" if alike else "flagged" if got[1] & ~truth[1] else "WRONG"
+def strict_rows(path):
+    """[{column: text}] of a CSV, the rows left out that break its rules."""
+    text = path.read_bytes().decode("utf-8-sig", "replace").replace("\0", "?")
+    header, *rows = ([cell.strip() for cell in row] for row in csv.reader(
+        io.StringIO(text, newline="")))
+    return [dict(zip(header, row)) for row in rows if len(row) == len(header)]
 
 
-class TableFaults:
-    """read_mimic of changed CSV files, each row against a strict reading of what they say."""
-
-    def __init__(self, root):
-        self.root = root
-        rows = [dict(
-            subject_id=100 + k // 3, study_id=k, path=f"files/s{k}/{k}", file_name="x",
-            ecg_time=f"2180-0{k % 3 + 1}-02 08:00:0{k % 10}", fold=k // 3 + 13, age=50 + k,
-            gender="FM"[k % 2], ecg_no_within_stay=k % 3 - 1, hosp_hadm_id=700 + k // 2,
-            ed_stay_id="", all_diag_all=[["I10", "I4891"], ["J18", "I2510"], [], ["I10"]][k % 4])
-            for k in range(1, 19)]
-        for row in rows:
-            prepare_write(root / row["path"], np.ones((1, 12)))
-        prepare_write(root.parent / "OUTSIDE", np.ones((1, 12)))
-        columns = " ecg_time hosp_hadm_id ed_stay_id gender age"
-        prepare_csv(root / "record_list.csv", PREPARE_LIST, rows)
-        prepare_csv(root / "labels.csv", PREPARE_REQUIRED + columns, rows)
-        self.files = [(root / "record_list.csv", True), (root / "labels.csv", True)] * 2
-        self.files += [(root / "labels.csv", True)]
-
-    def read(self, path):
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            table = prepare_data.read_mimic(self.root, self.root / "labels.csv", None)
-        names = np.array(table["class_name"])
-        rows = {int(study_id): tuple(
-            [table[name][i].item() for name in prepare_data.COLUMNS]
-            + [frozenset(names[table["label"][i] > 0].tolist()), table["path"][i]])
-            for i, study_id in enumerate(table["study_id"])}
-        counted = sum(table["rejected"].values()) + sum(table["flaws"].values())
-        return rows, counted, output.getvalue()
-
-    def judge(self, path, data, truth, got):
-        (rows, lost, said), (true_rows, true_lost, true_said) = got, truth
-        noted = lost > true_lost or said != true_said
-        wrong = [study_id for study_id in rows if not same(rows[study_id], true_rows.get(study_id))]
-        listed, labels = (list(self.strict(self.root / name)) for name in (
-            "record_list.csv", "labels.csv"))
-        legal = "flagged"
-        for study_id in wrong:
-            fits = [self.fits(rows[study_id], a, b, noted) for a in listed for b in labels
-                    if a.get("study_id") == b.get("study_id") == study_id]
-            if not any(fits):
-                return "WRONG"
-            legal = "legal change"
-        here = {a["study_id"] for a in listed if a["study_id"] is not None}
-        if (true_rows.keys() & here) - rows.keys() and not noted:
-            return "WRONG"
-        return legal if wrong or noted else "legal change"  # a line less in both: a smaller file
-
-    @staticmethod
-    def strict(path):
-        """Rows of a CSV as {column: value, None where the text is not plainly one}."""
-        whole = r"(?a)\s*\d{1,15}(\.0*)?\s*"  # ASCII
-        header, *rows = csv_rows(path.read_bytes().decode("utf-8-sig", "replace"))
-        for row in (dict(zip(header, row)) for row in rows if len(row) == len(header)):
-            row = {name.strip(): text for name, text in row.items()}
-            found = {name: int(float(row[name])) if re.fullmatch(whole, row.get(name, "")) else None
-                     for name in ("study_id", "subject_id", "fold", "hosp_hadm_id", "ed_stay_id")}
-            text = row.get("ecg_no_within_stay", "").strip()
-            found["ecg_no_within_stay"] = int(float(text)) if re.fullmatch(
-                r"-1(\.0)?|\d{1,4}(\.0*)?", text) else -1 if text == "" else None
-            age = row.get("age", "").strip()
-            found["age"] = float(age) if re.fullmatch(r"\d{1,3}(\.\d*)?", age) else None
-            found["sex"] = {"F": 0, "M": 1}.get(row.get("gender", "").strip().upper())
-            with contextlib.suppress(ValueError):
-                when = datetime.fromisoformat(row.get("ecg_time", "").strip())
-                found["time"] = int(when.replace(tzinfo=timezone.utc).timestamp())
-            codes = row.get("all_diag_all", "").strip()
-            code = r"\s*(?:'[^']*'|\"[^\"]*\")\s*"
-            if re.fullmatch(rf"\[\s*({code}([,\s]{code})*)?,?\s*\]", codes):
-                found["codes"] = [c.strip().replace(".", "").upper() for c in
-                                  re.findall(r"'([^']*)'|\"([^\"]*)\"", codes) for c in c if c]
-            yield found | {"path": row.get("path", "").strip()}
-
-    @staticmethod
-    def fits(row, a, b, noted):
-        """Whether a row of the table is what these two rows of the files say."""
-        subject, when, _, fold, split, ecg_no, stay, age, sex, has_label, classes, path = row
-        codes = b.get("codes")
-        stays = (b["hosp_hadm_id"], b["ed_stay_id"])
-        return (subject == a["subject_id"] == b["subject_id"] and path == a["path"]
-                and when in (a.get("time", b.get("time", -1)), -1 if noted else None)
-                and fold == b["fold"] and fold <= 19 and split == max(fold - 17, 0)
-                and codes is not None and has_label == bool(codes)
-                and classes == {c[:3] for c in codes if re.fullmatch(r"I\d[0-9A-Z]{1,5}", c)}
-                and ecg_no == b["ecg_no_within_stay"]
-                and stay in (next((s for s in stays if s is not None), -1), -1 if noted else None)
-                and (age == b["age"] or age != age and (b["age"] is None or noted))
-                and sex == (-1 if b["sex"] is None else b["sex"]))
+def number(row, name):
+    """What a plain decimal number says, of any other text None."""
+    text = row.get(name, "")
+    return float(text) if re.fullmatch(r"(?a)\d{1,15}(\.\d*)?", text) else None
 
 
-def csv_rows(text):
-    """Rows of a CSV text, those that break its rules left out."""
-    reader = csv.reader(io.StringIO(text, newline=""))
-    while True:
-        with contextlib.suppress(csv.Error):
-            if (row := next(reader, None)) is None:
-                return
-            yield row
+def fits(row, a, b, noted):
+    """Whether a row of the table is what two rows of the files plainly say; unknown if noted."""
+    text, item = b.get("all_diag_all", ""), r"('[^']*'|\"[^\"]*\")"
+    codes = {code.strip("\"' ").replace(".", "").upper() for code in re.findall(item, text)} - {""}
+    when = [-1]
+    for cell in (b.get("ecg_time", ""), a.get("ecg_time", "")):  # the list's own time comes first
+        with contextlib.suppress(ValueError):
+            seconds = datetime.fromisoformat(cell).replace(tzinfo=timezone.utc).timestamp()
+            when = [int(seconds)]
+    stays = [s for name in ("hosp_hadm_id", "ed_stay_id") if (s := number(b, name)) is not None]
+    ecg_no = {"": -1, "-1": -1, "-1.0": -1}.get(b.get("ecg_no_within_stay"))
+    age, unknown = number(b, "age"), [-1] * noted
+    return (number(a, "study_id") == number(b, "study_id") == row["study_id"]
+            and number(a, "subject_id") == number(b, "subject_id") == row["subject_id"]
+            and row["path"] == a.get("path") and row["ecg_time"] in when + unknown
+            and number(b, "fold") == row["fold"] <= 19 and row["split"] == max(row["fold"] - 17, 0)
+            and re.fullmatch(rf"\[\s*({item}([,\s]+|(?=\])))*\]", text)
+            and row["has_label"] == bool(codes)
+            and row["classes"] == {c[:3] for c in codes if re.fullmatch(r"I\d[0-9A-Z]{1,5}", c)}
+            and row["ecg_no_within_stay"] == (
+                number(b, "ecg_no_within_stay") if ecg_no is None else ecg_no)
+            and row["stay"] in [*stays, -1][:1] + unknown
+            and (row["age"] == age or math.isnan(row["age"]) and (age is None or noted))
+            and row["sex"] == {"F": 0, "M": 1}.get(b.get("gender", "").upper(), -1))
 
 
-class CohortFaults:
-    """Cohort and check_cohort of a changed file: what passes equals the truth in all it holds."""
-
-    def __init__(self, root):
-        prepare_mimic(root)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            path = prepare_data.build("mimic", root, root / "c.h5", fs=2, workers=1)
-        self.files = [(path, False)]
-
-    def read(self, path):
-        cohort = prepare_data.Cohort(path)
-        with contextlib.redirect_stderr(io.StringIO()):
-            prepare_data.check_cohort(cohort)
-        return vars(cohort) | {"signal": np.array(cohort.signal)}
-
-    def judge(self, path, data, truth, got):
-        older = got.get("crc32", truth) is None and same(got, truth | {"crc32": None, "sha256": got[
-            "sha256"], "changed": None})
-        return "flagged" if older else "WRONG"  # the checksums are gone, alone, and that is said
+def write_cohort(root):
+    prepare_mimic(root)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return [prepare_data.build("mimic", root, root / "c.h5", fs=2, workers=1)]
 
 
-class CheckpointFaults(CohortFaults):
-    """load_checkpoint of a changed file."""
-
-    def __init__(self, root):
-        path = root / "last.pt"
-        model = cardiowm.LinearProbe(8, 3)
-        optimizer = train.make_optimizer([model], 1e-3, 1e-4)
-        model(torch.randn(4, 8)).sum().backward()
-        optimizer.step()
-        torch.save(checkpoint_of(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                 args={"seed": 0, "lr": 1e-3}), path)
-        self.files = [(path, False)]
-        self.read = evaluate.load_checkpoint
+def read_cohort(path):
+    cohort = prepare_data.Cohort(path)
+    with contextlib.redirect_stderr(io.StringIO()):
+        prepare_data.check_cohort(cohort)
+    return vars(cohort) | {"signal": np.array(cohort.signal)}
 
 
-class RunFaults:
-    """load_run of a folder with a changed config, log or predictions."""
-
-    def __init__(self, root):
-        write_run(root, "run", init="base", objective="dynamics")
-        self.files = [(root / "run" / name, name[-1] != "z") for name in (
-            "config.json", "log.jsonl", "predictions_test.npz")]
-
-    def read(self, path):
-        return evaluate.load_run(path.parent)
-
-    def judge(self, path, data, truth, got):
-        """Legal: JSON whose needed values are of their types, and were read as they are."""
-        if path.suffix == ".npz":
-            return "WRONG"
-        needed = {"step": (int,)}
-        if path.name == "config.json":
-            needed = {"args": {"mode": (str,), "frac": (int, float), "seed": (int,)},
-                      "cohort": {"name": (str,), "path": (str,), "source": (str,),
-                                 "synthetic": (bool,), "sha256": (str,)}}
-        rows = [json.loads(data)] if path.name == "config.json" else [
-            json.loads(line) for line in data.splitlines()]
-        found = [got["config"]] if path.name == "config.json" else got["log"]
-        for row in found:
-            (row.get("init") or {}).pop("transfer", None)  # added by the reader
-        fits = all(self.has(row, needed) for row in rows) and same(rows, found)
-        return "legal change" if fits else "WRONG"
-
-    def has(self, row, needed):
-        return all(name in row and (self.has(row[name], kind) if isinstance(kind, dict)
-                                    else type(row[name]) in kind) for name, kind in needed.items())
+def judge_cohort(path, data, truth, got):
+    """Flagged: the checksums are gone, alone, and that is said."""
+    older = truth | {"crc32": None, "changed": None, "sha256": got["sha256"]}
+    return "flagged" if same(got, older) else "WRONG"
 
 
-FAULTS = {HeaderFaults: 600, SignalFaults: 200, TableFaults: 600, CohortFaults: 500,
-          CheckpointFaults: 200, RunFaults: 300}
+def write_checkpoint(root):
+    model = cardiowm.LinearProbe(8, 3)
+    optimizer = train.make_optimizer([model], 1e-3, 1e-4)
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    torch.save(checkpoint_of(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                             args={"seed": 0, "lr": 1e-3}), root / "last.pt")
+    return [root / "last.pt"]
 
 
-def mutate_in_this_process(kind, root, n):
-    """Mutate, read, judge n times; one line of JSON each on stdout, before and after."""
-    faults, opened = globals()[kind](Path(root)), []
+def write_run_files(root):
+    write_run(root, "run", init="base", objective="dynamics")
+    return [root / "run" / name for name in ("config.json", "log.jsonl", "predictions_test.npz")]
+
+
+NEEDED = {  # {file: {where: its type}}
+    "log.jsonl": {("step",): int},
+    "config.json": {("args", "mode"): str, ("args", "frac"): (int, float), ("args", "seed"): int,
+                    **{("cohort", name): str for name in ("name", "path", "source", "sha256")}}}
+
+
+def judge_run(path, data, truth, got):
+    """Legal: JSON whose needed values are of their types, and were read as they are."""
+    if path.suffix == ".npz":
+        return "WRONG"
+    log = path.name == "log.jsonl"
+    said = [json.loads(line) for line in (data.splitlines() if log else [data])]
+    found = got["log"] if log else [got["config"]]
+    for row in found:
+        (row.get("init") or {}).pop("transfer", None)  # added by the reader
+    fits = same(said, found) and (log or type(found[0]["cohort"]["synthetic"]) is bool)
+    for row, (where, kind) in itertools.product(found, NEEDED[path.name].items()):
+        value = functools.reduce(lambda value, name: value[name], where, row)
+        fits = fits and isinstance(value, kind) and not isinstance(value, bool)
+    return "legal change" if fits else "WRONG"
+
+
+def read_whole_record(path):
+    return prepare_data.read_record(path.with_suffix(""), 50)
+
+
+FAULTS = {  # {kind: (mutations, writer of the files, reader, judge of what was read otherwise)}
+    "headers": (600, write_records, read_whole_record, judge_header),
+    "signals": (200, lambda root: [path.with_suffix(".dat") for path in write_records(root)],
+                read_whole_record, judge_signal),
+    "tables": (600, write_tables, read_tables, judge_table),
+    "cohorts": (500, write_cohort, read_cohort, judge_cohort),
+    "checkpoints": (200, write_checkpoint, evaluate.load_checkpoint, lambda *_: "WRONG"),
+    "runs": (300, write_run_files, lambda path: evaluate.load_run(path.parent), judge_run)}
+
+
+def mutate_in_this_process(kind, root):
+    """Mutate, read, judge; a line of JSON each on stdout."""
+    n, write, read, judge = FAULTS[kind]
+    files, opened = write(Path(root)), []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     rng = np.random.default_rng([CAMPAIGN_SEED, *kind.encode()])
-    truths = {path: faults.read(path) for path, _ in faults.files}
+    truths = {path: read(path) for path in files}
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
-    for i in range(n):
-        path, text = faults.files[rng.integers(len(faults.files))]
-        whole = path.read_bytes()
-        fault, data = mutate(rng, whole, text)
+    for _ in range(n):
+        path = files[rng.integers(len(files))]
+        data = whole = path.read_bytes()
         while data == whole:
-            fault, data = mutate(rng, whole, text)
-        print(json.dumps([i, fault]), flush=True)
+            data = mutate(rng, whole, path.suffix in (".hea", ".csv", ".json", ".jsonl"))
         path.write_bytes(data)
         opened.clear()
         signals.alarm(20)  # its default action ends the process, wherever it hangs
         try:
-            got = faults.read(path)
-            outcome = "right" if same(got, truths[path]) else \
-                faults.judge(path, data, truths[path], got)
-            detail = ""
+            got, detail = read(path), ""
+            outcome = "right" if same(got, truths[path]) else judge(path, data, truths[path], got)
         except (InputError, prepare_data.Rejected) as error:
             outcome, detail = type(error).__name__.lower().replace("inputerror", "refused"), error
         except BaseException as error:
@@ -5702,46 +5643,40 @@ def mutate_in_this_process(kind, root, n):
         path.write_bytes(whole)
         if any("OUTSIDE" in name or "passwd" in name for name in opened):
             outcome = "READ OUTSIDE"
-        if outcome.isupper():
-            detail = f"{detail} {difference_of(whole, data)}"
-        print(json.dumps([i, fault, path.name, outcome, str(detail)[:700]]), flush=True)
-
-
-def difference_of(whole, data):
-    """Where two files differ first, with what stands there."""
-    at = next((k for k, (a, b) in enumerate(zip(whole, data)) if a != b),
-              min(len(whole), len(data)))
-    return f"byte {at}: {whole[max(0, at - 30):at + 40]!r} -> {data[max(0, at - 30):at + 40]!r}"
+        if outcome.isupper():  # where the files differ first, with what stands there
+            at = len(os.path.commonprefix([whole, data]))
+            seen = slice(max(0, at - 30), at + 40)
+            detail = f"{detail} byte {at}: {whole[seen]!r} -> {data[seen]!r}"
+        print(json.dumps([path.name, outcome, str(detail)[:700]]), flush=True)
 
 
 @slow
 def test_campaign_of_mutations(tmp_path):
-    def mutated(kind, n):
+    def mutated(kind):
         root = tmp_path / kind / "root"
         root.mkdir(parents=True)
-        code = f"import test_cardiowm as t; t.mutate_in_this_process({kind!r}, {str(root)!r}, {n})"
+        code = f"import test_cardiowm as t; t.mutate_in_this_process({kind!r}, {str(root)!r})"
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                                cwd=root, timeout=400, env=os.environ | {
                                    "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
-        lines = [json.loads(line) for line in child.stdout.splitlines() if line[:1] == "["]
-        done = [line for line in lines if len(line) > 2]
-        if len(done) < n:  # a hang (exit code -14), a crash
-            done.append([*(lines or [[0, "?"]])[-1], "", f"ENDED {child.returncode}",
-                         child.stderr[-1500:]])
-        bad = [line for line in done if line[3].upper() == line[3]]
-        examples = {line[3]: line for line in done}
-        outcomes[kind] = collections.Counter(line[3] for line in done), bad
-        counts = ", ".join(f"{name} {count}" for name, count in outcomes[kind][0].most_common())
-        return "\n    ".join([f"{kind}: {len(done)} mutations: {counts}",
+        done = [json.loads(line) for line in child.stdout.splitlines() if line[:1] == "["]
+        if len(done) < FAULTS[kind][0]:  # a hang (exit code -14), a crash
+            done.append([kind, f"ENDED {child.returncode}", f"{len(done)} {child.stderr[-1500:]}"])
+        examples = {line[1]: line for line in done}
+        bad = [line for line in done if line[1].isupper()]
+        counts = collections.Counter(line[1] for line in done)
+        outcomes[kind] = counts, bad
+        told = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        return "\n    ".join([f"{kind}: {len(done)} mutations: {told}",
                               *(str(line)[:300] for line in (bad or examples.values()))])
 
     outcomes = {}
     print("\nmutations")
-    side_by_side([functools.partial(mutated, kind.__name__, n) for kind, n in FAULTS.items()])
+    side_by_side([functools.partial(mutated, kind) for kind in FAULTS])
     total = sum((counts for counts, _ in outcomes.values()), collections.Counter())
     print(f"  in all {total.total()}: {dict(total.most_common())}")
     assert not list(tmp_path.rglob("PWNED")) and not (HERE / "PWNED").exists()
-    assert total.total() >= 1500 and not [line for _, bad in outcomes.values() for line in bad]
+    assert total.total() >= 2400 and not [line for _, bad in outcomes.values() for line in bad]
 
 
 # Files made to harm: refused at once by name, nothing run, nothing outside read, little memory
@@ -5754,76 +5689,55 @@ class Harm:
         return os.system, ("touch PWNED",)
 
 
-def replaced(name, value=None, **how):
-    """An edit of a cohort file: the dataset anew, from a value or with h5py's `create_dataset`."""
-    def edit(file):
-        old = file[name][()] if value is None or callable(value) else None
-        del file[name]
-        if how:
-            file.create_dataset(name, **({"data": old} if "shape" not in how else {}) | how)
-        else:
-            file[name] = value(old) if callable(value) else value
-    return edit
+def put(file, name, value=None, **how):
+    """A dataset of a cohort file anew: a value, a link, or by h5py's `create_dataset`."""
+    del file[name]
+    if how:
+        file.create_dataset(name, **how)
+    else:
+        file[name] = value
 
 
-def changed(name, at, value):
-    """An edit of a cohort file: one value of a dataset, or a whole attribute."""
-    def edit(file):
-        if at is None:
-            file.attrs[name] = value
-        else:
-            file[name][at] = value
-    return edit
+def put_virtual(file, name):
+    layout = h5py.VirtualLayout(file[name].shape, file[name].dtype)
+    layout[...] = h5py.VirtualSource("OUTSIDE.h5", name, layout.shape)
+    del file[name]
+    file.create_virtual_dataset(name, layout)
 
 
-def linked(name):
-    """Edits of a cohort file that make a dataset stand elsewhere."""
-    def virtual(file):
-        shape, dtype = file[name].shape, file[name].dtype
-        del file[name]
-        layout = h5py.VirtualLayout(shape, dtype)
-        layout[...] = h5py.VirtualSource("OUTSIDE.h5", name, shape)
-        file.create_virtual_dataset(name, layout)
-    return {"external link": replaced(name, h5py.ExternalLink("OUTSIDE.h5", name)),
-            "soft link": replaced(name, h5py.SoftLink("/fold")),
-            "endless link": replaced(name, h5py.SoftLink(f"/{name}")),
-            "virtual": virtual,
-            "external storage": replaced(name, shape=(14,), dtype="i8",
-                                         external=[("OUTSIDE", 0, 14 * 8)])}
-
-
-HOSTILE_COHORTS = {  # {(dataset or attribute, what is wrong): edit}
-    (name, what): edit
-    for name in (*prepare_data.COLUMNS, "label", "quality", "pair", "action", "gap_days",
-                 "pair_kind", "class_name", "signal", "signal_crc32")
-    for what, edit in {
-        "missing": lambda file, name=name: file.pop(name) and None,
-        "text": replaced(name, np.array([b"x"] * 14)),
-        "shorter": replaced(name, lambda old: old[:-1]),
-        "scalar": replaced(name, 7),
-        "enormous": replaced(name, shape=(10**12, 12, 1000) if name == "signal" else (10**12, 4),
-                             chunks=(1, 1, 1000) if name == "signal" else (1000, 4), dtype="u1"),
-        "a group": lambda file, name=name: replaced(name, 0)(file) or file.pop(name)
-        and file.create_group(name)}.items()} | {
-    (name, what): edit for name in ("study_id", "signal", "label")
-    for what, edit in linked(name).items()} | {
-    ("signal", "compressed"): replaced("signal", compression="gzip"),
-    ("signal", "without storage"): replaced("signal", shape=(14, 12, 1000), dtype="<f2"),
-    ("signal", "NaN"): changed("signal", (3, 2, 1), np.nan),
-    ("label", "2"): changed("label", (0, 1), 2),
-    ("action", "5"): changed("action", (0, 1), 5),
-    ("pair", "beyond"): changed("pair", (0, 1), 10**6), ("pair", "-1"): changed("pair", (0, 0), -1),
-    ("split", "3"): changed("split", 0, 3), ("sex", "7"): changed("sex", 0, 7),
-    ("fold", "-3"): changed("fold", 0, -3), ("pair_kind", "9"): changed("pair_kind", 0, 9),
-    ("class_name", "twice"): replaced("class_name", np.array([b"I10"] * 4)),
-    ("class_name", "no text"): replaced("class_name", np.array([b"\xff\xfe"] * 4)),
-    **{(name, str(value)[:12]): changed(name, None, value) for name, value in (
-        ("fs", "many"), ("fs", 0), ("fs", -5), ("fs", 10**9), ("fs", np.nan), ("leads", "[1"),
-        ("leads", '["I"]'), ("leads", 3.5), ("unit", "V"), ("unit", np.zeros(9)),
-        ("source", '["mimic"]'), ("synthetic", "perhaps"), ("normal_codes", "{"),
-        ("format_version", "two"), ("format_version", np.zeros(3)), ("arguments", "[" * 100_000),
-        ("csv_sha256", 7), ("rejected", '{"a": '), ("rejected", '["a"]'), ("listed", "all"),
-        ("codes", '{"distinct": "x"}'))}}
+HOSTILE_DATASETS = {
+    "missing": lambda file, name: file.pop(name),
+    "text": lambda file, name: put(file, name, np.array([b"x"] * 14)),
+    "shorter": lambda file, name: put(file, name, file[name][:-1]),
+    "scalar": lambda file, name: put(file, name, 7),
+    "a group": lambda file, name: (file.pop(name), file.create_group(name)),
+    "enormous": lambda file, name: put(
+        file, name, shape=(10**12, *file[name].shape[1:]), dtype="u1",
+        chunks=(1, 1, 1000) if name == "signal" else True)}
+HOSTILE_LINKS = {
+    "external link": lambda file, name: put(file, name, h5py.ExternalLink("OUTSIDE.h5", name)),
+    "soft link": lambda file, name: put(file, name, h5py.SoftLink("/fold")),
+    "endless link": lambda file, name: put(file, name, h5py.SoftLink(f"/{name}")),
+    "virtual": put_virtual,
+    "external storage": lambda file, name: put(
+        file, name, shape=(14,), dtype="i8", external=[("OUTSIDE", 0, 14 * 8)]),
+    "compressed": lambda file, name: put(file, name, data=file[name][()], compression="gzip"),
+    "without storage": lambda file, name: put(
+        file, name, shape=file[name].shape, dtype=file[name].dtype)}
+HOSTILE_COHORTS = [  # dataset or attribute; what is done to it, or (place, value), or a value
+    *itertools.product((*prepare_data.COLUMNS, "label", "quality", "pair", "action", "gap_days",
+                        "pair_kind", "class_name", "signal", "signal_crc32"), HOSTILE_DATASETS),
+    *itertools.product(("study_id", "signal", "label"), HOSTILE_LINKS),
+    ("signal", ((3, 2, 1), np.nan)), ("label", ((0, 1), 2)), ("action", ((0, 1), 5)),
+    ("pair", ((0, 1), 10**6)), ("pair", ((0, 0), -1)), ("split", (0, 3)), ("sex", (0, 7)),
+    ("fold", (0, -3)), ("pair_kind", (0, 9)), ("class_name", (..., b"I10")),
+    ("class_name", (..., b"\xff\xfe")),
+    ("fs", "many"), ("fs", 0), ("fs", -5), ("fs", 10**9), ("fs", np.nan), ("leads", "[1"),
+    ("leads", '["I"]'), ("leads", 3.5), ("unit", "V"), ("unit", np.zeros(9)),
+    ("source", '["mimic"]'), ("synthetic", "perhaps"), ("normal_codes", "{"),
+    ("format_version", "two"), ("format_version", np.zeros(3)), ("arguments", "[" * 100_000),
+    ("csv_sha256", 7), ("rejected", '{"a": '), ("rejected", '["a"]'), ("listed", "all"),
+    ("codes", '{"distinct": "x"}')]
 
 
 @pytest.fixture
@@ -5843,7 +5757,7 @@ def little_memory():
     assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
 
 
-@pytest.mark.parametrize("name, what", HOSTILE_COHORTS)
+@pytest.mark.parametrize("name, what", HOSTILE_COHORTS, ids=lambda value: str(value)[:20])
 def test_a_hostile_cohort_is_refused_by_file_and_dataset(
         name, what, prepare_folder, tmp_path, monkeypatch, little_memory):
     monkeypatch.chdir(tmp_path)
@@ -5851,7 +5765,12 @@ def test_a_hostile_cohort_is_refused_by_file_and_dataset(
     Path("OUTSIDE").write_bytes(bytes(range(112)))
     path = shutil.copy(prepare_folder[1], tmp_path / "c.h5")
     with h5py.File(path, "r+") as file:
-        HOSTILE_COHORTS[name, what](file)
+        if name in file.attrs:
+            file.attrs[name] = what
+        elif isinstance(what, tuple):
+            file[name][what[0]] = what[1]
+        else:
+            (HOSTILE_DATASETS | HOSTILE_LINKS)[what](file, name)
     with pytest.raises(InputError) as error:
         prepare_data.check_cohort(prepare_data.Cohort(path))
     message = str(error.value)
@@ -5947,7 +5866,8 @@ def test_a_hostile_header_is_rejected_or_changes_nothing(
     ("all_diag_all", "[10**10**10]"), ("all_diag_all", "'I48' + 'I10'"), ("fold", "9" * 5000),
     ("fold", "0x1"), ("study_id", "1e400"), ("subject_id", "__import__('os')"),
     ("path", "../OUTSIDE"), ("path", "/etc/passwd"), ("path", "files/../../OUTSIDE"),
-    ("path", "x" * 5000), ("path", "a\0b"), ("ecg_no_within_stay", "nan")])
+    ("path", "x" * 5000), ("path", "a\0b"), ("ecg_no_within_stay", "nan")],
+    ids=lambda value: value[:20])
 def test_a_hostile_cell_is_counted_or_refused(column, text, tmp_path, monkeypatch, little_memory):
     root = tmp_path / "root"
     root.mkdir()
