@@ -1371,64 +1371,51 @@ POINT_COLOUR = {"real normal": "#56B4E9", "real abnormal": "#D55E00", "synthetic
 POINTS = 7000  # B, Figure 2
 
 
-def row_blocks(n: int, device) -> list[slice]:
-    """Rows 0 .. n-1 in blocks whose (rows, n) float32 stays in a CPU's cache."""
-    rows = max(1, (2**18 if device.type == "cpu" else 2**26) // n)
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-
-
-def affinities(x, perplexity: float):
+def affinities(x, perplexity: float, block: int = 256):
     """Symmetric p_ij (n, n) of t-SNE: Gaussian neighbourhoods of the asked perplexity.
 
     p_j|i = exp(-beta_i |x_i - x_j|^2) / sum_k of the same, p_i|i = 0, beta_i by bisection so that
     exp(entropy of row i) = perplexity; p_ij = (p_j|i + p_i|j) / 2n, which sum to 1.
-    Args: x (n, D) float tensor; perplexity in [1, n - 1).
+    Args: x (n, D) float tensor; perplexity in [1, n - 1); block: rows at a time.
     """
     import torch
-    n, wanted = len(x), np.log(perplexity)
-    result = torch.empty(n, n, dtype=x.dtype, device=x.device)
-    for rows in row_blocks(n, x.device):
-        own = torch.arange(rows.start, rows.stop, device=x.device)
-        d2 = torch.cdist(x[rows], x).square_()                                  # (rows, n)
-        d2[own - rows.start, own] = torch.inf
-        d2 -= d2.amin(dim=1, keepdim=True)  # leaves p as it is; exp cannot underflow in a whole row
-        d2[own - rows.start, own] = 0
-        low, high = torch.zeros_like(d2[:, :1]), torch.full_like(d2[:, :1], torch.inf)
-        beta = 1 / d2.mean(dim=1, keepdim=True).clamp_min(1e-12)
-        for _ in range(64):
-            p = torch.exp(-beta * d2)
-            p[own - rows.start, own] = 0
-            total = p.sum(dim=1, keepdim=True)
-            error = total.log() + beta * (d2 * p).sum(dim=1, keepdim=True) / total - wanted
-            if error.abs().max() < 1e-5:
-                break
-            low, high = torch.where(error > 0, beta, low), torch.where(error > 0, high, beta)
-            beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
-        result[rows] = p / total
-    return (result + result.T).div_(2 * n)
+    parts = []
+    for own in torch.arange(len(x), device=x.device).split(block):
+        d2 = torch.cdist(x[own], x).square()                                    # (rows, n)
+        log_beta = -(d2.mean(dim=1, keepdim=True) + 1e-12).log()
+        d2[torch.arange(len(own)), own] = torch.inf
+        step = 16.0
+        for _ in range(40):
+            p = torch.softmax(-log_beta.exp() * d2, dim=1)
+            entropy = -torch.xlogy(p, p).sum(dim=1, keepdim=True)
+            log_beta += torch.where(entropy > np.log(perplexity), step, -step)
+            step /= 2
+        parts.append(p)
+    p = torch.cat(parts)
+    return (p + p.T) / (2 * len(x))
 
 
-def tsne_gradient(p, y, exaggeration: float = 1.0):
-    """Gradient (n, 2) of KL(P || Q) at y (n, 2), P multiplied by `exaggeration`.
+def tsne_gradient(p, y, block: int = 64):
+    """Gradient (n, 2) of KL(P || Q) at y (n, 2); of an exaggerated P where p (n, n) sums to more.
 
     4 sum_j (p_ij - q_ij) w_ij (y_i - y_j), w_ij = 1 / (1 + |y_i - y_j|^2), q_ij = w_ij / sum w.
-    Written as row sums times y_i minus products with y, so that no (n, n, 2) is formed.
+    Written as row sums times y_i minus products with y, so that no (n, n, 2) is formed; in blocks
+    of rows that stay in a CPU's cache.
     """
     import torch
     square = y.square().sum(dim=1, keepdim=True)                                # (n, 1)
-    y_one = torch.cat([y, torch.ones_like(square)], dim=1)
-    attract, repel, total = torch.empty_like(y_one), torch.empty_like(y_one), -len(y)
-    for rows in row_blocks(len(y), y.device):
-        w = torch.addmm(1 + square.T, y[rows], y.T, alpha=-2).add_(square[rows]).reciprocal_()
+    y_one, forces, total = torch.cat([y, torch.ones_like(square)], dim=1), [], -len(y)
+    for part, own, size in zip(p.split(block), y.split(block), square.split(block)):
+        w = torch.addmm(1 + square.T, own, y.T, alpha=-2).add_(size).reciprocal_()
         total = total + w.sum().double()                  # less n: w = 1 on the diagonal
-        attract[rows] = (p[rows] * w) @ y_one             # sum_j p_ij w_ij (y_j, 1)
-        repel[rows] = w.square_() @ y_one
-    force = exaggeration * attract - repel / total.to(y.dtype)
+        forces.append(((part * w) @ y_one, w.square_() @ y_one))  # sum_j p_ij w_ij (y_j, 1)
+    attract, repel = (torch.cat(of) for of in zip(*forces))                     # (n, 3) each
+    force = attract - repel / total.to(y.dtype)
     return 4 * (y * force[:, 2:] - force[:, :2])
 
 
 def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, progress=None):
-    """Exact t-SNE of x (n, D) -> (n, 2) float32, on the device of x; memory 8 n^2 bytes.
+    """Exact t-SNE of x (n, D) -> (n, 2) float32, on the device of x; memory 12 n^2 bytes.
 
     Gradient descent with gains from the first two principal components (standard deviation 1e-4,
     and a seeded 1e-6 that parts equal rows): exaggeration 12 and momentum 0.5 for 100 iterations,
@@ -1437,22 +1424,22 @@ def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, pro
     """
     import torch
     x, n = x.detach().float(), len(x)
-    p = affinities(x, perplexity)
+    p = 12 * affinities(x, perplexity)
     centred = x - x.mean(dim=0)
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # (D, 2)
     axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else an arbitrary sign
     y = centred @ axes
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)).to(y)
     y = 1e-4 * y / y[:, 0].std().clamp_min(1e-12) + 1e-6 * noise
-    rate, step, gain = max(n / 12, 50), torch.zeros_like(y), torch.ones_like(y)
+    step, gain = torch.zeros_like(y), torch.ones_like(y)
     for i in range(iterations):
-        early = i < 100
-        gradient = tsne_gradient(p, y, 12.0 if early else 1.0)
+        if i == 100:
+            p /= 12
+        gradient = tsne_gradient(p, y)
         same = gradient.sign() == step.sign()  # step points downhill: same sign is an overshoot
         gain = torch.where(same, gain * 0.8, gain + 0.2).clamp_min_(0.01)
-        step = (0.5 if early else 0.8) * step - rate * gain * gradient
-        y = y + step
-        y -= y.mean(dim=0)
+        step = (0.5 if i < 100 else 0.8) * step - max(n / 12, 50) * gain * gradient
+        y = y + step - (y + step).mean(dim=0)
         if progress is not None:
             progress.update()
     return y
@@ -2103,21 +2090,14 @@ def action_gain(train: dict, test: dict,
     f0 = ridge(u, step, train["patient"])
     r, r_test = step - f0.predict(u), step_test - f0.predict(u_test)
     of_a = ridge(u, train["a"], train["patient"])
-    f1 = ridge(train["a"] - of_a.predict(u), r, train["patient"])
+    penalty = ridge(train["a"] - of_a.predict(u), r, train["patient"]).penalty
     u, u_test = u - of_a.mean, u_test - of_a.mean
-    gram, ur = u.T @ u, u.T @ r
-    inverse = np.linalg.inv(gram + of_a.penalty * np.eye(len(gram)))
+    on_u = np.linalg.solve(u.T @ u + of_a.penalty * np.eye(u.shape[1]), u.T)    # (E, P): once
 
     def error(a: np.ndarray, a_test: np.ndarray) -> np.ndarray:
-        # both ridges by their moments (r and a~ have mean 0): two products with a, no copy of u
-        level = a.mean(axis=0)
-        a, a_test = a - level, a_test - level
-        ua = u.T @ a
-        on_u = inverse @ ua                                                     # (E, K)
-        moment = a.T @ a - ua.T @ on_u - on_u.T @ ua + on_u.T @ gram @ on_u     # of a~ = a - u on_u
-        fitted = np.linalg.solve(moment + f1.penalty * np.eye(len(moment)),
-                                 a.T @ r - on_u.T @ ur)                         # (K, D)
-        return ((r_test - (a_test - u_test @ on_u) @ fitted)**2).sum(axis=1)
+        weight, level = on_u @ a, a.mean(axis=0)                                # (E, K), (K,)
+        f1 = Ridge(a - level - u @ weight, r, penalty)
+        return ((r_test - f1.predict(a_test - level - u_test @ weight))**2).sum(axis=1)
 
     without = (r_test**2).sum(axis=1)
     rng, null = np.random.default_rng(SEED), np.empty(permutations)

@@ -2639,7 +2639,7 @@ def test_ag_finds_the_share_that_an_action_explains():
         assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
 
 
-def test_ag_by_moments_is_that_of_two_ridges():
+def test_ag_is_that_of_two_ridges_one_on_the_residuals_of_the_other():
     train, test = constructed(0.1, 3, patients=60)
     with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
@@ -3203,9 +3203,7 @@ def test_a_cohort_without_pairs_still_has_a_figure_and_numbers(tiny):
 
 
 @pytest.mark.parametrize("rows", [30, 7])
-def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows, monkeypatch):
-    monkeypatch.setattr(evaluate, "row_blocks", lambda n, device: [
-        slice(start, min(start + rows, n)) for start in range(0, n, rows)])
+def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows):
     x = np.random.default_rng(0).normal(size=(30, 5)) * np.linspace(0.2, 3, 30)[:, None]
     conditional = np.zeros((30, 30))
     for i in range(30):
@@ -3218,15 +3216,14 @@ def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows, monke
         assert np.exp(entropy) == pytest.approx(8, rel=1e-6)  # the oracle does what it says
         conditional[i, others] = p
     for dtype in (torch.float64, torch.float32):
-        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8).numpy()
+        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8, rows).numpy()
         # the search stops within 1e-5 of the entropy, so p is good to about 1e-5 of itself
         np.testing.assert_allclose(got, (conditional + conditional.T) / 60, rtol=1e-3, atol=1e-7)
         assert (got == got.T).all() and got.sum() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("exaggeration", [1.0, 12.0])
-def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration, monkeypatch):
-    monkeypatch.setattr(evaluate, "row_blocks", lambda n, device: [slice(0, 13), slice(13, n)])
+def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
     p = evaluate.affinities(torch.randn(30, 5, generator=generator(), dtype=torch.float64), 8)
     y = torch.randn(30, 2, generator=generator(1), dtype=torch.float64).mul_(3).requires_grad_()
     off = ~torch.eye(30, dtype=torch.bool)
@@ -3234,7 +3231,7 @@ def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration, monkeypatch):
     # KL but for its constant, with P times the exaggeration in the attraction
     divergence = -exaggeration * (p[off] * w[off].log()).sum() + w[off].sum().log()
     divergence.backward()
-    got = evaluate.tsne_gradient(p, y.detach(), exaggeration)
+    got = evaluate.tsne_gradient(exaggeration * p, y.detach(), block=13)
     torch.testing.assert_close(got, y.grad, rtol=1e-9, atol=1e-12)
 
 
