@@ -2135,6 +2135,7 @@ GAINS = {  # name: (A, B, C): (sum of B's errors - sum of A's) / sum of C's
     "gain of the model over ridge on z alone": ("model", "ridge on z alone", "ridge on z alone"),
     "gain of the model over a zero action": ("model", "zero action", "zero action"),
     "gain of the model over shuffled actions": ("model", "shuffled actions", "shuffled actions")}
+AG = {"coded": "AG of the coded action", "state": "AG of the true state change"}
 OWN_ONSET = "own onset moves the logit further than others, {}"
 GAINS_ON_TRAINING = "skill of the model against persistence, in sample"
 SAME_PATIENT = "same patient nearest in h (cosine)"
@@ -2242,20 +2243,19 @@ def matter_results(e: Embedded, boot: Bootstrap, group: np.ndarray, permutations
         parts[part] = {"z": z, "z_next": z_next, "known": known,
                        "patient": cohort.subject_id[cohort.pair[p, 0]],
                        "stratum": 2 * cohort.pair_kind[p].astype(int) + known[:, 0].astype(int)}
-    for which, name in (("coded", "AG of the coded action"),
-                        ("state", "AG of the true state change")):
-        if which == "state" and cohort.state is None:
-            continue
+    for which, name in AG.items() if cohort.state is not None else [*AG.items()][:1]:
+        key = MATTER, name, HEADLINE
         if not group.any() or len(pairs["train"]) < 2:
-            result[MATTER, name, HEADLINE] = "no such pair"
+            result[key] = "no such pair"
             continue
         for part, p in pairs.items():
             parts[part]["a"] = cohort.action_of(p, which).astype(np.float64)
         errors = np.full((2, len(group)), np.nan)  # outside the group: no part of any sum
         errors[0, group], errors[1, group], null = action_gain(
             parts["train"], parts["test"], permutations)
-        result[MATTER, name, HEADLINE] = 1 - boot.ratio(*errors)
-        result["null", name, HEADLINE] = null
+        result[key] = 1 - boot.ratio(*errors)
+        result["p", (MATTER, f"p of {name}, {len(null)} permutations", HEADLINE)] = np.append(
+            result[key][0], null)
     return result
 
 
@@ -2457,18 +2457,25 @@ def mean_over_seeds(seeds: dict) -> dict:
             for key in next(iter(seeds.values()))}
 
 
-def seed_entries(results: dict[str, dict], cell, compared, patients: int) -> list[dict]:
-    """Every seed's own values, and each method less the first of the call, of the same draws.
+def study_entries(results: dict[str, dict], means: dict[str, dict], cell, compared,
+                  patients: int) -> list[dict]:
+    """Means over seeds, every seed's own values, and each method less the first of the call.
 
-    Args: results: {label: {seed: {key: replicates or a text}}}; cell: (key, label, value) -> entry;
-        compared: keys whose values do not depend on a model's own z.
-    Returns: entries of the tables "NAME, by seed", DIFFERENCE (means over the seeds that both have,
-        with t, df, p of `seed_test`), and "DIFFERENCE, by seed".
+    Args: results: {label: {seed: {key: replicates or a text}}}; means: {label: `mean_over_seeds`};
+        cell: (key, label, value) -> entry; compared: keys whose values do not depend on a model's
+        own z. Under ("p", key) stands a statistic before those of permuted actions: its p is told.
+    Returns: entries of the tables NAME, "NAME, by seed", DIFFERENCE (means over the seeds that both
+        have, on the same draws, with t, df, p of `seed_test`), and "DIFFERENCE, by seed".
     """
     entries, first = [], next(iter(results))
+    for label, mean in means.items():
+        for key, value in mean.items():
+            if key[0] == "p":
+                key, value = key[1], (1 + (value[1:] >= value[0] - 1e-12).sum()) / len(value)
+            entries.append(cell(key, label, value))
     for label, seeds in results.items():
         for seed, one in seeds.items():
-            found = [cell(key, label, value) for key, value in one.items() if key[0] != "null"]
+            found = [cell(key, label, value) for key, value in one.items() if key[0] != "p"]
             entries += [e | {"table": f"{e['table']}, by seed", "seed": seed} for e in found]
         shared = [seed for seed in seeds if seed in results[first]] if label != first else []
         for key in compared if shared else ():
@@ -2486,10 +2493,7 @@ def seed_entries(results: dict[str, dict], cell, compared, patients: int) -> lis
 
 
 def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> list[dict]:
-    """Means over seeds of {label: {seed: results}}, then what `seed_entries` says of the seeds.
-
-    counts: {group: (what, how many, patients)}.
-    """
+    """worldmodel.csv, of {label: {seed: results}}; counts: {group: (what, how many, patients)}."""
     def cell(key: tuple, label: str, value) -> dict:
         (table, name, group), why = key, value if isinstance(value, str) else ""  # not defined
         counted, n, patients = counts.get(group, ("records", "", ""))
@@ -2497,22 +2501,16 @@ def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> lis
                      quantity=name, group=group, n=n, counted=counted, patients=patients,
                      seeds=len(results[label]))
 
-    entries = []
-    for label, seeds in results.items():
-        mean = mean_over_seeds(seeds)
-        ag = [mean.get((MATTER, f"AG of the {what}", HEADLINE), "")
-              for what in ("coded action", "true state change")]
-        if not isinstance(ag[0], str) and not isinstance(ag[1], str):
-            mean[MATTER, "share of AG, coded of true state", HEADLINE] = ag[0] / ag[1] \
-                if interval(ag[1][1:])[0] > 0 else "AG of the true state is not above 0"
-        for (table, name, group), value in mean.items():
-            if table == "null":  # AG of permuted actions
-                p = (1 + (value >= mean[MATTER, name, group][0]).sum()) / (1 + len(value))
-                table, name, value = MATTER, f"p of {name}, {len(value)} permutations", p
-            entries.append(cell((table, name, group), label, value))
-    compared = [key for key in next(iter(next(iter(results.values())).values())) if (
-        key[0] == MATTER and key[2] in (HEADLINE, "test records")) or key[1] == SAME_PATIENT]
-    return entries + seed_entries(results, cell, compared, counts.get(HEADLINE, (0, 0, 0))[2])
+    means = {label: mean_over_seeds(seeds) for label, seeds in results.items()}
+    for mean in means.values():
+        coded, state = (mean.get((MATTER, name, HEADLINE), "") for name in AG.values())
+        if not isinstance(coded, str) and not isinstance(state, str):
+            mean[MATTER, "share of AG, coded of true state", HEADLINE] = coded / state \
+                if interval(state[1:])[0] > 0 else "AG of the true state is not above 0"
+    compared = [key for key in next(iter(next(iter(results.values())).values())) if key[0] != "p"
+                and (key[0] == MATTER and key[2] in (HEADLINE, "test records")
+                     or key[1] == SAME_PATIENT)]
+    return study_entries(results, means, cell, compared, counts.get(HEADLINE, (0, 0, 0))[2])
 
 
 def run_worldmodel(args: argparse.Namespace) -> None:
@@ -2815,18 +2813,19 @@ def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np
                 ratios = [of_code[~np.isnan(of_code)] for of_code in values[measure].T]
                 mean = np.array([np.mean([np.median(ratio) for ratio in ratios if len(ratio)])])
             result["truth", row, column] = mean[:1] if measure == "chance" else mean
-    for source in (MODEL, STATE) if STATE in judged else (MODEL,):
+    for source in (source for source in (MODEL, STATE) if source in judged):
         for row in (CLASS_VECTOR, RIDGE, LEFT_OUT, WRONG):
             less = judged[source]["cosine"] - judged[row]["cosine"]
             if not np.isnan(less).all():
                 result["difference", source, f"less {row}"] = mean_defined(boot.ratio(less))
         if changed.sum(axis=1).max() > 1:  # else there is nothing to permute
-            result["null", source, ""] = code_permutations(judged[source]["cosines"], permutations)
+            result["p", ("difference", source, "p of permuted codes")] = code_permutations(
+                judged[source]["cosines"], permutations)
     silent = cases & ~changed.any(axis=0)
     for table, key, mask, shown in (
             ("cosine by code", "cosine", changed, (MODEL, STATE, CLASS_VECTOR, RIDGE, CEILING)),
             ("negative control", "length", silent, (MODEL, CLASS_VECTOR, RIDGE))):
-        for row in shown if STATE in judged else [row for row in shown if row != STATE]:
+        for row in (row for row in shown if row in judged):
             values = boot.ratio(np.where(mask, judged[row][key], np.nan))
             result |= {(table, names[k], row): values[:, k]
                        for k in np.flatnonzero(mask.any(axis=0))}
@@ -2836,26 +2835,21 @@ def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np
 def truth_entries(results: dict[str, dict], names: list[str], cases: np.ndarray,
                   changed: np.ndarray, patients: int) -> list[dict]:
     """counterfactual.csv, of {method: {seed: `truth_results`}}."""
+    counted = {"cosine by code": changed.sum(axis=0), "negative control": cases.sum(axis=0)}
+
     def cell(key: tuple, method: str, value) -> dict:
         (table, row, column), more = key, {}
-        if table in ("cosine by code", "negative control"):
-            mask = changed if table == "cosine by code" else cases
-            more = {"cases": int(mask[:, names.index(row)].sum())}
+        if table in counted:
+            more = {"cases": int(counted[table][names.index(row)])}
         if table == "difference":
             row = method + f", {STATE.removeprefix('model, ')}" * (row == STATE)
         return entry(table, row, column, value, "too few records with it", method=method,
                      patients=patients, **more)
 
-    entries = []
-    for method, seeds in results.items():
-        for (table, row, column), value in mean_over_seeds(seeds).items():
-            if table == "null":
-                table, column = "difference", "p of permuted codes"
-                value = (1 + (value[1:] >= value[0] - 1e-12).sum()) / len(value)
-            entries.append(cell((table, row, column), method, value))
     compared = [key for key in next(iter(next(iter(results.values())).values()))
                 if key[:2] == ("difference", MODEL)]
-    return entries + seed_entries(results, cell, compared, patients)
+    means = {method: mean_over_seeds(seeds) for method, seeds in results.items()}
+    return study_entries(results, means, cell, compared, patients)
 
 
 def run_counterfactual(args: argparse.Namespace) -> None:
