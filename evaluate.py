@@ -1371,64 +1371,51 @@ POINT_COLOUR = {"real normal": "#56B4E9", "real abnormal": "#D55E00", "synthetic
 POINTS = 7000  # B, Figure 2
 
 
-def row_blocks(n: int, device) -> list[slice]:
-    """Rows 0 .. n-1 in blocks whose (rows, n) float32 stays in a CPU's cache."""
-    rows = max(1, (2**18 if device.type == "cpu" else 2**26) // n)
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-
-
-def affinities(x, perplexity: float):
+def affinities(x, perplexity: float, block: int = 256):
     """Symmetric p_ij (n, n) of t-SNE: Gaussian neighbourhoods of the asked perplexity.
 
     p_j|i = exp(-beta_i |x_i - x_j|^2) / sum_k of the same, p_i|i = 0, beta_i by bisection so that
     exp(entropy of row i) = perplexity; p_ij = (p_j|i + p_i|j) / 2n, which sum to 1.
-    Args: x (n, D) float tensor; perplexity in [1, n - 1).
+    Args: x (n, D) float tensor; perplexity in [1, n - 1); block: rows at a time.
     """
     import torch
-    n, wanted = len(x), np.log(perplexity)
-    result = torch.empty(n, n, dtype=x.dtype, device=x.device)
-    for rows in row_blocks(n, x.device):
-        own = torch.arange(rows.start, rows.stop, device=x.device)
-        d2 = torch.cdist(x[rows], x).square_()                                  # (rows, n)
-        d2[own - rows.start, own] = torch.inf
-        d2 -= d2.amin(dim=1, keepdim=True)  # leaves p as it is; exp cannot underflow in a whole row
-        d2[own - rows.start, own] = 0
-        low, high = torch.zeros_like(d2[:, :1]), torch.full_like(d2[:, :1], torch.inf)
-        beta = 1 / d2.mean(dim=1, keepdim=True).clamp_min(1e-12)
-        for _ in range(64):
-            p = torch.exp(-beta * d2)
-            p[own - rows.start, own] = 0
-            total = p.sum(dim=1, keepdim=True)
-            error = total.log() + beta * (d2 * p).sum(dim=1, keepdim=True) / total - wanted
-            if error.abs().max() < 1e-5:
-                break
-            low, high = torch.where(error > 0, beta, low), torch.where(error > 0, high, beta)
-            beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
-        result[rows] = p / total
-    return (result + result.T).div_(2 * n)
+    parts = []
+    for own in torch.arange(len(x), device=x.device).split(block):
+        d2 = torch.cdist(x[own], x).square()                                    # (rows, n)
+        log_beta = -(d2.mean(dim=1, keepdim=True) + 1e-12).log()
+        d2[torch.arange(len(own)), own] = torch.inf
+        step = 16.0
+        for _ in range(40):
+            p = torch.softmax(-log_beta.exp() * d2, dim=1)
+            entropy = -torch.xlogy(p, p).sum(dim=1, keepdim=True)
+            log_beta += torch.where(entropy > np.log(perplexity), step, -step)
+            step /= 2
+        parts.append(p)
+    p = torch.cat(parts)
+    return (p + p.T) / (2 * len(x))
 
 
-def tsne_gradient(p, y, exaggeration: float = 1.0):
-    """Gradient (n, 2) of KL(P || Q) at y (n, 2), P multiplied by `exaggeration`.
+def tsne_gradient(p, y, block: int = 64):
+    """Gradient (n, 2) of KL(P || Q) at y (n, 2); of an exaggerated P where p (n, n) sums to more.
 
     4 sum_j (p_ij - q_ij) w_ij (y_i - y_j), w_ij = 1 / (1 + |y_i - y_j|^2), q_ij = w_ij / sum w.
-    Written as row sums times y_i minus products with y, so that no (n, n, 2) is formed.
+    Written as row sums times y_i minus products with y, so that no (n, n, 2) is formed; in blocks
+    of rows that stay in a CPU's cache.
     """
     import torch
     square = y.square().sum(dim=1, keepdim=True)                                # (n, 1)
-    y_one = torch.cat([y, torch.ones_like(square)], dim=1)
-    attract, repel, total = torch.empty_like(y_one), torch.empty_like(y_one), -len(y)
-    for rows in row_blocks(len(y), y.device):
-        w = torch.addmm(1 + square.T, y[rows], y.T, alpha=-2).add_(square[rows]).reciprocal_()
+    y_one, forces, total = torch.cat([y, torch.ones_like(square)], dim=1), [], -len(y)
+    for part, own, size in zip(p.split(block), y.split(block), square.split(block)):
+        w = torch.addmm(1 + square.T, own, y.T, alpha=-2).add_(size).reciprocal_()
         total = total + w.sum().double()                  # less n: w = 1 on the diagonal
-        attract[rows] = (p[rows] * w) @ y_one             # sum_j p_ij w_ij (y_j, 1)
-        repel[rows] = w.square_() @ y_one
-    force = exaggeration * attract - repel / total.to(y.dtype)
+        forces.append(((part * w) @ y_one, w.square_() @ y_one))  # sum_j p_ij w_ij (y_j, 1)
+    attract, repel = (torch.cat(of) for of in zip(*forces))                     # (n, 3) each
+    force = attract - repel / total.to(y.dtype)
     return 4 * (y * force[:, 2:] - force[:, :2])
 
 
 def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, progress=None):
-    """Exact t-SNE of x (n, D) -> (n, 2) float32, on the device of x; memory 8 n^2 bytes.
+    """Exact t-SNE of x (n, D) -> (n, 2) float32, on the device of x; memory 12 n^2 bytes.
 
     Gradient descent with gains from the first two principal components (standard deviation 1e-4,
     and a seeded 1e-6 that parts equal rows): exaggeration 12 and momentum 0.5 for 100 iterations,
@@ -1437,22 +1424,22 @@ def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, pro
     """
     import torch
     x, n = x.detach().float(), len(x)
-    p = affinities(x, perplexity)
+    p = 12 * affinities(x, perplexity)
     centred = x - x.mean(dim=0)
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # (D, 2)
     axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else an arbitrary sign
     y = centred @ axes
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)).to(y)
     y = 1e-4 * y / y[:, 0].std().clamp_min(1e-12) + 1e-6 * noise
-    rate, step, gain = max(n / 12, 50), torch.zeros_like(y), torch.ones_like(y)
+    step, gain = torch.zeros_like(y), torch.ones_like(y)
     for i in range(iterations):
-        early = i < 100
-        gradient = tsne_gradient(p, y, 12.0 if early else 1.0)
+        if i == 100:
+            p /= 12
+        gradient = tsne_gradient(p, y)
         same = gradient.sign() == step.sign()  # step points downhill: same sign is an overshoot
         gain = torch.where(same, gain * 0.8, gain + 0.2).clamp_min_(0.01)
-        step = (0.5 if early else 0.8) * step - rate * gain * gradient
-        y = y + step
-        y -= y.mean(dim=0)
+        step = (0.5 if i < 100 else 0.8) * step - max(n / 12, 50) * gain * gradient
+        y = y + step - (y + step).mean(dim=0)
         if progress is not None:
             progress.update()
     return y
@@ -2103,21 +2090,14 @@ def action_gain(train: dict, test: dict,
     f0 = ridge(u, step, train["patient"])
     r, r_test = step - f0.predict(u), step_test - f0.predict(u_test)
     of_a = ridge(u, train["a"], train["patient"])
-    f1 = ridge(train["a"] - of_a.predict(u), r, train["patient"])
+    penalty = ridge(train["a"] - of_a.predict(u), r, train["patient"]).penalty
     u, u_test = u - of_a.mean, u_test - of_a.mean
-    gram, ur = u.T @ u, u.T @ r
-    inverse = np.linalg.inv(gram + of_a.penalty * np.eye(len(gram)))
+    on_u = np.linalg.solve(u.T @ u + of_a.penalty * np.eye(u.shape[1]), u.T)    # (E, P): once
 
     def error(a: np.ndarray, a_test: np.ndarray) -> np.ndarray:
-        # both ridges by their moments (r and a~ have mean 0): two products with a, no copy of u
-        level = a.mean(axis=0)
-        a, a_test = a - level, a_test - level
-        ua = u.T @ a
-        on_u = inverse @ ua                                                     # (E, K)
-        moment = a.T @ a - ua.T @ on_u - on_u.T @ ua + on_u.T @ gram @ on_u     # of a~ = a - u on_u
-        fitted = np.linalg.solve(moment + f1.penalty * np.eye(len(moment)),
-                                 a.T @ r - on_u.T @ ur)                         # (K, D)
-        return ((r_test - (a_test - u_test @ on_u) @ fitted)**2).sum(axis=1)
+        weight, level = on_u @ a, a.mean(axis=0)                                # (E, K), (K,)
+        f1 = Ridge(a - level - u @ weight, r, penalty)
+        return ((r_test - f1.predict(a_test - level - u_test @ weight))**2).sum(axis=1)
 
     without = (r_test**2).sum(axis=1)
     rng, null = np.random.default_rng(SEED), np.empty(permutations)
@@ -2155,6 +2135,7 @@ GAINS = {  # name: (A, B, C): (sum of B's errors - sum of A's) / sum of C's
     "gain of the model over ridge on z alone": ("model", "ridge on z alone", "ridge on z alone"),
     "gain of the model over a zero action": ("model", "zero action", "zero action"),
     "gain of the model over shuffled actions": ("model", "shuffled actions", "shuffled actions")}
+AG = {"coded": "AG of the coded action", "state": "AG of the true state change"}
 OWN_ONSET = "own onset moves the logit further than others, {}"
 GAINS_ON_TRAINING = "skill of the model against persistence, in sample"
 SAME_PATIENT = "same patient nearest in h (cosine)"
@@ -2262,20 +2243,19 @@ def matter_results(e: Embedded, boot: Bootstrap, group: np.ndarray, permutations
         parts[part] = {"z": z, "z_next": z_next, "known": known,
                        "patient": cohort.subject_id[cohort.pair[p, 0]],
                        "stratum": 2 * cohort.pair_kind[p].astype(int) + known[:, 0].astype(int)}
-    for which, name in (("coded", "AG of the coded action"),
-                        ("state", "AG of the true state change")):
-        if which == "state" and cohort.state is None:
-            continue
+    for which, name in AG.items() if cohort.state is not None else [*AG.items()][:1]:
+        key = MATTER, name, HEADLINE
         if not group.any() or len(pairs["train"]) < 2:
-            result[MATTER, name, HEADLINE] = "no such pair"
+            result[key] = "no such pair"
             continue
         for part, p in pairs.items():
             parts[part]["a"] = cohort.action_of(p, which).astype(np.float64)
         errors = np.full((2, len(group)), np.nan)  # outside the group: no part of any sum
         errors[0, group], errors[1, group], null = action_gain(
             parts["train"], parts["test"], permutations)
-        result[MATTER, name, HEADLINE] = 1 - boot.ratio(*errors)
-        result["null", name, HEADLINE] = null
+        result[key] = 1 - boot.ratio(*errors)
+        result["p", (MATTER, f"p of {name}, {len(null)} permutations", HEADLINE)] = np.append(
+            result[key][0], null)
     return result
 
 
@@ -2477,18 +2457,25 @@ def mean_over_seeds(seeds: dict) -> dict:
             for key in next(iter(seeds.values()))}
 
 
-def seed_entries(results: dict[str, dict], cell, compared, patients: int) -> list[dict]:
-    """Every seed's own values, and each method less the first of the call, of the same draws.
+def study_entries(results: dict[str, dict], means: dict[str, dict], cell, compared,
+                  patients: int) -> list[dict]:
+    """Means over seeds, every seed's own values, and each method less the first of the call.
 
-    Args: results: {label: {seed: {key: replicates or a text}}}; cell: (key, label, value) -> entry;
-        compared: keys whose values do not depend on a model's own z.
-    Returns: entries of the tables "NAME, by seed", DIFFERENCE (means over the seeds that both have,
-        with t, df, p of `seed_test`), and "DIFFERENCE, by seed".
+    Args: results: {label: {seed: {key: replicates or a text}}}; means: {label: `mean_over_seeds`};
+        cell: (key, label, value) -> entry; compared: keys whose values do not depend on a model's
+        own z. Under ("p", key) stands a statistic before those of permuted actions: its p is told.
+    Returns: entries of the tables NAME, "NAME, by seed", DIFFERENCE (means over the seeds that both
+        have, on the same draws, with t, df, p of `seed_test`), and "DIFFERENCE, by seed".
     """
     entries, first = [], next(iter(results))
+    for label, mean in means.items():
+        for key, value in mean.items():
+            if key[0] == "p":
+                key, value = key[1], (1 + (value[1:] >= value[0] - 1e-12).sum()) / len(value)
+            entries.append(cell(key, label, value))
     for label, seeds in results.items():
         for seed, one in seeds.items():
-            found = [cell(key, label, value) for key, value in one.items() if key[0] != "null"]
+            found = [cell(key, label, value) for key, value in one.items() if key[0] != "p"]
             entries += [e | {"table": f"{e['table']}, by seed", "seed": seed} for e in found]
         shared = [seed for seed in seeds if seed in results[first]] if label != first else []
         for key in compared if shared else ():
@@ -2506,10 +2493,7 @@ def seed_entries(results: dict[str, dict], cell, compared, patients: int) -> lis
 
 
 def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> list[dict]:
-    """Means over seeds of {label: {seed: results}}, then what `seed_entries` says of the seeds.
-
-    counts: {group: (what, how many, patients)}.
-    """
+    """worldmodel.csv, of {label: {seed: results}}; counts: {group: (what, how many, patients)}."""
     def cell(key: tuple, label: str, value) -> dict:
         (table, name, group), why = key, value if isinstance(value, str) else ""  # not defined
         counted, n, patients = counts.get(group, ("records", "", ""))
@@ -2517,22 +2501,16 @@ def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> lis
                      quantity=name, group=group, n=n, counted=counted, patients=patients,
                      seeds=len(results[label]))
 
-    entries = []
-    for label, seeds in results.items():
-        mean = mean_over_seeds(seeds)
-        ag = [mean.get((MATTER, f"AG of the {what}", HEADLINE), "")
-              for what in ("coded action", "true state change")]
-        if not isinstance(ag[0], str) and not isinstance(ag[1], str):
-            mean[MATTER, "share of AG, coded of true state", HEADLINE] = ag[0] / ag[1] \
-                if interval(ag[1][1:])[0] > 0 else "AG of the true state is not above 0"
-        for (table, name, group), value in mean.items():
-            if table == "null":  # AG of permuted actions
-                p = (1 + (value >= mean[MATTER, name, group][0]).sum()) / (1 + len(value))
-                table, name, value = MATTER, f"p of {name}, {len(value)} permutations", p
-            entries.append(cell((table, name, group), label, value))
-    compared = [key for key in next(iter(next(iter(results.values())).values())) if (
-        key[0] == MATTER and key[2] in (HEADLINE, "test records")) or key[1] == SAME_PATIENT]
-    return entries + seed_entries(results, cell, compared, counts.get(HEADLINE, (0, 0, 0))[2])
+    means = {label: mean_over_seeds(seeds) for label, seeds in results.items()}
+    for mean in means.values():
+        coded, state = (mean.get((MATTER, name, HEADLINE), "") for name in AG.values())
+        if not isinstance(coded, str) and not isinstance(state, str):
+            mean[MATTER, "share of AG, coded of true state", HEADLINE] = coded / state \
+                if interval(state[1:])[0] > 0 else "AG of the true state is not above 0"
+    compared = [key for key in next(iter(next(iter(results.values())).values())) if key[0] != "p"
+                and (key[0] == MATTER and key[2] in (HEADLINE, "test records")
+                     or key[1] == SAME_PATIENT)]
+    return study_entries(results, means, cell, compared, counts.get(HEADLINE, (0, 0, 0))[2])
 
 
 def run_worldmodel(args: argparse.Namespace) -> None:
@@ -2835,18 +2813,19 @@ def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np
                 ratios = [of_code[~np.isnan(of_code)] for of_code in values[measure].T]
                 mean = np.array([np.mean([np.median(ratio) for ratio in ratios if len(ratio)])])
             result["truth", row, column] = mean[:1] if measure == "chance" else mean
-    for source in (MODEL, STATE) if STATE in judged else (MODEL,):
+    for source in (source for source in (MODEL, STATE) if source in judged):
         for row in (CLASS_VECTOR, RIDGE, LEFT_OUT, WRONG):
             less = judged[source]["cosine"] - judged[row]["cosine"]
             if not np.isnan(less).all():
                 result["difference", source, f"less {row}"] = mean_defined(boot.ratio(less))
         if changed.sum(axis=1).max() > 1:  # else there is nothing to permute
-            result["null", source, ""] = code_permutations(judged[source]["cosines"], permutations)
+            result["p", ("difference", source, "p of permuted codes")] = code_permutations(
+                judged[source]["cosines"], permutations)
     silent = cases & ~changed.any(axis=0)
     for table, key, mask, shown in (
             ("cosine by code", "cosine", changed, (MODEL, STATE, CLASS_VECTOR, RIDGE, CEILING)),
             ("negative control", "length", silent, (MODEL, CLASS_VECTOR, RIDGE))):
-        for row in shown if STATE in judged else [row for row in shown if row != STATE]:
+        for row in (row for row in shown if row in judged):
             values = boot.ratio(np.where(mask, judged[row][key], np.nan))
             result |= {(table, names[k], row): values[:, k]
                        for k in np.flatnonzero(mask.any(axis=0))}
@@ -2856,26 +2835,21 @@ def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np
 def truth_entries(results: dict[str, dict], names: list[str], cases: np.ndarray,
                   changed: np.ndarray, patients: int) -> list[dict]:
     """counterfactual.csv, of {method: {seed: `truth_results`}}."""
+    counted = {"cosine by code": changed.sum(axis=0), "negative control": cases.sum(axis=0)}
+
     def cell(key: tuple, method: str, value) -> dict:
         (table, row, column), more = key, {}
-        if table in ("cosine by code", "negative control"):
-            mask = changed if table == "cosine by code" else cases
-            more = {"cases": int(mask[:, names.index(row)].sum())}
+        if table in counted:
+            more = {"cases": int(counted[table][names.index(row)])}
         if table == "difference":
             row = method + f", {STATE.removeprefix('model, ')}" * (row == STATE)
         return entry(table, row, column, value, "too few records with it", method=method,
                      patients=patients, **more)
 
-    entries = []
-    for method, seeds in results.items():
-        for (table, row, column), value in mean_over_seeds(seeds).items():
-            if table == "null":
-                table, column = "difference", "p of permuted codes"
-                value = (1 + (value[1:] >= value[0] - 1e-12).sum()) / len(value)
-            entries.append(cell((table, row, column), method, value))
     compared = [key for key in next(iter(next(iter(results.values())).values()))
                 if key[:2] == ("difference", MODEL)]
-    return entries + seed_entries(results, cell, compared, patients)
+    means = {method: mean_over_seeds(seeds) for method, seeds in results.items()}
+    return study_entries(results, means, cell, compared, patients)
 
 
 def run_counterfactual(args: argparse.Namespace) -> None:

@@ -2141,38 +2141,28 @@ def test_a_run_is_named_by_its_method_and_stands_beside_its_own_printed_numbers(
     assert printed is not None or "### Paper" not in out
 
 
-def test_method_says_what_else_a_pretraining_saw():
-    here = {"mode": "probe", "init": "pre", "frac": 0.01}
-    for source, words in (({"frac": 1.0}, ", pretrained on 100%"), ({}, ""),
-                          ({"labelled_only": True}, ", pretrained on labelled records")):
-        init = {"args": {"mode": "pretrain", "frac": 0.01} | source}
-        assert evaluate.method(here, init) == "linear probe, dynamics" + words
-    init = {"args": here, "cohort": {"name": "there"}, "transfer": True}
-    assert evaluate.method(here, init).endswith("pretrained on cohort there")
-
-
-@pytest.mark.parametrize("switches, words", [
-    ({}, "dynamics"), (dict.fromkeys(evaluate.PAPERS), "dynamics"),
-    (evaluate.SWITCHES["papers"] | {"lam": 0.1}, "dynamics"),
-    (evaluate.SWITCHES["recommended"] | {"lam": 0.009}, "dynamics, recommended"),
-    (evaluate.SWITCHES["recommended"] | {"objective": "invariance", "action": "coded"},
+@pytest.mark.parametrize("args, source, words", [
+    ({}, {}, "dynamics"), ({}, dict.fromkeys(evaluate.PAPERS), "dynamics"),
+    ({}, evaluate.SWITCHES["papers"] | {"lam": 0.1}, "dynamics"),
+    ({}, evaluate.SWITCHES["recommended"] | {"lam": 0.009}, "dynamics, recommended"),
+    ({}, evaluate.SWITCHES["recommended"] | {"objective": "invariance", "action": "coded"},
      "invariance, recommended"),
-    (evaluate.SWITCHES["recommended"] | {"self_pairs": True},
+    ({}, evaluate.SWITCHES["recommended"] | {"self_pairs": True},
      "dynamics, sets, ratio 5, crop 0.8, noise 0.05, supervise 0.3, self-pairs"),
-    ({"action": "state", "decoys": 0.1}, "dynamics, --action state, decoys 0.1")])
-def test_method_tells_recipes_apart_and_older_runs_are_the_papers(switches, words):
-    start = {"args": {"mode": "pretrain", "frac": 1.0} | switches}
-    assert evaluate.method({"mode": "probe", "frac": 1.0, "init": "x"}, start) \
-        == "linear probe, " + words
+    ({}, {"action": "state", "decoys": 0.1}, "dynamics, --action state, decoys 0.1"),
+    ({"frac": 0.01}, {}, "dynamics, pretrained on 100%"),
+    ({"frac": 0.01}, {"frac": 0.01}, "dynamics"),
+    ({}, {"labelled_only": True}, "dynamics, pretrained on labelled records"),
+    ({}, {"transfer": True}, "dynamics, pretrained on cohort there"),
+    ({"head": "mlp", "features": "z", "augment": "dynamics", "augment_action": "zero"}, {},
+     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero")])
+def test_a_method_says_what_departs_from_the_papers_and_older_runs_are_theirs(args, source, words):
+    init = {"args": {"mode": "pretrain", "frac": 1.0} | source, "cohort": {"name": "there"},
+            "transfer": source.get("transfer")}
+    words = words if "head" in args else "linear probe, " + words
+    assert evaluate.method({"mode": "probe", "frac": 1.0, "init": "x"} | args, init) == words
     assert evaluate.method({"mode": "finetune", "frac": 1.0, "init": "scratch", "crop": 0.8,
                             "noise": 0.0}, None) == "supervised, --crop 0.8"
-
-
-def test_method_names_the_control_of_an_augmentation():
-    args = {"mode": "probe", "head": "mlp", "features": "z", "augment": "dynamics", "frac": 1.0,
-            "init": "x", "augment_action": "zero"}
-    assert evaluate.method(args, {"args": {"mode": "pretrain", "frac": 1.0}}) \
-        == "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero"
 
 
 def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_root, capsys):
@@ -2464,7 +2454,7 @@ def test_ag_finds_the_share_that_an_action_explains():
         assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
 
 
-def test_ag_by_moments_is_that_of_two_ridges():
+def test_ag_is_that_of_two_ridges_one_on_the_residuals_of_the_other():
     train, test = constructed(0.1, 3, patients=60)
     with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
@@ -2627,8 +2617,9 @@ def test_ag_of_a_linear_world_is_what_its_action_moves():
     name = "AG of the coded action"
     step = (world.a @ world.effect).square().mean(dim=1).numpy()[group].mean()
     gain = got[evaluate.MATTER, name, evaluate.HEADLINE]
-    assert gain[0] == pytest.approx(step / (step + 1), abs=0.03) and gain[0] > max(
-        got["null", name, evaluate.HEADLINE])
+    null = got["p", (evaluate.MATTER, f"p of {name}, 19 permutations", evaluate.HEADLINE)]
+    assert gain[0] == pytest.approx(step / (step + 1), abs=0.03) and len(null) == 20
+    assert gain[0] == null[0] > max(null[1:])
     assert evaluate.matter_results(world, world.boot, group & False, 19)[
         evaluate.MATTER, name, evaluate.HEADLINE] == "no such pair"
 
@@ -2874,26 +2865,6 @@ def test_counterfactuals_of_sets_start_from_codes_and_from_the_true_state(
             np.mean(values), abs=1e-4)
 
 
-def test_pages_of_a_model_of_sets_ask_it_in_sets(told_sets, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "POINTS", 60)
-    monkeypatch.setattr(evaluate, "PAGE_RECORDS", 40)
-    assert run_evaluate(capsys, "--mode", "embedding", "--runs", told_sets, "--out", "sets")[0] == 0
-    c = tiny.class_name.index("I48")
-    row = int(np.flatnonzero((tiny.split == 2) & (tiny.label[:, c] == 0))[0])
-    code, out, _ = run_evaluate(capsys, "--mode", "counterfactual", "--runs", told_sets,
-                                "--study-id", int(tiny.study_id[row]), "--onset", "I48", "--out",
-                                "sets")
-    assert code == 0
-    model, _ = evaluate.load_world_model(told_sets)
-    z, y = evaluate.embed(model, tiny.signal, np.array([row]))[1], tiny.label[row]
-    told = [np.concatenate([y, np.where(np.arange(len(y)) == c, then, y),
-                            [tiny.has_label[row], 1]]) for then in (0, 1)]
-    zero, onset = model.predict(z[[0, 0]], torch.from_numpy(np.stack(told)).to(z))
-    for words, step in (("r(z, a) - z", onset - z[0]), ("r(z, 0) - z", zero - z[0]),
-                        ("r(z, a) - r(z, 0)", onset - zero)):
-        assert f"|{words}| {step.norm():.1f}" in out
-
-
 # Figures: transitions, cohort, embedding
 
 
@@ -3028,9 +2999,7 @@ def test_a_cohort_without_pairs_still_has_a_figure_and_numbers(tiny):
 
 
 @pytest.mark.parametrize("rows", [30, 7])
-def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows, monkeypatch):
-    monkeypatch.setattr(evaluate, "row_blocks", lambda n, device: [
-        slice(start, min(start + rows, n)) for start in range(0, n, rows)])
+def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows):
     x = np.random.default_rng(0).normal(size=(30, 5)) * np.linspace(0.2, 3, 30)[:, None]
     conditional = np.zeros((30, 30))
     for i in range(30):
@@ -3043,15 +3012,14 @@ def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows, monke
         assert np.exp(entropy) == pytest.approx(8, rel=1e-6)  # the oracle does what it says
         conditional[i, others] = p
     for dtype in (torch.float64, torch.float32):
-        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8).numpy()
+        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8, rows).numpy()
         # the search stops within 1e-5 of the entropy, so p is good to about 1e-5 of itself
         np.testing.assert_allclose(got, (conditional + conditional.T) / 60, rtol=1e-3, atol=1e-7)
         assert (got == got.T).all() and got.sum() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("exaggeration", [1.0, 12.0])
-def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration, monkeypatch):
-    monkeypatch.setattr(evaluate, "row_blocks", lambda n, device: [slice(0, 13), slice(13, n)])
+def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
     p = evaluate.affinities(torch.randn(30, 5, generator=generator(), dtype=torch.float64), 8)
     y = torch.randn(30, 2, generator=generator(1), dtype=torch.float64).mul_(3).requires_grad_()
     off = ~torch.eye(30, dtype=torch.bool)
@@ -3059,7 +3027,7 @@ def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration, monkeypatch):
     # KL but for its constant, with P times the exaggeration in the attraction
     divergence = -exaggeration * (p[off] * w[off].log()).sum() + w[off].sum().log()
     divergence.backward()
-    got = evaluate.tsne_gradient(p, y.detach(), exaggeration)
+    got = evaluate.tsne_gradient(exaggeration * p, y.detach(), block=13)
     torch.testing.assert_close(got, y.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -3075,14 +3043,15 @@ def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
     assert evaluate.tsne(torch.ones(20, 3), 5, 120).isfinite().all()  # all rows equal
 
 
+@pytest.mark.parametrize("form, run", [("difference", "base"), ("sets", "sets")])
 def test_embedding_points_and_their_neighbours_are_what_the_page_says(
-        pretrained, tiny, tmp_path, monkeypatch, capsys):
+        form, run, told_sets, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "POINTS", 120)
-    code, text, _ = run_evaluate(capsys, "--mode", "embedding", "--runs", "base", "--out", tmp_path)
+    code, text, _ = run_evaluate(capsys, "--mode", "embedding", "--runs", run, "--out", tmp_path)
     assert code == 0 and (tmp_path / "embedding.md").read_text().strip() in text
     assert (tmp_path / "embedding.png").is_file()
-    model, checkpoint = evaluate.load_world_model(pretrained)
-    points = evaluate.embedding_points(model, tiny, checkpoint["normalize"], "difference")
+    model, checkpoint = evaluate.load_world_model(Path("runs") / run)
+    points = evaluate.embedding_points(model, tiny, checkpoint["normalize"], form)
     rows, kind, y, z = (points[key] for key in ("rows", "kind", "y", "z"))
     empty, n = ~tiny.label.any(axis=1), len(rows)
     sizes = [min(40, int(((tiny.split == 0) & m).sum())) for m in (empty, ~empty)] + [40]
@@ -3091,8 +3060,9 @@ def test_embedding_points_and_their_neighbours_are_what_the_page_says(
     assert (empty[rows] == (kind[:n] == 0)).all()
     with torch.no_grad():
         for i in np.flatnonzero(kind == 2)[:10]:
-            action = torch.from_numpy(y[i]).float().expand(sizes[0], -1)
-            wanted = model.predict(z[:sizes[0]], action)  # from each of the normal ones
+            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i], (sizes[0], 1))
+            told = evaluate.action_input(form, 0 * then, then, known, known | True)
+            wanted = model.predict(z[:sizes[0]], told)  # from each of the normal ones
             assert (wanted - z[i]).abs().amax(dim=1).min() < 1e-4
     patient, same = np.append(tiny.subject_id[rows], -1 - np.arange(40)), [[], [], []]
     distance = torch.cdist(z.double(), z.double()).numpy()
@@ -3262,30 +3232,35 @@ def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
     assert cells["negative control", "I63", evaluate.MODEL] > 0
 
 
-def test_page_of_one_patient_shows_what_the_model_predicts(pretrained, tiny, capsys, monkeypatch):
-    k = tiny.class_name.index("I48")
+@pytest.mark.parametrize("form", ["difference", "sets"])
+def test_page_of_one_patient_shows_what_the_model_predicts(
+        form, told_sets, tiny, capsys, monkeypatch):
+    k, run = tiny.class_name.index("I48"), "base" if form == "difference" else "sets"
     row = int(np.flatnonzero((tiny.split == 2) & (tiny.label[:, k] == 0))[0])
     monkeypatch.setattr(evaluate, "PAGE_RECORDS", 60)
     counted, embed, study = [], evaluate.embed, int(tiny.study_id[row])
     monkeypatch.setattr(evaluate, "embed", lambda model, signal, rows, *more: (
         counted.append(len(rows)), embed(model, signal, rows, *more))[1])
-    code, out, _ = run_evaluate(capsys, "--mode", "counterfactual", "--runs", "base", "--study-id",
-                                study, "--onset", "I48", "--out", "page")
-    stem = f"page/counterfactual-{study}-onset-I48"
+    code, out, _ = run_evaluate(capsys, "--mode", "counterfactual", "--runs", run, "--study-id",
+                                study, "--onset", "I48", "--out", run)
+    stem = f"{run}/counterfactual-{study}-onset-I48"
     assert code == 0 and Path(f"{stem}.png").read_bytes()[:4] == b"\x89PNG"
     assert Path(f"{stem}.md").read_text().strip() in out and "SYNTHETIC" in out
     assert counted == [61, 2]  # the record, the draw, and the simulated truth: not the cohort
     rows = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(tiny.split == 0))[:60])
-    model, checkpoint = evaluate.load_world_model(pretrained)
+    model, checkpoint = evaluate.load_world_model(Path("runs") / run)
     z = embed(model, tiny.signal, np.append(row, rows), checkpoint["normalize"])[1]
-    with torch.no_grad():
-        z_cf = model.predict(z[:1], torch.eye(len(tiny.class_name))[k:k + 1].to(z))[0]
-    distance = (z - z_cf).norm(dim=1).cpu().numpy()
-    assert f"|r(z, a) - z| {distance[0]:.1f}" in out
-    carriers = np.flatnonzero(tiny.label[rows, k] == 1)
-    nearest = carriers[distance[1:][carriers].argmin()]
+    y, begun = tiny.label[row].astype(int), np.arange(len(tiny.class_name)) == k
+    told = [begun * sign if form == "difference" else
+            np.concatenate([y, y + begun * sign, [tiny.has_label[row], 1]]) for sign in (0, 1)]
+    zero, onset = model.predict(z[[0, 0]], torch.from_numpy(np.stack(told)).to(z))
+    for words, step in (("r(z, a) - z", onset - z[0]), ("r(z, 0) - z", zero - z[0]),
+                        ("r(z, a) - r(z, 0)", onset - zero)):
+        assert f"|{words}| {step.norm():.1f}" in out
+    distance, carriers = (z[1:] - onset).norm(dim=1), np.flatnonzero(tiny.label[rows, k] == 1)
+    nearest = carriers[distance[carriers].argmin()]
     assert (f"of {len(carriers)} training records of other patients with the resulting label: "
-            f"distance {distance[1 + nearest]:.1f}, study_id {tiny.study_id[rows[nearest]]}") in out
+            f"distance {distance[nearest]:.1f}, study_id {tiny.study_id[rows[nearest]]}") in out
 
 
 def test_counterfactual_and_embedding_refuse_bad_input_in_one_line(pretrained, tiny, capsys):
