@@ -1129,7 +1129,8 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
     known, _ = read_rows(labels, {
         "study_id": number, "subject_id": number, "all_diag_all": icd10_codes,
         "fold": within(0, 19), "ecg_no_within_stay": within(-1, 2**15 - 1, missing=-1),
-    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years, "gender": lambda text: SEX[text.strip().lower()],
+    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years,
+        "gender": lambda text: SEX[text.strip().lower()],
         "ecg_time": clock}, "label row", tally)
     entries, listed = read_rows(
         root / "record_list.csv", {"study_id": number, "subject_id": number, "path": record_path},
