@@ -392,16 +392,6 @@ def sha256_of(path: Path) -> str:
 # One WFDB record -> (12, T) millivolts (PhysioNet header(5), signal(5); MIMIC-IV-ECG, PTB-XL)
 # ----------------------------------------------------------------------------------------------
 
-
-@functools.lru_cache(maxsize=16)
-def scratch(role: str, shape: tuple, dtype: str) -> np.ndarray:
-    """Uninitialised array, the same at each call: a fresh one costs more than the arithmetic."""
-    return np.empty(shape, dtype)
-
-
-fresh = scratch.__wrapped__  # the same without memory: an array of the caller's own
-
-
 MAX_HEADER = 2**20  # bytes; a header of MIMIC has some 700
 MAX_SAMPLES = 2**26  # of all signals of a record: 12 leads at 500 Hz for three hours
 MAX_FS = 100_000
@@ -589,14 +579,12 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
     return x
 
 
-def read_plain(folder: str, header: Header, order: list[int], offset: int,
-               empty: Callable) -> np.ndarray:
+def read_plain(folder: str, header: Header, order: list[int], offset: int) -> np.ndarray:
     """The leads of one format-16 file, a sample a frame: (leads, n) float32 ADC units."""
     width = len(header.file)
     with open_regular(folder, header.file[0], "signal file missing") as handle:
         samples, needed = locate(handle, 16, offset, width, header.samples, width)
-        empty = empty if needed < 2**22 else fresh  # what is kept for the next record stays small
-        raw = empty("raw", (samples, width), "<i2")
+        raw = np.empty((samples, width), "<i2")
         if handle.readinto(raw) != needed:
             raise Rejected("signal file truncated", header.file[0])
     # The checksum is the sum in int16 that wraps. Two steps: first over rows of 50 samples, which
@@ -604,21 +592,19 @@ def read_plain(folder: str, header: Header, order: list[int], offset: int,
     rows = 50 if samples % 50 == 0 else 1
     sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
     verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
-    x = empty("x", (len(order), samples), "<f4")
-    x[...] = raw.T[order]
+    x = raw.T[order].astype(np.float32)
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
     return x
 
 
-def read_leads(folder: str, header: Header, leads: tuple, empty: Callable,
-               plain: bool = True) -> np.ndarray:
+def read_leads(folder: str, header: Header, leads: tuple, plain: bool) -> np.ndarray:
     """The leads of a record of one segment: (leads, n) float32 mV, NaN = missing."""
     order, layout, baseline, scale = parse_signals(header.format, header.gain, header.zero,
                                                    header.name, leads)
     alike = {*header.file} == {header.file[0]} and layout.count(layout[0]) == len(layout)
     if plain and alike and layout[0][:3] == (16, 1, 0):
-        x = read_plain(folder, header, order, layout[0][3], empty)
+        x = read_plain(folder, header, order, layout[0][3])
     else:
         x = read_with_wfdb(folder, header, order, layout)
     if baseline is not None:
@@ -647,15 +633,13 @@ def read_segments(folder: str, header: Header, plain: bool) -> np.ndarray:
         known.update(leads)
         if length and leads:  # a first segment of length 0 only lays out the names
             rows = [LEADS.index(lead) for lead in leads]
-            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, fresh,
-                                             plain)
+            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, plain)
     if wrong := [lead for lead in LEADS if lead not in known]:
         raise Rejected("lead missing or twice", f"{', '.join(wrong)} in no segment")
     return x
 
 
-def read_signal(path: str | Path, empty: Callable = fresh,
-                plain: bool = True) -> tuple[np.ndarray, float]:
+def read_signal(path: str | Path, plain: bool = True) -> tuple[np.ndarray, float]:
     """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs.
 
     plain=False reads through wfdb what would not need it.
@@ -664,7 +648,7 @@ def read_signal(path: str | Path, empty: Callable = fresh,
     header = read_header(folder, record)
     if header.segments:
         return read_segments(folder, header, plain), header.fs
-    return read_leads(folder, header, LEADS, empty, plain), header.fs
+    return read_leads(folder, header, LEADS, plain), header.fs
 
 
 def mend(x: np.ndarray, fs: float) -> int:
@@ -700,7 +684,7 @@ def decimation_matrix(q: int) -> np.ndarray:
     return np.hstack([band[:20 * q], band[20 * q:]]).astype(np.float32)
 
 
-def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
+def decimate(x: np.ndarray, q: int) -> np.ndarray:
     """Low-pass and keep every q-th sample: (leads, n) -> (leads, ceil(n / q)) float32.
 
     Equals scipy.signal.resample_poly(x, 1, q) with its defaults: FIR of 20 q + 1 taps, Kaiser
@@ -712,11 +696,10 @@ def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
     leads, n = x.shape
     outputs = -(-n // q)
     blocks = -(-outputs // 20)
-    padded = empty("padded", (leads, (blocks + 1) * 20 * q), "<f4")
-    start, stop = 10 * q, 10 * q + n  # the filter reaches 10 q samples back
-    padded[:, :start], padded[:, start:stop], padded[:, stop:] = 0, x, 0
+    padded = np.zeros((leads, (blocks + 1) * 20 * q), np.float32)
+    padded[:, 10 * q:10 * q + n] = x  # the filter reaches 10 q samples back
     padded = padded.reshape(leads, blocks + 1, 20 * q)
-    y = empty("blocks", (leads, blocks + 1, 40), "<f4")
+    y = np.empty((leads, blocks + 1, 40), np.float32)
     rows = max(1, 2**18 // (800 * q))  # of so small a product that BLAS takes one thread for it:
     for i in range(0, blocks + 1, rows):  # the bits may not depend on the number of threads
         part = slice(i, i + rows)
@@ -729,15 +712,13 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
 
     Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
     Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
-    Raises: Rejected alone, whatever the files hold. Not thread-safe: it works in shared arrays.
+    Raises: Rejected alone, whatever the files hold.
     """
     try:
         with np.errstate(all="ignore"):  # what is not finite is judged below
-            return mended(*read_signal(path, scratch), fs)
+            return mended(*read_signal(path), fs)
     except Rejected:
         raise
-    except OSError as error:
-        raise Rejected("unreadable", error.strerror or str(error)) from error
     except Exception as error:
         raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
 
@@ -762,7 +743,7 @@ def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]
         x[dead] = 0
     if max(*high, -min(low)) > LIMIT_MV:
         quality |= BEYOND
-    x = decimate(x, q, scratch)[:, :samples]
+    x = decimate(x, q)[:, :samples]
     if quality & BEYOND and not (largest := np.abs(x).max()) <= FLOAT16_MAX:
         raise Rejected("beyond float16", f"{largest:.4g} mV")  # the gain or unit is wrong
     out = np.zeros((12, samples), "<f2")
@@ -838,11 +819,6 @@ def within(low: int, high: int, missing: int | None = None) -> Callable[[str], i
             raise ValueError(text)
         return value
     return convert
-
-
-def if_known(convert: Callable) -> Callable:
-    """A converter for an optional column: None for a text that means "missing"."""
-    return lambda text: None if text.strip().lower() in UNKNOWN else convert(text)
 
 
 def one_clock() -> Callable[[str], int]:
@@ -928,60 +904,39 @@ def parse_codes(text: str) -> tuple[str, ...]:
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # by the first two bytes
 
 
-def open_table(path: Path, columns: str):
+def open_table(path: Path, wanted: str):
     """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
     try:
         with open(path, "rb") as handle:
             start = handle.read(4)
     except OSError as error:
-        raise InputError(f"{system_error(error, path)}; wanted: a CSV file with the columns "
-                         f"{columns}") from None
+        raise InputError(f"{system_error(error, path)}; {wanted}") from None
     if start == b"PK\x03\x04":
-        raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with "
-                         f"the columns {columns}: unpack it, or export it as CSV")
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
+                         "export it as CSV")
     opened = gzip.open if start[:2] == b"\x1f\x8b" else open
     return opened(path, "rt", encoding=ENCODINGS.get(start[:2], "utf-8-sig"), errors="replace",
                   newline="")
 
 
-def table_header(reader, path: Path, required: dict, optional: dict) -> list[str]:
-    """The names of the columns; InputError where a required one lacks or one stands there twice."""
-    names = ", ".join(filter(None, required))
-    try:
-        header = [name.strip() for name in next(reader, [])]
-    except (csv.Error, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: {error}; wanted: a CSV file with the columns {names}") from None
+def check_header(header: list[str], path: Path, required: dict, optional: dict,
+                 wanted: str) -> None:
+    """InputError where a required column lacks or one stands there twice."""
     lacking = [name for name in required if name and name not in header]
     if lacking or not header:
         mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
         raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
-                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; wanted: a CSV "
-                         f"file with the columns {names}"
+                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}"
                          + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
     if twice := [name for name in required | optional if header.count(name) > 1]:
         raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
     if absent := [name for name in optional if name not in header]:
         print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
-    return header
-
-
-def table_rows(reader, path: Path) -> Iterator[list[str]]:
-    """The rows of a CSV file, but for blank lines; one that csv cannot read has no field."""
-    row: list[str] | None = []
-    while row is not None:
-        try:
-            row = next(reader, None)
-            if row:
-                yield row
-        except csv.Error:
-            yield []
-        except (EOFError, OSError, zlib.error) as error:  # of a gzip file
-            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}") from None
 
 
 def read_rows(path: Path, required: dict, optional: dict, what: str,
               tally: Tally) -> tuple[dict, int]:
-    """{id: [id, *values]} of a CSV file, and its count of rows.
+    """{id: [id, *values]} of a CSV file, and its count of rows, blank lines left out.
 
     required, optional: column -> converter of its text; the first column is the id. The name ""
     stands for the first column, whatever it is called. Of several rows with one id the first
@@ -990,54 +945,53 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     Raises: InputError for a rounded number, which would be another row's id, or no such file.
     """
     rows: dict[int, list | None] = {}
+    wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
     listed, lost = 0, {}
-    with open_table(path, ", ".join(required)) as handle:
+    with open_table(path, wanted) as handle:
         reader = csv.reader(handle)
-        header = table_header(reader, path, required, optional)
-        columns = [(name, header.index(name) if name in header else len(header) if name else 0,
-                    if_known(convert) if name in optional else convert)
-                   for name, convert in (required | optional).items()]
-
-        def convert_each(row: list[str], place: str) -> list:
-            values = []
-            for name, index, convert in columns:
-                found = f"{place}: {name} {row[index][:60]!r}"
-                try:
-                    values.append(convert(row[index]))
-                except Rounded:
-                    raise InputError(
-                        f"{found} is a rounded number, as a spreadsheet writes a long one: rows "
-                        "can no longer be told apart; take the original file, or format that "
-                        "column as text before saving") from None
-                except InputError:
-                    raise
-                except (ValueError, KeyError, OverflowError):
-                    if name in required:
-                        tally.add(f"{what} malformed", found)
-                        return values
-                    tally.add(f"{name} unreadable, stored as missing", found, kept=True)
-                    lost.setdefault(name, found)
-                    values.append(None)
-            return values
-
-        for row in table_rows(reader, path):
-            listed += 1
-            if len(row) != len(header):
-                swallowed = "".join(row).count("\n")  # lines, and so rows, by a quote without end
-                listed += swallowed
-                tally[f"{what} malformed"] += swallowed
-                tally.add(f"{what} malformed", f"{path.name} line {reader.line_num}: {len(row)} "
-                          f"fields for {len(header)} columns")
-                continue
-            row.append("")  # of the optional columns that are not there
-            try:
-                values = [convert(row[index]) for _, index, convert in columns]
-            except (ValueError, KeyError, OverflowError):  # which one, and is it needed?
-                values = convert_each(row, f"{path.name} line {reader.line_num}")
-            if values and values[0] in rows:
-                tally.add(f"{what} duplicated", f"{path.name} line {reader.line_num}: {values[0]}")
-            elif values:
-                rows[values[0]] = values if len(values) == len(columns) else None
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            check_header(header, path, required, optional, wanted)
+            columns = [(name, header.index(name) if name in header else len(header) if name else 0,
+                        convert) for name, convert in (required | optional).items()]
+            for row in filter(None, reader):
+                listed, place = listed + 1, f"{path.name} line {reader.line_num}"
+                if len(row) != len(header):
+                    swallowed = "".join(row).count("\n")  # lines, so rows, by a quote without end
+                    listed += swallowed
+                    tally[f"{what} malformed"] += swallowed
+                    tally.add(f"{what} malformed",
+                              f"{place}: {len(row)} fields for {len(header)} columns")
+                    continue
+                row.append("")  # of the optional columns that are not there
+                values = []
+                for name, index, convert in columns:
+                    text = row[index]
+                    try:
+                        missing = name in optional and text.strip().lower() in UNKNOWN
+                        values.append(None if missing else convert(text))
+                    except InputError:
+                        raise
+                    except (ValueError, KeyError, OverflowError) as error:
+                        found = f"{place}: {name} {text[:60]!r}"
+                        if isinstance(error, Rounded):
+                            raise InputError(
+                                f"{found} is a rounded number, as a spreadsheet writes a long one: "
+                                "rows can no longer be told apart; take the original file, or "
+                                "format that column as text before saving") from None
+                        if name in required:
+                            tally.add(f"{what} malformed", found)
+                            break
+                        tally.add(f"{name} unreadable, stored as missing", found, kept=True)
+                        lost.setdefault(name, found)
+                        values.append(None)
+                if values and values[0] in rows:
+                    tally.add(f"{what} duplicated", f"{place}: {values[0]}")
+                elif values:
+                    rows[values[0]] = values if len(values) == len(columns) else None
+        except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, an open quote
+            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}; "
+                             f"{wanted}") from None
     for name in {"ecg_time", "recording_date"} & lost.keys():
         at = [*required, *optional].index(name)
         if all(row is None or row[at] is None for row in rows.values()):
