@@ -60,8 +60,8 @@ QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samp
     "shorter than 10 s, zero-padded": 32,
 }
 INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
-# Why a record is rejected; position + 2 is its code in the status file. A checksum
-# that differs tells of a flipped bit: such a signal is not silently learned from.
+# Why a record is rejected. A checksum that differs tells of a flipped bit: such a signal is not
+# silently learned from.
 REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
            "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16",
            "header file missing")
@@ -1142,7 +1142,8 @@ def make_pairs(table: dict) -> dict:
 # Build: worker processes fill a memory map, which is then compacted into the HDF5 file
 # ----------------------------------------------------------------------------------------------
 
-TODO, KEPT = 0, 1  # in the status file; from 2 on: REASONS
+# In the status file: 0 to do; above it the record is there, status - 1 are its QUALITY bits; below
+# it the record is rejected, for REASONS[-1 - status]
 
 
 def difference(found: dict, wanted: dict) -> str:
@@ -1161,9 +1162,10 @@ def difference(found: dict, wanted: dict) -> str:
 def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Path, np.ndarray]]:
     """Hold OUT.partial, in which `out` grows, for this process; yields it and its status map.
 
-    However the process ends, the system lets go, and the next one goes on with what is KEPT. Raises
+    However the process ends, the system lets go; the next one goes on with what is there. Raises
     InputError where the folder belongs to another build or process, or the disk is too small.
     """
+    identity = identity | {"workspace": 2}  # the version of its files
     folder, n, fs = out.with_name(out.name + ".partial"), len(paths), identity["arguments"]["fs"]
     plan = folder / "plan.json"  # written last: what it describes is there
     busy = f"--out {out}: another process is building it; wait for it"
@@ -1182,9 +1184,8 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
             raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
                              "lower --fs or fewer --patients")
         if not begun:
-            np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
             for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
-                                       ("quality", "<u2", (n,)), ("status", "u1", (n,))):
+                                       ("status", "<i4", (n,))):
                 file = folder / f"{name}.npy"
                 np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
                 if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes a map
@@ -1192,7 +1193,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
                         os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
             replace_file(plan, json.dumps(identity).encode())
         status = np.load(folder / "status.npy", mmap_mode="r+")
-        status[status != KEPT] = TODO  # rejected rows are tried again
+        status[status < 0] = 0  # rejected rows are tried again
         if begun:
             print(f"{folder}: going on, {np.count_nonzero(status):,} of {n:,} records are there")
         yield folder, status
@@ -1200,15 +1201,20 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Processes spawned inside import this module alone, not the script that called it.
+    """For starting processes: they import this module alone, not the script that called it.
 
     From train.py each would load torch first: seconds, and some 100 MB a worker. Their BLAS, which
-    reads these variables when it starts, gets one thread each.
+    reads these variables when it starts, gets one thread each. SIGINT and SIGTERM wait until the
+    end of it, for a process half started could not be ended; those started hold them until `serve`.
     """
     main = sys.modules["__main__"]
     file = None if __name__ == "__main__" else vars(main).pop("__file__", None)
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
+        from multiprocessing import resource_tracker  # which lets them through when it starts
+        resource_tracker.ensure_running()
+        held = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
     try:
         yield
     finally:
@@ -1216,23 +1222,8 @@ def without_main() -> Iterator[None]:
         os.environ.update(before)
         if file is not None:
             main.__file__ = file
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the end of it: a process half started could not be ended.
-
-    One started inside holds them until it is in `serve`.
-    """
-    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
-        from multiprocessing import resource_tracker  # which lets them through when it starts
-        resource_tracker.ensure_running()
-        before = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
-    try:
-        yield
-    finally:
         if mask:
-            mask(signals.SIG_SETMASK, before)
+            mask(signals.SIG_SETMASK, held)
 
 
 def serve(call: Callable, pipe) -> None:
@@ -1267,8 +1258,7 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
             for job in itertools.islice(queue, workers):
                 pipe, theirs = context.Pipe()
                 busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
-                with signals_held():
-                    busy[pipe].start()
+                busy[pipe].start()
                 theirs.close()  # so that the end of the worker is the end of the pipe
                 pipe.send(job)
         while busy:
@@ -1296,62 +1286,63 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
                 process.join()
 
 
-def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
-    """Read CHUNK rows from `first` on into the workspace's files; returns how many it tried."""
-    path, signal, quality, status = (
-        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name in ("path", "signal") else "r+")
-        for name in ("path", "signal", "quality", "status"))
-    chunk, stored = np.array(status[first:first + CHUNK]), signal[first:first + CHUNK]
-    path = path[first:first + CHUNK].tolist()
-    todo = np.flatnonzero(chunk != KEPT)
-    block = np.zeros_like(stored) if len(todo) == len(chunk) else np.array(stored)
-    for i in todo:
+def read_chunk(folder: str, root: str, fs: int,
+               job: tuple[int, list[int], list[str]]) -> tuple[list[int], dict[str, str]]:
+    """Read the rows of a chunk that are not there into the workspace's signal.
+
+    job: the first row, status and path of each. Returns: the new status of each, and an example of
+    each rejection, the first one.
+    """
+    first, status, paths = job
+    signal, examples = np.load(f"{folder}/signal.npy", mmap_mode="r"), {}
+    stored = signal[first:first + len(paths)]
+    block = np.array(stored) if max(status) > 0 else np.zeros(stored.shape, stored.dtype)
+    for i, path in enumerate(paths):
+        if status[i] > 0:
+            continue
         try:
-            block[i], quality[first + i] = read_record(f"{root}/{path[i].decode()}", fs)
-            chunk[i] = KEPT
+            block[i], quality = read_record(f"{root}/{path}", fs)
+            status[i] = 1 + quality
         except Rejected as error:
-            chunk[i] = 2 + REASONS.index(error.reason)
+            status[i] = -1 - REASONS.index(error.reason)
+            examples.setdefault(error.reason, f"{path}: {error.found}")
     with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
         handle.seek(signal.offset + first * block[0].nbytes)
         handle.write(block)
         handle.flush()
-        os.fsync(handle.fileno())  # before the status, so that a power cut leaves no row done but
-    quality.flush()                # empty
-    status[first:first + CHUNK] = chunk
-    return len(todo)
+        os.fsync(handle.fileno())  # before the status, so that no row that is done is empty
+    return status, examples
 
 
-def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
+def run_workers(folder: Path, root: Path, paths: list[str], fs: int, status: np.ndarray,
                 workers: int) -> dict[str, str]:
-    """Read all rows that are not KEPT, with progress; returns an example of each rejection."""
-    todo = np.unique(np.flatnonzero(status != KEPT) // CHUNK) * CHUNK
-    workers = max(1, min(workers, len(todo)))
-    progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
+    """Read all rows that are not there, with progress; returns an example of each rejection."""
+    chunks = [slice(first, first + CHUNK) for first in range(0, len(paths), CHUNK)
+              if (status[first:first + CHUNK] <= 0).any()]
+    jobs = [(rows.start, status[rows].tolist(), paths[rows]) for rows in chunks]
+    workers, found = max(1, min(workers, len(jobs))), {}
+    progress = Progress(np.count_nonzero(status <= 0), "records", f"reading, {workers} workers:")
     try:
         call = functools.partial(read_chunk, str(folder), str(root), fs)
-        with contextlib.closing(in_workers(call, todo.tolist(), workers)) as chunks:
-            for _, tried in chunks:
-                progress.update(tried)
+        with contextlib.closing(in_workers(call, jobs, workers)) as done:
+            for k, (new, found[k]) in done:
+                progress.update(np.count_nonzero(status[chunks[k]] <= 0))
+                status[chunks[k]] = new
     finally:
         progress.close()
-    path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
-    for code in set(status[status > KEPT].tolist()):
-        name, reason = path[np.flatnonzero(status == code)[0]].decode(), REASONS[code - 2]
-        examples[reason] = name
-        try:
-            read_record(f"{root}/{name}", fs)  # once more, for what was found there
-        except Rejected as error:
-            examples[reason] += f": {error.found}" * (error.reason == reason)
+    examples = {}
+    for k in sorted(found, reverse=True):  # the first stays
+        examples |= found[k]
     return examples
 
 
 def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
     """Compact the kept rows of the workspace into `out`: written elsewhere, synced, renamed."""
-    status, signal, quality = (np.load(folder / f"{part}.npy", mmap_mode="r")
-                               for part in ("status", "signal", "quality"))
-    keep = np.flatnonzero(status == KEPT)
+    status, signal = (np.load(folder / f"{part}.npy", mmap_mode="r")
+                      for part in ("status", "signal"))
+    keep = np.flatnonzero(status > 0)
     rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
-        REASONS[code - 2] for code in status[status > KEPT].tolist())
+        REASONS[-1 - code] for code in status[status < 0].tolist())
     if not len(keep):
         shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
         raise InputError(f"{out}: no record could be read; left out: "
@@ -1367,7 +1358,7 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     attributes = {name: value if isinstance(value, (bool, int, float, str)) else
                   json.dumps(value, sort_keys=True) for name, value in attributes.items()}
     rows |= make_pairs(rows) | {
-        "quality": quality[keep],
+        "quality": (status[keep] - 1).astype("<u2"),
         "class_name": np.array([name.encode() for name in table["class_name"]])}
     temporary = folder / "cohort.h5"
     try:
@@ -1377,7 +1368,7 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
         temporary.unlink(missing_ok=True)
         raise
     # The cohort is whole. Network file systems keep files that are still open, under other names.
-    del status, signal, quality
+    del status, signal
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1393,15 +1384,12 @@ def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
         for name, array in rows.items():
             file[name] = array
         stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
-        crc = []
-        for first in range(0, len(keep), CRC_ROWS):
-            at, block_rows = first, keep[first:first + CRC_ROWS]
-            crc.append(0)
-            for run in np.split(block_rows, np.flatnonzero(np.diff(block_rows) > 1) + 1):
-                block = signal[run[0]:run[-1] + 1]  # straight from the map
-                stored[at:at + len(run)], at = block, at + len(run)
-                crc[-1] = zlib.crc32(block, crc[-1])
-        file["signal_crc32"] = np.array(crc, np.uint32)
+        crc = np.zeros(-(-len(keep) // CRC_ROWS), np.uint32)
+        for first in range(0, len(keep), 256):  # little memory; CRC_ROWS is a multiple
+            block = signal[keep[first:first + 256]]
+            stored[first:first + len(block)] = block
+            crc[first // CRC_ROWS] = zlib.crc32(block, int(crc[first // CRC_ROWS]))
+        file["signal_crc32"] = crc
         file.attrs.update(attributes)
         file.attrs["crc32"] = json.dumps(content_crc(file))
     with open(path, "rb") as handle:
@@ -2434,7 +2422,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
-            examples = run_workers(folder, root, fs, status, workers)
+            examples = run_workers(folder, root, table["path"], fs, status, workers)
             table["examples"] |= examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
     cohort = Cohort(out)
