@@ -60,8 +60,8 @@ QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samp
     "shorter than 10 s, zero-padded": 32,
 }
 INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
-# Why a record is rejected; position + 2 is its code in the status file. A checksum
-# that differs tells of a flipped bit: such a signal is not silently learned from.
+# Why a record is rejected. A checksum that differs tells of a flipped bit: such a signal is not
+# silently learned from.
 REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
            "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16",
            "header file missing")
@@ -392,16 +392,6 @@ def sha256_of(path: Path) -> str:
 # One WFDB record -> (12, T) millivolts (PhysioNet header(5), signal(5); MIMIC-IV-ECG, PTB-XL)
 # ----------------------------------------------------------------------------------------------
 
-
-@functools.lru_cache(maxsize=16)
-def scratch(role: str, shape: tuple, dtype: str) -> np.ndarray:
-    """Uninitialised array, the same at each call: a fresh one costs more than the arithmetic."""
-    return np.empty(shape, dtype)
-
-
-fresh = scratch.__wrapped__  # the same without memory: an array of the caller's own
-
-
 MAX_HEADER = 2**20  # bytes; a header of MIMIC has some 700
 MAX_SAMPLES = 2**26  # of all signals of a record: 12 leads at 500 Hz for three hours
 MAX_FS = 100_000
@@ -589,14 +579,12 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
     return x
 
 
-def read_plain(folder: str, header: Header, order: list[int], offset: int,
-               empty: Callable) -> np.ndarray:
+def read_plain(folder: str, header: Header, order: list[int], offset: int) -> np.ndarray:
     """The leads of one format-16 file, a sample a frame: (leads, n) float32 ADC units."""
     width = len(header.file)
     with open_regular(folder, header.file[0], "signal file missing") as handle:
         samples, needed = locate(handle, 16, offset, width, header.samples, width)
-        empty = empty if needed < 2**22 else fresh  # what is kept for the next record stays small
-        raw = empty("raw", (samples, width), "<i2")
+        raw = np.empty((samples, width), "<i2")
         if handle.readinto(raw) != needed:
             raise Rejected("signal file truncated", header.file[0])
     # The checksum is the sum in int16 that wraps. Two steps: first over rows of 50 samples, which
@@ -604,21 +592,19 @@ def read_plain(folder: str, header: Header, order: list[int], offset: int,
     rows = 50 if samples % 50 == 0 else 1
     sums = raw.reshape(-1, rows * width).sum(axis=0, dtype=np.int16)
     verify(header, range(width), sums.reshape(rows, width).sum(axis=0, dtype=np.int16).tolist())
-    x = empty("x", (len(order), samples), "<f4")
-    x[...] = raw.T[order]
+    x = raw.T[order].astype(np.float32)
     if raw.min() == -32768:  # format 16's code for a missing sample
         x[x == -32768] = np.nan
     return x
 
 
-def read_leads(folder: str, header: Header, leads: tuple, empty: Callable,
-               plain: bool = True) -> np.ndarray:
+def read_leads(folder: str, header: Header, leads: tuple, plain: bool) -> np.ndarray:
     """The leads of a record of one segment: (leads, n) float32 mV, NaN = missing."""
     order, layout, baseline, scale = parse_signals(header.format, header.gain, header.zero,
                                                    header.name, leads)
     alike = {*header.file} == {header.file[0]} and layout.count(layout[0]) == len(layout)
     if plain and alike and layout[0][:3] == (16, 1, 0):
-        x = read_plain(folder, header, order, layout[0][3], empty)
+        x = read_plain(folder, header, order, layout[0][3])
     else:
         x = read_with_wfdb(folder, header, order, layout)
     if baseline is not None:
@@ -647,15 +633,13 @@ def read_segments(folder: str, header: Header, plain: bool) -> np.ndarray:
         known.update(leads)
         if length and leads:  # a first segment of length 0 only lays out the names
             rows = [LEADS.index(lead) for lead in leads]
-            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, fresh,
-                                             plain)
+            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, plain)
     if wrong := [lead for lead in LEADS if lead not in known]:
         raise Rejected("lead missing or twice", f"{', '.join(wrong)} in no segment")
     return x
 
 
-def read_signal(path: str | Path, empty: Callable = fresh,
-                plain: bool = True) -> tuple[np.ndarray, float]:
+def read_signal(path: str | Path, plain: bool = True) -> tuple[np.ndarray, float]:
     """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs.
 
     plain=False reads through wfdb what would not need it.
@@ -664,7 +648,7 @@ def read_signal(path: str | Path, empty: Callable = fresh,
     header = read_header(folder, record)
     if header.segments:
         return read_segments(folder, header, plain), header.fs
-    return read_leads(folder, header, LEADS, empty, plain), header.fs
+    return read_leads(folder, header, LEADS, plain), header.fs
 
 
 def mend(x: np.ndarray, fs: float) -> int:
@@ -700,7 +684,7 @@ def decimation_matrix(q: int) -> np.ndarray:
     return np.hstack([band[:20 * q], band[20 * q:]]).astype(np.float32)
 
 
-def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
+def decimate(x: np.ndarray, q: int) -> np.ndarray:
     """Low-pass and keep every q-th sample: (leads, n) -> (leads, ceil(n / q)) float32.
 
     Equals scipy.signal.resample_poly(x, 1, q) with its defaults: FIR of 20 q + 1 taps, Kaiser
@@ -712,11 +696,10 @@ def decimate(x: np.ndarray, q: int, empty: Callable = fresh) -> np.ndarray:
     leads, n = x.shape
     outputs = -(-n // q)
     blocks = -(-outputs // 20)
-    padded = empty("padded", (leads, (blocks + 1) * 20 * q), "<f4")
-    start, stop = 10 * q, 10 * q + n  # the filter reaches 10 q samples back
-    padded[:, :start], padded[:, start:stop], padded[:, stop:] = 0, x, 0
+    padded = np.zeros((leads, (blocks + 1) * 20 * q), np.float32)
+    padded[:, 10 * q:10 * q + n] = x  # the filter reaches 10 q samples back
     padded = padded.reshape(leads, blocks + 1, 20 * q)
-    y = empty("blocks", (leads, blocks + 1, 40), "<f4")
+    y = np.empty((leads, blocks + 1, 40), np.float32)
     rows = max(1, 2**18 // (800 * q))  # of so small a product that BLAS takes one thread for it:
     for i in range(0, blocks + 1, rows):  # the bits may not depend on the number of threads
         part = slice(i, i + rows)
@@ -729,15 +712,13 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
 
     Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
     Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
-    Raises: Rejected alone, whatever the files hold. Not thread-safe: it works in shared arrays.
+    Raises: Rejected alone, whatever the files hold.
     """
     try:
         with np.errstate(all="ignore"):  # what is not finite is judged below
-            return mended(*read_signal(path, scratch), fs)
+            return mended(*read_signal(path), fs)
     except Rejected:
         raise
-    except OSError as error:
-        raise Rejected("unreadable", error.strerror or str(error)) from error
     except Exception as error:
         raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
 
@@ -762,7 +743,7 @@ def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]
         x[dead] = 0
     if max(*high, -min(low)) > LIMIT_MV:
         quality |= BEYOND
-    x = decimate(x, q, scratch)[:, :samples]
+    x = decimate(x, q)[:, :samples]
     if quality & BEYOND and not (largest := np.abs(x).max()) <= FLOAT16_MAX:
         raise Rejected("beyond float16", f"{largest:.4g} mV")  # the gain or unit is wrong
     out = np.zeros((12, samples), "<f2")
@@ -838,11 +819,6 @@ def within(low: int, high: int, missing: int | None = None) -> Callable[[str], i
             raise ValueError(text)
         return value
     return convert
-
-
-def if_known(convert: Callable) -> Callable:
-    """A converter for an optional column: None for a text that means "missing"."""
-    return lambda text: None if text.strip().lower() in UNKNOWN else convert(text)
 
 
 def one_clock() -> Callable[[str], int]:
@@ -928,60 +904,39 @@ def parse_codes(text: str) -> tuple[str, ...]:
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # by the first two bytes
 
 
-def open_table(path: Path, columns: str):
+def open_table(path: Path, wanted: str):
     """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
     try:
         with open(path, "rb") as handle:
             start = handle.read(4)
     except OSError as error:
-        raise InputError(f"{system_error(error, path)}; wanted: a CSV file with the columns "
-                         f"{columns}") from None
+        raise InputError(f"{system_error(error, path)}; {wanted}") from None
     if start == b"PK\x03\x04":
-        raise InputError(f"{path}: found a zip archive or a spreadsheet; wanted: a CSV file with "
-                         f"the columns {columns}: unpack it, or export it as CSV")
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
+                         "export it as CSV")
     opened = gzip.open if start[:2] == b"\x1f\x8b" else open
     return opened(path, "rt", encoding=ENCODINGS.get(start[:2], "utf-8-sig"), errors="replace",
                   newline="")
 
 
-def table_header(reader, path: Path, required: dict, optional: dict) -> list[str]:
-    """The names of the columns; InputError where a required one lacks or one stands there twice."""
-    names = ", ".join(filter(None, required))
-    try:
-        header = [name.strip() for name in next(reader, [])]
-    except (csv.Error, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: {error}; wanted: a CSV file with the columns {names}") from None
+def check_header(header: list[str], path: Path, required: dict, optional: dict,
+                 wanted: str) -> None:
+    """InputError where a required column lacks or one stands there twice."""
     lacking = [name for name in required if name and name not in header]
     if lacking or not header:
         mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
         raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
-                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; wanted: a CSV "
-                         f"file with the columns {names}"
+                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}"
                          + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
     if twice := [name for name in required | optional if header.count(name) > 1]:
         raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
     if absent := [name for name in optional if name not in header]:
         print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
-    return header
-
-
-def table_rows(reader, path: Path) -> Iterator[list[str]]:
-    """The rows of a CSV file, but for blank lines; one that csv cannot read has no field."""
-    row: list[str] | None = []
-    while row is not None:
-        try:
-            row = next(reader, None)
-            if row:
-                yield row
-        except csv.Error:
-            yield []
-        except (EOFError, OSError, zlib.error) as error:  # of a gzip file
-            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}") from None
 
 
 def read_rows(path: Path, required: dict, optional: dict, what: str,
               tally: Tally) -> tuple[dict, int]:
-    """{id: [id, *values]} of a CSV file, and its count of rows.
+    """{id: [id, *values]} of a CSV file, and its count of rows, blank lines left out.
 
     required, optional: column -> converter of its text; the first column is the id. The name ""
     stands for the first column, whatever it is called. Of several rows with one id the first
@@ -990,54 +945,53 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     Raises: InputError for a rounded number, which would be another row's id, or no such file.
     """
     rows: dict[int, list | None] = {}
+    wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
     listed, lost = 0, {}
-    with open_table(path, ", ".join(required)) as handle:
+    with open_table(path, wanted) as handle:
         reader = csv.reader(handle)
-        header = table_header(reader, path, required, optional)
-        columns = [(name, header.index(name) if name in header else len(header) if name else 0,
-                    if_known(convert) if name in optional else convert)
-                   for name, convert in (required | optional).items()]
-
-        def convert_each(row: list[str], place: str) -> list:
-            values = []
-            for name, index, convert in columns:
-                found = f"{place}: {name} {row[index][:60]!r}"
-                try:
-                    values.append(convert(row[index]))
-                except Rounded:
-                    raise InputError(
-                        f"{found} is a rounded number, as a spreadsheet writes a long one: rows "
-                        "can no longer be told apart; take the original file, or format that "
-                        "column as text before saving") from None
-                except InputError:
-                    raise
-                except (ValueError, KeyError, OverflowError):
-                    if name in required:
-                        tally.add(f"{what} malformed", found)
-                        return values
-                    tally.add(f"{name} unreadable, stored as missing", found, kept=True)
-                    lost.setdefault(name, found)
-                    values.append(None)
-            return values
-
-        for row in table_rows(reader, path):
-            listed += 1
-            if len(row) != len(header):
-                swallowed = "".join(row).count("\n")  # lines, and so rows, by a quote without end
-                listed += swallowed
-                tally[f"{what} malformed"] += swallowed
-                tally.add(f"{what} malformed", f"{path.name} line {reader.line_num}: {len(row)} "
-                          f"fields for {len(header)} columns")
-                continue
-            row.append("")  # of the optional columns that are not there
-            try:
-                values = [convert(row[index]) for _, index, convert in columns]
-            except (ValueError, KeyError, OverflowError):  # which one, and is it needed?
-                values = convert_each(row, f"{path.name} line {reader.line_num}")
-            if values and values[0] in rows:
-                tally.add(f"{what} duplicated", f"{path.name} line {reader.line_num}: {values[0]}")
-            elif values:
-                rows[values[0]] = values if len(values) == len(columns) else None
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            check_header(header, path, required, optional, wanted)
+            columns = [(name, header.index(name) if name in header else len(header) if name else 0,
+                        convert) for name, convert in (required | optional).items()]
+            for row in filter(None, reader):
+                listed, place = listed + 1, f"{path.name} line {reader.line_num}"
+                if len(row) != len(header):
+                    swallowed = "".join(row).count("\n")  # lines, so rows, by a quote without end
+                    listed += swallowed
+                    tally[f"{what} malformed"] += swallowed
+                    tally.add(f"{what} malformed",
+                              f"{place}: {len(row)} fields for {len(header)} columns")
+                    continue
+                row.append("")  # of the optional columns that are not there
+                values = []
+                for name, index, convert in columns:
+                    text = row[index]
+                    try:
+                        missing = name in optional and text.strip().lower() in UNKNOWN
+                        values.append(None if missing else convert(text))
+                    except InputError:
+                        raise
+                    except (ValueError, KeyError, OverflowError) as error:
+                        found = f"{place}: {name} {text[:60]!r}"
+                        if isinstance(error, Rounded):
+                            raise InputError(
+                                f"{found} is a rounded number, as a spreadsheet writes a long one: "
+                                "rows can no longer be told apart; take the original file, or "
+                                "format that column as text before saving") from None
+                        if name in required:
+                            tally.add(f"{what} malformed", found)
+                            break
+                        tally.add(f"{name} unreadable, stored as missing", found, kept=True)
+                        lost.setdefault(name, found)
+                        values.append(None)
+                if values and values[0] in rows:
+                    tally.add(f"{what} duplicated", f"{place}: {values[0]}")
+                elif values:
+                    rows[values[0]] = values if len(values) == len(columns) else None
+        except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, an open quote
+            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}; "
+                             f"{wanted}") from None
     for name in {"ecg_time", "recording_date"} & lost.keys():
         at = [*required, *optional].index(name)
         if all(row is None or row[at] is None for row in rows.values()):
@@ -1188,7 +1142,8 @@ def make_pairs(table: dict) -> dict:
 # Build: worker processes fill a memory map, which is then compacted into the HDF5 file
 # ----------------------------------------------------------------------------------------------
 
-TODO, KEPT = 0, 1  # in the status file; from 2 on: REASONS
+# In the status file: 0 to do; above it the record is there, status - 1 are its QUALITY bits; below
+# it the record is rejected, for REASONS[-1 - status]
 
 
 def difference(found: dict, wanted: dict) -> str:
@@ -1207,9 +1162,10 @@ def difference(found: dict, wanted: dict) -> str:
 def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Path, np.ndarray]]:
     """Hold OUT.partial, in which `out` grows, for this process; yields it and its status map.
 
-    However the process ends, the system lets go, and the next one goes on with what is KEPT. Raises
+    However the process ends, the system lets go; the next one goes on with what is there. Raises
     InputError where the folder belongs to another build or process, or the disk is too small.
     """
+    identity = identity | {"workspace": 2}  # the version of its files
     folder, n, fs = out.with_name(out.name + ".partial"), len(paths), identity["arguments"]["fs"]
     plan = folder / "plan.json"  # written last: what it describes is there
     busy = f"--out {out}: another process is building it; wait for it"
@@ -1228,9 +1184,8 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
             raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
                              "lower --fs or fewer --patients")
         if not begun:
-            np.save(folder / "path.npy", np.array([path.encode() for path in paths]))
             for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
-                                       ("quality", "<u2", (n,)), ("status", "u1", (n,))):
+                                       ("status", "<i4", (n,))):
                 file = folder / f"{name}.npy"
                 np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
                 if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes a map
@@ -1238,7 +1193,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
                         os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
             replace_file(plan, json.dumps(identity).encode())
         status = np.load(folder / "status.npy", mmap_mode="r+")
-        status[status != KEPT] = TODO  # rejected rows are tried again
+        status[status < 0] = 0  # rejected rows are tried again
         if begun:
             print(f"{folder}: going on, {np.count_nonzero(status):,} of {n:,} records are there")
         yield folder, status
@@ -1246,15 +1201,20 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Processes spawned inside import this module alone, not the script that called it.
+    """For starting processes: they import this module alone, not the script that called it.
 
     From train.py each would load torch first: seconds, and some 100 MB a worker. Their BLAS, which
-    reads these variables when it starts, gets one thread each.
+    reads these variables when it starts, gets one thread each. SIGINT and SIGTERM wait until the
+    end of it, for a process half started could not be ended; those started hold them until `serve`.
     """
     main = sys.modules["__main__"]
     file = None if __name__ == "__main__" else vars(main).pop("__file__", None)
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
+        from multiprocessing import resource_tracker  # which lets them through when it starts
+        resource_tracker.ensure_running()
+        held = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
     try:
         yield
     finally:
@@ -1262,23 +1222,8 @@ def without_main() -> Iterator[None]:
         os.environ.update(before)
         if file is not None:
             main.__file__ = file
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the end of it: a process half started could not be ended.
-
-    One started inside holds them until it is in `serve`.
-    """
-    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
-        from multiprocessing import resource_tracker  # which lets them through when it starts
-        resource_tracker.ensure_running()
-        before = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
-    try:
-        yield
-    finally:
         if mask:
-            mask(signals.SIG_SETMASK, before)
+            mask(signals.SIG_SETMASK, held)
 
 
 def serve(call: Callable, pipe) -> None:
@@ -1313,8 +1258,7 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
             for job in itertools.islice(queue, workers):
                 pipe, theirs = context.Pipe()
                 busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
-                with signals_held():
-                    busy[pipe].start()
+                busy[pipe].start()
                 theirs.close()  # so that the end of the worker is the end of the pipe
                 pipe.send(job)
         while busy:
@@ -1342,62 +1286,63 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
                 process.join()
 
 
-def read_chunk(folder: str, root: str, fs: int, first: int) -> int:
-    """Read CHUNK rows from `first` on into the workspace's files; returns how many it tried."""
-    path, signal, quality, status = (
-        np.load(f"{folder}/{name}.npy", mmap_mode="r" if name in ("path", "signal") else "r+")
-        for name in ("path", "signal", "quality", "status"))
-    chunk, stored = np.array(status[first:first + CHUNK]), signal[first:first + CHUNK]
-    path = path[first:first + CHUNK].tolist()
-    todo = np.flatnonzero(chunk != KEPT)
-    block = np.zeros_like(stored) if len(todo) == len(chunk) else np.array(stored)
-    for i in todo:
+def read_chunk(folder: str, root: str, fs: int,
+               job: tuple[int, list[int], list[str]]) -> tuple[list[int], dict[str, str]]:
+    """Read the rows of a chunk that are not there into the workspace's signal.
+
+    job: the first row, status and path of each. Returns: the new status of each, and an example of
+    each rejection, the first one.
+    """
+    first, status, paths = job
+    signal, examples = np.load(f"{folder}/signal.npy", mmap_mode="r"), {}
+    stored = signal[first:first + len(paths)]
+    block = np.array(stored) if max(status) > 0 else np.zeros(stored.shape, stored.dtype)
+    for i, path in enumerate(paths):
+        if status[i] > 0:
+            continue
         try:
-            block[i], quality[first + i] = read_record(f"{root}/{path[i].decode()}", fs)
-            chunk[i] = KEPT
+            block[i], quality = read_record(f"{root}/{path}", fs)
+            status[i] = 1 + quality
         except Rejected as error:
-            chunk[i] = 2 + REASONS.index(error.reason)
+            status[i] = -1 - REASONS.index(error.reason)
+            examples.setdefault(error.reason, f"{path}: {error.found}")
     with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
         handle.seek(signal.offset + first * block[0].nbytes)
         handle.write(block)
         handle.flush()
-        os.fsync(handle.fileno())  # before the status, so that a power cut leaves no row done but
-    quality.flush()                # empty
-    status[first:first + CHUNK] = chunk
-    return len(todo)
+        os.fsync(handle.fileno())  # before the status, so that no row that is done is empty
+    return status, examples
 
 
-def run_workers(folder: Path, root: Path, fs: int, status: np.ndarray,
+def run_workers(folder: Path, root: Path, paths: list[str], fs: int, status: np.ndarray,
                 workers: int) -> dict[str, str]:
-    """Read all rows that are not KEPT, with progress; returns an example of each rejection."""
-    todo = np.unique(np.flatnonzero(status != KEPT) // CHUNK) * CHUNK
-    workers = max(1, min(workers, len(todo)))
-    progress = Progress(np.count_nonzero(status != KEPT), "records", f"reading, {workers} workers:")
+    """Read all rows that are not there, with progress; returns an example of each rejection."""
+    chunks = [slice(first, first + CHUNK) for first in range(0, len(paths), CHUNK)
+              if (status[first:first + CHUNK] <= 0).any()]
+    jobs = [(rows.start, status[rows].tolist(), paths[rows]) for rows in chunks]
+    workers, found = max(1, min(workers, len(jobs))), {}
+    progress = Progress(np.count_nonzero(status <= 0), "records", f"reading, {workers} workers:")
     try:
         call = functools.partial(read_chunk, str(folder), str(root), fs)
-        with contextlib.closing(in_workers(call, todo.tolist(), workers)) as chunks:
-            for _, tried in chunks:
-                progress.update(tried)
+        with contextlib.closing(in_workers(call, jobs, workers)) as done:
+            for k, (new, found[k]) in done:
+                progress.update(np.count_nonzero(status[chunks[k]] <= 0))
+                status[chunks[k]] = new
     finally:
         progress.close()
-    path, examples = np.load(folder / "path.npy", mmap_mode="r"), {}
-    for code in set(status[status > KEPT].tolist()):
-        name, reason = path[np.flatnonzero(status == code)[0]].decode(), REASONS[code - 2]
-        examples[reason] = name
-        try:
-            read_record(f"{root}/{name}", fs)  # once more, for what was found there
-        except Rejected as error:
-            examples[reason] += f": {error.found}" * (error.reason == reason)
+    examples = {}
+    for k in sorted(found, reverse=True):  # the first stays
+        examples |= found[k]
     return examples
 
 
 def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
     """Compact the kept rows of the workspace into `out`: written elsewhere, synced, renamed."""
-    status, signal, quality = (np.load(folder / f"{part}.npy", mmap_mode="r")
-                               for part in ("status", "signal", "quality"))
-    keep = np.flatnonzero(status == KEPT)
+    status, signal = (np.load(folder / f"{part}.npy", mmap_mode="r")
+                      for part in ("status", "signal"))
+    keep = np.flatnonzero(status > 0)
     rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
-        REASONS[code - 2] for code in status[status > KEPT].tolist())
+        REASONS[-1 - code] for code in status[status < 0].tolist())
     if not len(keep):
         shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
         raise InputError(f"{out}: no record could be read; left out: "
@@ -1413,7 +1358,7 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
     attributes = {name: value if isinstance(value, (bool, int, float, str)) else
                   json.dumps(value, sort_keys=True) for name, value in attributes.items()}
     rows |= make_pairs(rows) | {
-        "quality": quality[keep],
+        "quality": (status[keep] - 1).astype("<u2"),
         "class_name": np.array([name.encode() for name in table["class_name"]])}
     temporary = folder / "cohort.h5"
     try:
@@ -1423,7 +1368,7 @@ def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None
         temporary.unlink(missing_ok=True)
         raise
     # The cohort is whole. Network file systems keep files that are still open, under other names.
-    del status, signal, quality
+    del status, signal
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1439,15 +1384,12 @@ def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
         for name, array in rows.items():
             file[name] = array
         stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
-        crc = []
-        for first in range(0, len(keep), CRC_ROWS):
-            at, block_rows = first, keep[first:first + CRC_ROWS]
-            crc.append(0)
-            for run in np.split(block_rows, np.flatnonzero(np.diff(block_rows) > 1) + 1):
-                block = signal[run[0]:run[-1] + 1]  # straight from the map
-                stored[at:at + len(run)], at = block, at + len(run)
-                crc[-1] = zlib.crc32(block, crc[-1])
-        file["signal_crc32"] = np.array(crc, np.uint32)
+        crc = np.zeros(-(-len(keep) // CRC_ROWS), np.uint32)
+        for first in range(0, len(keep), 256):  # little memory; CRC_ROWS is a multiple
+            block = signal[keep[first:first + 256]]
+            stored[first:first + len(block)] = block
+            crc[first // CRC_ROWS] = zlib.crc32(block, int(crc[first // CRC_ROWS]))
+        file["signal_crc32"] = crc
         file.attrs.update(attributes)
         file.attrs["crc32"] = json.dumps(content_crc(file))
     with open(path, "rb") as handle:
@@ -2480,7 +2422,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
-            examples = run_workers(folder, root, fs, status, workers)
+            examples = run_workers(folder, root, table["path"], fs, status, workers)
             table["examples"] |= examples
             write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
     cohort = Cohort(out)

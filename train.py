@@ -2029,7 +2029,7 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
     def read(workers: int) -> None:
         with tempfile.TemporaryDirectory(dir=root.parent) as folder, prepare_data.workspace(
                 Path(folder, "cohort.h5"), many, {"arguments": {"fs": fs}}) as (work, status):
-            prepare_data.run_workers(work, root, fs, status, workers)
+            prepare_data.run_workers(work, root, many, fs, status, workers)
 
     def cpu_seconds() -> float:  # of this process and of those it started
         return sum(os.times()[:4])
