@@ -901,28 +901,29 @@ def distance_ranks(query, keys, own, allowed, k: int = 0, block: int = 1024) -> 
 # words of `method` and the fraction of training patients. A: Tables 1 (100 %), 2 (1 %), 3 (VICReg)
 # and Figure 4 (10 %, read off the plot). B: Table 1, no intervals given.
 PAPER = {
-    ("supervised", 1.0): {"triage": {"A": (0.735, 0.727, 0.751)},
-                          "monitoring": {"A": (0.786, 0.776, 0.797), "B": (0.772,)}},
-    ("linear probe, invariance", 1.0): {"triage": {"A": (0.666, 0.656, 0.682)},
-                                        "monitoring": {"A": (0.698, 0.689, 0.709)}},
-    ("finetuned, invariance", 1.0): {"triage": {"A": (0.679, 0.668, 0.697)},
-                                     "monitoring": {"A": (0.726, 0.715, 0.737)}},
-    ("linear probe, dynamics", 1.0): {"triage": {"A": (0.725, 0.714, 0.742)},
-                                      "monitoring": {"A": (0.744, 0.734, 0.755)}},
-    ("finetuned, dynamics", 1.0): {"triage": {"A": (0.742, 0.733, 0.756)},
-                                   "monitoring": {"A": (0.786, 0.777, 0.794), "B": (0.789,)}},
-    ("finetuned, dynamics, vicreg", 1.0): {"triage": {"A": (0.720, 0.710, 0.738)},
-                                           "monitoring": {"A": (0.770, 0.759, 0.780)}},
-    ("supervised", 0.01): {"triage": {"A": (0.515, 0.500, 0.526)},
-                           "monitoring": {"A": (0.503, 0.491, 0.514)}},
-    ("linear probe, dynamics", 0.01): {"triage": {"A": (0.563, 0.551, 0.575)},
-                                       "monitoring": {"A": (0.575, 0.560, 0.591)}},
-    ("finetuned, dynamics", 0.01): {"triage": {"A": (0.510, 0.498, 0.525)},
-                                    "monitoring": {"A": (0.507, 0.497, 0.519)}},
-    ("supervised", 0.1): {"triage": {"A": (0.64,)}},
-    ("finetuned, dynamics", 0.1): {"triage": {"A": (0.69,)}},
-    ("mlp probe on z, dynamics", 1.0): {"monitoring": {"B": (0.687,)}},
-    ("mlp probe on z + dynamics augmentation, dynamics", 1.0): {"monitoring": {"B": (0.743,)}},
+    ("supervised", 1.0): {"triage A": (0.735, 0.727, 0.751), "monitoring A": (0.786, 0.776, 0.797),
+                          "monitoring B": (0.772,)},
+    ("linear probe, invariance", 1.0): {
+        "triage A": (0.666, 0.656, 0.682), "monitoring A": (0.698, 0.689, 0.709)},
+    ("finetuned, invariance", 1.0): {
+        "triage A": (0.679, 0.668, 0.697), "monitoring A": (0.726, 0.715, 0.737)},
+    ("linear probe, dynamics", 1.0): {
+        "triage A": (0.725, 0.714, 0.742), "monitoring A": (0.744, 0.734, 0.755)},
+    ("finetuned, dynamics", 1.0): {
+        "triage A": (0.742, 0.733, 0.756), "monitoring A": (0.786, 0.777, 0.794),
+        "monitoring B": (0.789,)},
+    ("finetuned, dynamics, vicreg", 1.0): {
+        "triage A": (0.720, 0.710, 0.738), "monitoring A": (0.770, 0.759, 0.780)},
+    ("supervised", 0.01): {
+        "triage A": (0.515, 0.500, 0.526), "monitoring A": (0.503, 0.491, 0.514)},
+    ("linear probe, dynamics", 0.01): {
+        "triage A": (0.563, 0.551, 0.575), "monitoring A": (0.575, 0.560, 0.591)},
+    ("finetuned, dynamics", 0.01): {
+        "triage A": (0.510, 0.498, 0.525), "monitoring A": (0.507, 0.497, 0.519)},
+    ("supervised", 0.1): {"triage A": (0.64,)},
+    ("finetuned, dynamics", 0.1): {"triage A": (0.69,)},
+    ("mlp probe on z, dynamics", 1.0): {"monitoring B": (0.687,)},
+    ("mlp probe on z + dynamics augmentation, dynamics", 1.0): {"monitoring B": (0.743,)},
 }
 
 # Tables of the papers: title, fraction, tasks, rows by the words of `method`
@@ -982,6 +983,12 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
             "positives": y_true.sum(axis=0, dtype=np.int64),
             "eligible": (both.sum(axis=1) >= LEAST_PATIENTS).all(axis=0),
             "boot": Bootstrap(unit, args.n_boot) if len(rows) else None}
+
+
+def no_score(task: str, chosen: dict) -> str:
+    """Why a task has no record to score; "" where it has."""
+    return "" if chosen["scored"] else "no record is labelled" if chosen["records"] else \
+        UNDEFINED[task]
 
 
 def class_replicates(run: dict, chosen: dict) -> np.ndarray:
@@ -1065,10 +1072,9 @@ def row_entry(table: str, row: dict, task: str, chosen: dict, replicates=None, c
     seeds = [str(seed) for seed in row["seeds"] if seed is not None]
     minutes = [float(run["minutes"]) for run in row["runs"] if run["minutes"]]
     classes = row_replicates(row, task)
-    why = "no class with enough patients" if chosen["scored"] else \
-        "no record is labelled" if chosen["records"] else UNDEFINED[task]
     return entry(table, row_name(row), column or task,
-                 macro(classes, chosen) if replicates is None else replicates, why, task=task,
+                 macro(classes, chosen) if replicates is None else replicates,
+                 no_score(task, chosen) or "no class with enough patients", task=task,
                  seeds=" ".join(seeds), frac="" if row["frac"] is None else f"{row['frac']:g}",
                  minutes=f"{np.mean(minutes):.1f}" if minutes else "",
                  steps=" / ".join(dict.fromkeys(str(run["steps"]) for run in row["runs"])),
@@ -1094,7 +1100,7 @@ def paper_tables(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[tup
         entries = []
         for key in keys:
             for task in wanted:
-                printed = PAPER.get(key, {}).get(task, {}).get(paper)
+                printed = PAPER.get(key, {}).get(f"{task} {paper}")
                 entries.append(entry(title, key[0], f"{task}: paper {paper}", printed or np.nan,
                                      **({} if printed else {"text": "-"})))
                 here = f"{task}: here"
@@ -1795,17 +1801,12 @@ def class_entries(rows: dict, pair: list[str], task: str, chosen: dict,
     """AUROC of every class by row, most frequent first; of the rows in `pair` the difference."""
     columns = {row_name(row): row_replicates(row, task) for row in rows.values()}
     if len(pair) == 2:
-        columns[less(pair)] = columns[pair[1]] - columns[pair[0]]
+        columns[f"{pair[1]} less {pair[0]}"] = columns[pair[1]] - columns[pair[0]]
     return [entry(f"classes, {task}", names[k], column, replicates[:, k],
                   "no positive or no negative", task=task, positives=int(chosen["positives"][k]),
                   in_macro=bool(chosen["eligible"][k]))
             for k in np.argsort(-chosen["positives"], kind="stable")
             for column, replicates in columns.items()]
-
-
-def less(pair: list[str]) -> str:
-    """The name of the second row's difference to the first."""
-    return f"{pair[1]} less {pair[0]}"
 
 
 def subgroups(cohort: Cohort, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -1859,9 +1860,8 @@ def draw_fractions(rows: dict, tasks: dict, title: str):
             low, high = zip(*(interval(m[1:]) for m in found.values()))
             axis.plot(x, [m[0] for m in found.values()], "o-", color=f"C{i}", label=name)
             axis.vlines(x, low, high, color=f"C{i}")
-            paper = {frac: PAPER[name, frac].get(task, {}) for frac in (0.01, 0.1, 1.0)
-                     if (name, frac) in PAPER}
-            paper = {frac: values["A"][0] for frac, values in paper.items() if "A" in values}
+            paper = {frac: PAPER[name, frac][f"{task} A"][0] for frac in (0.01, 0.1, 1.0)
+                     if f"{task} A" in PAPER.get((name, frac), ())}
             axis.plot([*paper], [*paper.values()], "D", color=f"C{i}", markerfacecolor="none")
         axis.plot([], [], "kD", markerfacecolor="none", label="paper A (MIMIC-IV-ECG)")
         axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
@@ -1881,7 +1881,7 @@ def draw_forest(entries: list[dict], shown: list[str], title: str):
     """Per-class AUROC of the rows `shown`, and the second less the first beside it."""
     entries = [e | {"row": f"{e['row']} ({e['positives']:,})"} for e in entries if e["in_macro"]]
     rows = [e for e in entries if e["column"] in shown]
-    difference = [e for e in entries if len(shown) > 1 and e["column"] == less(shown[:2])]
+    difference = [e for e in entries if " less ".join(shown[1::-1]) == e["column"] and shown[1:]]
     if not rows:
         return None
     figure, axes = plotter().subplots(
@@ -1971,8 +1971,8 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
     for task, chosen in tasks.items():
         out = [name for name, kept in zip(names, chosen["eligible"], strict=True) if not kept]
         lines.append(f"- {task}: " + (
-            f"left out of the macro mean: {', '.join(out) or 'none'}." if chosen["scored"] else
-            f"not defined, {'no record is labelled' if chosen['records'] else UNDEFINED[task]}."))
+            f"not defined, {why}." if (why := no_score(task, chosen)) else
+            f"left out of the macro mean: {', '.join(out) or 'none'}."))
     if left_out:
         lines.append(f"- left out, carry-forward, age and sex and the sub-groups: {left_out}.")
     return [*lines, ""]
@@ -2014,7 +2014,7 @@ def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
     task = "monitoring" if "monitoring" in tasks else next(iter(tasks))
     classes = class_entries(rows, shown[:2], task, tasks[task], run["class_name"].tolist())
     add(classes, f"Classes, {task}", "class", ("positives",), show=[
-        e for e in classes if e["column"] in (*shown[:2], less(shown[:2]) if shown[1:] else "")])
+        e for e in classes if e["column"] in (*shown[:2], " less ".join(shown[1::-1]))])
     if cohort is not None and "monitoring" in tasks and not args.labelled_only:
         add(subgroup_entries(main, cohort, args),
             "Sub-groups of all test records", "sub-group", ("records", "patients", "classes"),
