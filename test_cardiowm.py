@@ -5497,7 +5497,7 @@ def fits(row, a, b, noted):
             seconds = datetime.fromisoformat(cell).replace(tzinfo=timezone.utc).timestamp()
             when = [int(seconds)]
     stays = [s for name in ("hosp_hadm_id", "ed_stay_id") if (s := number(b, name)) is not None]
-    ecg_no = {"": -1, "-1": -1, "-1.0": -1}.get(b.get("ecg_no_within_stay"))
+    ecg_no = {"": -1, "nan": -1, "-1": -1, "-1.0": -1}.get(b.get("ecg_no_within_stay"))
     age, unknown = number(b, "age"), [-1] * noted
     return (number(a, "study_id") == number(b, "study_id") == row["study_id"]
             and number(a, "subject_id") == number(b, "subject_id") == row["subject_id"]
