@@ -140,6 +140,7 @@ REMEDY = {code: text for text, codes in {  # what to do about an error of the sy
     "raise `ulimit -n`, or close other programs": (errno.EMFILE, errno.ENFILE),
     "close other programs, or ask for more memory": (errno.ENOMEM,),
     "choose a shorter name": (errno.ENAMETOOLONG,)}.items() for code in codes}
+SCARCE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}  # every record would fail
 
 
 def system_error(error: OSError, what: str | Path = "") -> str:
@@ -428,6 +429,8 @@ def open_regular(folder: str, name: str, missing: str) -> io.FileIO:
             raise Rejected("unreadable", f"{name} is no regular file")
         return open(path, "rb", buffering=0)
     except OSError as error:
+        if error.errno in SCARCE:
+            raise
         reason = missing if isinstance(error, FileNotFoundError) else "unreadable"
         raise Rejected(reason, f"{name}: {error.strerror}") from None
 
@@ -539,34 +542,36 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
     """
     import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
 
-    signals_read, lines, samples = [], [], header.samples
-    with tempfile.TemporaryDirectory() as copies:
-        for k, file in enumerate(dict.fromkeys(header.file[i] for i in sorted(order))):
-            own = [i for i, name in enumerate(header.file) if name == file]
-            (kind, _, _, offset), frame = layout[own[0]], sum(layout[i][1] for i in own)
-            if kind not in FORMATS or any(layout[i][0] != kind for i in own):
-                formats = dict.fromkeys(str(header.format[i]) for i in own)
-                raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
-            with open_regular(folder, file, "signal file missing") as handle:
-                samples, needed = locate(handle, kind, offset, frame, samples,
-                                         sum(part[1] for part in layout))
-                copy = handle.read(needed)
-            if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
-                kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
-            Path(copies, f"{k}.dat").write_bytes(copy)
-            offset = offset if kind > 500 else 0  # the copy begins there
-            for i in own:
-                initial = int(header.initial[i] or 0) if kind == 8 else 0
-                lines.append(f"{k}.dat {kind}x{layout[i][1]}+{offset} 200 16 0 {initial} 0 0 s")
-            signals_read += own
-        lines.insert(0, f"r {len(lines)} 500 {samples}")
-        Path(copies, "r.hea").write_text("\n".join(lines) + "\n")
+    signals_read, lines, samples, copies = [], [], header.samples, {}
+    for k, file in enumerate(dict.fromkeys(header.file[i] for i in sorted(order))):
+        own = [i for i, name in enumerate(header.file) if name == file]
+        (kind, _, _, offset), frame = layout[own[0]], sum(layout[i][1] for i in own)
+        if kind not in FORMATS or any(layout[i][0] != kind for i in own):
+            formats = dict.fromkeys(str(header.format[i]) for i in own)
+            raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
+        with open_regular(folder, file, "signal file missing") as handle:
+            samples, needed = locate(handle, kind, offset, frame, samples,
+                                     sum(part[1] for part in layout))
+            copy = handle.read(needed)
+        if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
+            kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
+        copies[f"{k}.dat"] = copy
+        offset = offset if kind > 500 else 0  # the copy begins there
+        for i in own:
+            initial = int(header.initial[i] or 0) if kind == 8 else 0
+            lines.append(f"{k}.dat {kind}x{layout[i][1]}+{offset} 200 16 0 {initial} 0 0 s")
+        signals_read += own
+    copies["r.hea"] = "\n".join([f"r {len(lines)} 500 {samples}", *lines, ""]).encode()
+    with tempfile.TemporaryDirectory() as there:
+        with system_errors(f"TMPDIR {there}"):  # no fault of the record's
+            for name, copy in copies.items():
+                Path(there, name).write_bytes(copy)
         try:
-            record = wfdb.rdrecord(f"{copies}/r", physical=False, smooth_frames=False,
+            record = wfdb.rdrecord(f"{there}/r", physical=False, smooth_frames=False,
                                    ignore_skew=True, return_res=32)
         except Exception as error:  # wfdb lets whatever a bad file causes escape
             raise Rejected("unreadable", f"{type(error).__name__}: {error}".replace(
-                copies + os.sep, "")) from error
+                there + os.sep, "")) from error
     verify(header, signals_read, (int(raw.sum(dtype=np.int64)) for raw in record.e_d_signal))
     x = np.full((len(order), samples), np.nan)
     for i, raw in zip(signals_read, record.e_d_signal):
@@ -712,14 +717,17 @@ def read_record(path: str | Path, fs: int) -> tuple[np.ndarray, int]:
 
     Args: path: without extension. fs: wanted, in Hz; the record's own must be a multiple of it.
     Returns: signal (12, 10 * fs) float16 mV, leads in the order of LEADS; its QUALITY bits.
-    Raises: Rejected alone, whatever the files hold.
+    Raises: Rejected alone, whatever the files hold; InputError, OSError where the machine lacks
+        room or file handles, for which no record is to blame.
     """
     try:
         with np.errstate(all="ignore"):  # what is not finite is judged below
             return mended(*read_signal(path), fs)
-    except Rejected:
+    except (Rejected, InputError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in SCARCE:
+            raise
         raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
 
 
@@ -1021,10 +1029,11 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
                              f"{b[2]}); a patient may be in one fold only: correct the fold column")
     found = []
     for row in rows:
-        if os.path.exists(header := f"{root}/{row[2]}.hea"):
+        try:
+            os.stat(header := f"{root}/{row[2]}.hea")
             found.append(row)
-        else:
-            tally.add("header file missing", header)
+        except OSError as error:
+            tally.add("header file missing", f"{header}: {error.strerror}")
     if not found:
         raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
                          f"soundly; left out: {told(tally, tally.examples)}; wanted: "
@@ -1235,7 +1244,7 @@ def serve(call: Callable, pipe) -> None:
         while (job := pipe.recv()) is not None:
             try:
                 answer = job[0], call(job[1])
-            except OSError as error:
+            except (OSError, InputError) as error:
                 answer = job[0], error
             pipe.send(answer)
 
@@ -1244,7 +1253,7 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
     """Yield (position, call(job)) as jobs are done, by worker processes, or in this one if 1.
 
     Each worker has a pipe of its own: no semaphores, which sandboxes without /dev/shm lack. Raises
-    InputError where a worker is killed or cannot be started; an OSError of a job as it is.
+    InputError where a worker is killed or cannot be started; OSError, InputError of a job as it is.
     """
     if workers == 1:
         yield from ((position, call(job)) for position, job in enumerate(jobs))
@@ -1274,7 +1283,7 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
                     raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as "
                                      "when memory runs out: close other programs or take fewer "
                                      "--workers; the same command goes on") from None
-                if isinstance(answer, OSError):
+                if isinstance(answer, Exception):
                     raise answer
                 yield position, answer
                 if job is None:

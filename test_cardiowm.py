@@ -1253,6 +1253,22 @@ def test_more_than_five_percent_lost_is_said_last(tmp_path, capsys):
     assert "LOST" not in capsys.readouterr().out  # what was not asked for is not lost
 
 
+@pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
+                                          ("builtins.open", errno.EMFILE)])
+def test_no_record_is_blamed_for_what_the_machine_lacks(target, code, tmp_path, monkeypatch):
+    prepare_edited(tmp_path / "x", prepare_replaced("dat 16", "dat 61"))  # wfdb reads a copy
+    data = tmp_path / "x.dat"
+    data.write_bytes(np.frombuffer(data.read_bytes(), "<i2").byteswap().tobytes())
+    prepare_data.read_record(tmp_path / "x", 100)
+
+    def lacking(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(target, lacking)
+    with pytest.raises((InputError, OSError), match="TMPDIR .*: No space left|Too many open files"):
+        prepare_data.read_record(tmp_path / "x", 100)
+
+
 def test_a_build_that_was_killed_or_filled_the_disk_goes_on_and_ends_in_the_same_bytes(
         prepare_folder, tmp_path, monkeypatch, capsys):
     root, whole, _ = prepare_folder
