@@ -324,7 +324,7 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         return 0
     except (InputError, MemoryError) as error:
         if isinstance(error, MemoryError):
-            error = f"memory: {error or 'none left'}; {REMEDY[errno.ENOMEM]}"
+            error = f"memory: {str(error) or 'none left'}; {REMEDY[errno.ENOMEM]}"
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Stopped) as error:

@@ -1253,6 +1253,51 @@ def test_more_than_five_percent_lost_is_said_last(tmp_path, capsys):
     assert "LOST" not in capsys.readouterr().out  # what was not asked for is not lost
 
 
+def test_lines_that_an_open_quote_swallows_are_counted(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('study_id,path\n1,a\n2,"b\n3,c\n4,d\n5,e"\n6,f,g\n7,"h\n8,i",j\n9,k\n')
+    tally = prepare_data.Tally()
+    rows, listed = prepare_data.read_rows(path, {"study_id": int, "path": str}, {}, "row", tally)
+    assert list(rows) == [1, 2, 9] and tally["row malformed"] == 3  # 6, and 7 with 8
+    assert listed == len(rows) + 3
+
+
+def test_a_path_of_a_windows_program_is_read_and_none_that_leads_out():
+    assert prepare_data.record_path(r" files\p10\p1\s2\2 ") == "files/p10/p1/s2/2"
+    for text in (r"..\a", r"a\..\..\b", r"\a", "C:\\a", "", "a\0b"):
+        with pytest.raises(ValueError):
+            prepare_data.record_path(text)
+
+
+@pytest.mark.parametrize("lost, said", [(5, False), (6, True)])
+def test_a_loss_is_told_beyond_5_percent(lost, said):
+    class Kept:
+        listed, not_chosen, path = 100, 0, "c.h5"
+        rejected = {"unreadable": lost}
+
+        def __len__(self):
+            return 100 - lost
+
+    assert bool(prepare_data.loss_line(Kept())) == said
+
+
+def test_memory_that_ran_out_is_one_line(capsys):
+    def work():
+        raise MemoryError
+
+    assert prepare_data.run_script(work, "") == 2
+    assert capsys.readouterr().err.startswith("error: memory: none left; close other programs")
+
+
+@pytest.mark.parametrize("size", ["4", "four"])
+def test_ranks_without_torchrun_are_refused_by_name(size, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(InputError, match=f"WORLD_SIZE is '{size}'.*torchrun"):
+        train.join_ranks(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
                                           ("builtins.open", errno.EMFILE)])
 def test_no_record_is_blamed_for_what_the_machine_lacks(target, code, tmp_path, monkeypatch):
