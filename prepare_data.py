@@ -24,10 +24,10 @@ import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -1208,91 +1208,73 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
         yield folder, status
 
 
-@contextlib.contextmanager
-def without_main() -> Iterator[None]:
-    """For starting processes: they import this module alone, not the script that called it.
-
-    From train.py each would load torch first: seconds, and some 100 MB a worker. Their BLAS, which
-    reads these variables when it starts, gets one thread each. SIGINT and SIGTERM wait until the
-    end of it, for a process half started could not be ended; those started hold them until `serve`.
-    """
-    main = sys.modules["__main__"]
-    file = None if __name__ == "__main__" else vars(main).pop("__file__", None)
-    before = dict(os.environ)
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    if mask := getattr(signals, "pthread_sigmask", None):  # Windows has none
-        from multiprocessing import resource_tracker  # which lets them through when it starts
-        resource_tracker.ensure_running()
-        held = mask(signals.SIG_BLOCK, {signals.SIGINT, signals.SIGTERM})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        if file is not None:
-            main.__file__ = file
-        if mask:
-            mask(signals.SIG_SETMASK, held)
-
-
-def serve(call: Callable, pipe) -> None:
-    """A worker process: answer the jobs in its pipe until None, or until the parent is no more."""
-    signals.signal(signals.SIGINT, signals.SIG_IGN)  # the parent handles Ctrl-C
-    if hasattr(signals, "pthread_sigmask"):
-        signals.pthread_sigmask(signals.SIG_UNBLOCK, {signals.SIGINT, signals.SIGTERM})
-    with contextlib.suppress(EOFError, ConnectionError):
-        while (job := pipe.recv()) is not None:
+def serve() -> None:
+    """A worker process: answer the jobs on stdin until there are no more, nor is the parent."""
+    answers = open(1, "wb", buffering=0, closefd=False)
+    sys.stdout = sys.stderr  # what else is printed is no answer
+    sys.modules["__main__"] = sys.modules[__name__]  # where a parent that is this file's main is
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            call, job = pickle.load(sys.stdin.buffer)
             try:
-                answer = job[0], call(job[1])
+                answer = call(job)
             except (OSError, InputError) as error:
-                answer = job[0], error
-            pipe.send(answer)
+                answer = error
+            answers.write(pickle.dumps(answer))
 
 
 def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[int, object]]:
     """Yield (position, call(job)) as jobs are done, by worker processes, or in this one if 1.
 
-    Each worker has a pipe of its own: no semaphores, which sandboxes without /dev/shm lack. Raises
-    InputError where a worker is killed or cannot be started; OSError, InputError of a job as it is.
+    A worker imports this module alone, not the script that called it. It has pipes of its own: no
+    semaphores, which sandboxes without /dev/shm lack. Raises InputError where a worker is killed or
+    cannot be started; OSError, InputError of a job as it is.
     """
     if workers == 1:
-        yield from ((position, call(job)) for position, job in enumerate(jobs))
+        yield from enumerate(map(call, jobs))
         return
-    import multiprocessing.connection  # here alone: one worker has no need of it
+    import queue  # these here alone: one worker has no need of them
+    import subprocess
+    from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    context = multiprocessing.get_context("spawn")  # fork and a threaded parent do not go together
-    queue, busy = iter(enumerate(jobs)), {}
+    def ask(job) -> object:
+        process = idle.get()
+        try:
+            pickle.dump((call, job), process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            if (code := process.wait()) >= 0:
+                raise RuntimeError(f"a worker ended early, exit code {code}") from None
+            raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as when memory "
+                             "runs out: close other programs or take fewer --workers; the same "
+                             "command goes on") from None
+        finally:
+            idle.put(process)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    sys.modules.setdefault("prepare_data", sys.modules[__name__])  # whose errors they send
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    env = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-c", "import prepare_data; prepare_data.serve()"]
+    pool, processes, idle = ThreadPoolExecutor(workers), [], queue.SimpleQueue()
     try:
-        with without_main(), system_errors(f"--workers {workers}"):
-            for job in itertools.islice(queue, workers):
-                pipe, theirs = context.Pipe()
-                busy[pipe] = context.Process(target=serve, args=(call, theirs), daemon=True)
-                busy[pipe].start()
-                theirs.close()  # so that the end of the worker is the end of the pipe
-                pipe.send(job)
-        while busy:
-            for pipe in multiprocessing.connection.wait(list(busy)):
-                try:
-                    position, answer = pipe.recv()
-                    pipe.send(job := next(queue, None))
-                except (EOFError, ConnectionError):
-                    busy[pipe].join()
-                    code = busy[pipe].exitcode
-                    if code >= 0:
-                        raise RuntimeError(f"a worker ended early, exit code {code}") from None
-                    raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as "
-                                     "when memory runs out: close other programs or take fewer "
-                                     "--workers; the same command goes on") from None
-                if isinstance(answer, Exception):
-                    raise answer
-                yield position, answer
-                if job is None:
-                    busy.pop(pipe).join()
+        with system_errors(f"--workers {workers}"):
+            for _ in range(min(workers, len(jobs))):
+                processes.append(subprocess.Popen(  # Ctrl-C, to a session, is for the parent alone
+                    command, stdin=-1, stdout=-1, env=env, start_new_session=True))
+                idle.put(processes[-1])
+        position = {pool.submit(ask, job): k for k, job in enumerate(jobs)}
+        for done in as_completed(position):
+            yield position[done], done.result()
     finally:
-        for process in busy.values():
-            if process.pid is not None:  # it was started
-                process.terminate()
-                process.join()
+        for process in processes:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.communicate()
 
 
 def read_chunk(folder: str, root: str, fs: int,

@@ -1834,14 +1834,6 @@ def test_planted_defects_come_at_mimics_rates():
         assert abs(rate - wanted) < 4 * np.sqrt(wanted / 4000), (rate, wanted)  # 4 std errors
 
 
-def test_spawned_workers_do_not_import_the_calling_script(monkeypatch):
-    main, before = sys.modules["__main__"], dict(os.environ)
-    monkeypatch.setattr(main, "__file__", "of the caller", raising=False)
-    with prepare_data.without_main():
-        assert not hasattr(main, "__file__") and os.environ["OMP_NUM_THREADS"] == "1"
-    assert main.__file__ == "of the caller" and os.environ == before
-
-
 # ----------------------------------------------------------------------------------------------
 # evaluate.py: AUROC, bootstrap, entries, runs, score, verdicts, AG, scorecard
 # ----------------------------------------------------------------------------------------------
