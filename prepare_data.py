@@ -408,20 +408,13 @@ GAIN_FIELD = re.compile(rf"({NUMBER})?(?:\(({NUMBER})?\))?(?:/(.*))?", re.ASCII)
 COMMENT = re.compile(r"(?:^|\s)#.*")
 
 # A header's record line, then its signal lines by column; what a line lacks is None
-Header = collections.namedtuple("Header", "fs samples segments file format gain resolution zero "
-                                          "initial checksum block name")
-
-
-def whole(text: str | None, what: str) -> int:
-    """A header's field that must be a whole number, 0 or more."""
-    if text is None or not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise Rejected("unreadable", f"{what} {text!r}")
-    return int(text)
+Header = collections.namedtuple("Header", "fs samples file format gain resolution zero initial "
+                                          "checksum block name")
 
 
 def open_regular(folder: str, name: str, missing: str) -> io.FileIO:
     """Open a file in or below the record's folder; Rejected (`missing` if it is not there)."""
-    if os.path.isabs(name) or ".." in name and ".." in re.split(r"[/\\]", name):
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise Rejected("unreadable", f"{name!r} is not in the record's folder")
     path = os.path.join(folder, name)
     try:
@@ -438,7 +431,8 @@ def open_regular(folder: str, name: str, missing: str) -> io.FileIO:
 def read_header(folder: str, record: str) -> Header:
     """The one reader of headers. Fields that are not needed to read the signal are not looked at.
 
-    Source: PhysioNet header(5). Differs: a line may end in a comment; names hold anything.
+    Source: PhysioNet header(5). Differs: a line may end in a comment; names hold anything; a record
+    in segments is rejected.
     """
     with open_regular(folder, record + ".hea", "header file missing") as handle:
         # no more than there is: room for the most would be taken, and given back, each time
@@ -451,34 +445,33 @@ def read_header(folder: str, record: str) -> Header:
         text = raw.decode("latin-1")
     text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
     first, *rows = [row for line in text.split("\n") if (row := line.split(None, 8))] or [[]]
-    name, signals_stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
+    _, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
     rate_of = RATE_FIELD.fullmatch(rate)
     if rate_of is None or not 0 < float(rate_of[1]) <= MAX_FS:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
-    count, samples = whole(signals_stated, "number of signals"), whole(samples, "number of samples")
-    segments = ()
-    if rows and name.endswith(f"/{len(rows)}") and all(len(row) == 2 for row in rows):
-        segments = tuple((row[0], whole(row[1], "length of a segment")) for row in rows)
-    elif count != len(rows) or not rows:
-        raise Rejected("unreadable", f"{count} signals stated, {len(rows)} described")
+    for what, field in (("number of signals", stated), ("number of samples", samples)):
+        if not (field.isascii() and field.isdigit() and len(field) < 16):
+            raise Rejected("unreadable", f"{what} {field!r}")
+    if int(stated) != len(rows) or not rows:
+        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described")
     columns = zip(*(row + [None] * (9 - len(row)) for row in rows))
-    return Header(float(rate_of[1]), samples, segments, *columns)
+    return Header(float(rate_of[1]), int(samples), *columns)
 
 
 @functools.lru_cache(maxsize=64)
-def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
-                  leads: tuple) -> tuple[list[int], list[tuple], np.ndarray | None, np.ndarray]:
+def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple
+                  ) -> tuple[list[int], list[tuple], np.ndarray | None, np.ndarray]:
     """A header's columns -> order, layout, baseline, scale.
 
-    Returns: positions of the leads among the signals, whatever the case of the names; of each
-    signal (format, samples per frame, skew, offset), format 0 if its text is none; baseline
-    (leads, 1) in ADC units, None where all are 0; scale (leads, 1) mV per ADC unit.
+    Returns: positions of LEADS among the signals, whatever the case of the names; of each signal
+    (format, samples per frame, skew, offset), format 0 if its text is none; baseline (12, 1) in ADC
+    units, None where all are 0; scale (12, 1) mV per ADC unit.
     """
     found, names = names, [(name or "").strip().lower() for name in names]
-    if wrong := [lead for lead in leads if names.count(lead.lower()) != 1]:
+    if wrong := [lead for lead in LEADS if names.count(lead.lower()) != 1]:
         raise Rejected("lead missing or twice", f"{', '.join(wrong)}; the header names "
                                                 f"{', '.join(name or '-' for name in found)}")
-    order, layout, baseline, scale = [names.index(lead.lower()) for lead in leads], [], [], []
+    order, layout, baseline, scale = [names.index(lead.lower()) for lead in LEADS], [], [], []
     for text in formats:
         parts = FORMAT_FIELD.fullmatch(text or "")
         kind, frame, skew, offset = map(int, parts.groups("0")) if parts else [0] * 4
@@ -499,28 +492,29 @@ def parse_signals(formats: tuple, gains: tuple, zeros: tuple, names: tuple,
     return order, layout, baseline, np.array(scale, np.float32)[:, None]
 
 
-def locate(handle: io.FileIO, kind: int, offset: int, frame: int, samples: int,
-           width: int) -> tuple[int, int]:
-    """Go to a signal file's first sample; returns its samples per signal, and the bytes they take.
+def read_samples(folder: str, file: str, kind: int, offset: int, frame: int, samples: int,
+                 width: int) -> tuple[int, bytes]:
+    """The samples of a signal file: how many of each signal, and their bytes.
 
     frame: samples that all signals of the file have in one frame; width: those of the whole record.
     samples: as the header states, 0 = as many as are there. A damaged header may ask for any amount
     of memory: nothing is taken for what is not in the file.
     """
-    per_six, size = FORMATS[kind][0], os.fstat(handle.fileno()).st_size
-    if per_six is None:  # the offset is one of samples; the file's size tells nothing
-        needed, offset = 4 * MAX_SAMPLES, 0
-    else:
-        samples = samples or max(size - offset, 0) * 6 // per_six // frame
-        needed = -(-samples * frame * per_six // 6)
-        needed += needed % 2 if kind == 310 else 0  # which ends with a whole word of 16 bits
-        if offset + needed > size:
-            raise Rejected("signal file truncated", f"{os.path.basename(handle.name)}: "
-                                                    f"{size:,} of {offset + needed:,} bytes")
-    if not 0 < samples * width <= MAX_SAMPLES:
-        raise Rejected("unreadable", f"{samples:,} samples a signal")
-    handle.seek(offset)
-    return samples, needed
+    with open_regular(folder, file, "signal file missing") as handle:
+        per_six, size = FORMATS[kind][0], os.fstat(handle.fileno()).st_size
+        if per_six is None:  # the offset is one of samples; the file's size tells nothing
+            needed, offset = min(size, 4 * MAX_SAMPLES), 0
+        else:
+            samples = samples or max(size - offset, 0) * 6 // per_six // frame
+            needed = -(-samples * frame * per_six // 6)
+            needed += needed % 2 if kind == 310 else 0  # which ends with a whole word of 16 bits
+            if offset + needed > size:
+                raise Rejected("signal file truncated",
+                               f"{file}: {size:,} of {offset + needed:,} bytes")
+        if not 0 < samples * width <= MAX_SAMPLES:
+            raise Rejected("unreadable", f"{samples:,} samples a signal")
+        handle.seek(offset)
+        return samples, handle.read(needed)
 
 
 def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> None:
@@ -543,16 +537,14 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
     import wfdb  # here alone: it takes a second to import, and the plain path has no need of it
 
     signals_read, lines, samples, copies = [], [], header.samples, {}
+    width = sum(frame for _, frame, _, _ in layout)
     for k, file in enumerate(dict.fromkeys(header.file[i] for i in sorted(order))):
         own = [i for i, name in enumerate(header.file) if name == file]
         (kind, _, _, offset), frame = layout[own[0]], sum(layout[i][1] for i in own)
         if kind not in FORMATS or any(layout[i][0] != kind for i in own):
             formats = dict.fromkeys(str(header.format[i]) for i in own)
             raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
-        with open_regular(folder, file, "signal file missing") as handle:
-            samples, needed = locate(handle, kind, offset, frame, samples,
-                                     sum(part[1] for part in layout))
-            copy = handle.read(needed)
+        samples, copy = read_samples(folder, file, kind, offset, frame, samples, width)
         if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
             kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
         copies[f"{k}.dat"] = copy
@@ -587,11 +579,9 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
 def read_plain(folder: str, header: Header, order: list[int], offset: int) -> np.ndarray:
     """The leads of one format-16 file, a sample a frame: (leads, n) float32 ADC units."""
     width = len(header.file)
-    with open_regular(folder, header.file[0], "signal file missing") as handle:
-        samples, needed = locate(handle, 16, offset, width, header.samples, width)
-        raw = np.empty((samples, width), "<i2")
-        if handle.readinto(raw) != needed:
-            raise Rejected("signal file truncated", header.file[0])
+    samples, content = read_samples(folder, header.file[0], 16, offset, width, header.samples,
+                                    width)
+    raw = np.frombuffer(content, "<i2").reshape(samples, width)
     # The checksum is the sum in int16 that wraps. Two steps: first over rows of 50 samples, which
     # the CPU adds at full width.
     rows = 50 if samples % 50 == 0 else 1
@@ -603,10 +593,15 @@ def read_plain(folder: str, header: Header, order: list[int], offset: int) -> np
     return x
 
 
-def read_leads(folder: str, header: Header, leads: tuple, plain: bool) -> np.ndarray:
-    """The leads of a record of one segment: (leads, n) float32 mV, NaN = missing."""
+def read_signal(path: str | Path, plain: bool = True) -> tuple[np.ndarray, float]:
+    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs.
+
+    plain=False reads through wfdb what would not need it.
+    """
+    folder, record = os.path.split(path)
+    header = read_header(folder, record)
     order, layout, baseline, scale = parse_signals(header.format, header.gain, header.zero,
-                                                   header.name, leads)
+                                                   header.name)
     alike = {*header.file} == {header.file[0]} and layout.count(layout[0]) == len(layout)
     if plain and alike and layout[0][:3] == (16, 1, 0):
         x = read_plain(folder, header, order, layout[0][3])
@@ -616,44 +611,7 @@ def read_leads(folder: str, header: Header, leads: tuple, plain: bool) -> np.nda
         x -= baseline
     x = x.astype(np.float32, copy=False)
     x *= scale
-    return x
-
-
-def read_segments(folder: str, header: Header, plain: bool) -> np.ndarray:
-    """The leads of a record in segments, joined by name: (12, n) float32 mV, a gap is NaN."""
-    samples = sum(length for _, length in header.segments)
-    if not 0 < len(LEADS) * samples <= MAX_SAMPLES or header.samples not in (0, samples):
-        raise Rejected("unreadable", f"{header.samples:,} samples, {samples:,} in the segments")
-    x, known, stop = np.full((len(LEADS), samples), np.nan, np.float32), set(), 0
-    for name, length in header.segments:
-        start, stop = stop, stop + length
-        if name == "~":  # a gap
-            continue
-        part = read_header(folder, name)
-        if part.segments or part.fs != header.fs or part.samples not in (0, length):
-            raise Rejected("unreadable", f"segment {name}: {part.samples:,} samples at "
-                                         f"{part.fs:g} Hz in {len(part.segments)} segments")
-        names = {(signal_name or "").strip().lower() for signal_name in part.name}
-        leads = tuple(lead for lead in LEADS if lead.lower() in names)
-        known.update(leads)
-        if length and leads:  # a first segment of length 0 only lays out the names
-            rows = [LEADS.index(lead) for lead in leads]
-            x[rows, start:stop] = read_leads(folder, part._replace(samples=length), leads, plain)
-    if wrong := [lead for lead in LEADS if lead not in known]:
-        raise Rejected("lead missing or twice", f"{', '.join(wrong)} in no segment")
-    return x
-
-
-def read_signal(path: str | Path, plain: bool = True) -> tuple[np.ndarray, float]:
-    """Read a record as stored: (12, n) float32 mV in the order of LEADS, NaN = missing; its fs.
-
-    plain=False reads through wfdb what would not need it.
-    """
-    folder, record = os.path.split(path)
-    header = read_header(folder, record)
-    if header.segments:
-        return read_segments(folder, header, plain), header.fs
-    return read_leads(folder, header, LEADS, plain), header.fs
+    return x, header.fs
 
 
 def mend(x: np.ndarray, fs: float) -> int:
@@ -1246,9 +1204,9 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             if (code := process.wait()) >= 0:
                 raise RuntimeError(f"a worker ended early, exit code {code}") from None
-            raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as when memory "
-                             "runs out: close other programs or take fewer --workers; the same "
-                             "command goes on") from None
+            raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as when "
+                             "memory runs out: close other programs or take fewer --workers; "
+                             "the same command goes on") from None
         finally:
             idle.put(process)
         if isinstance(answer, Exception):

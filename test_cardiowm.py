@@ -933,6 +933,8 @@ BROKEN_HEADERS = {  # edit of the plain header -> reason, and what was found
                        "120,000 of 12,000,000,000,000 bytes"),
     "samples of 5,000 digits": (prepare_replaced(" 5000 ", f" {'9' * 5000} "), "unreadable", "999"),
     "a signal too few": (prepare_replaced("^x 12", "x 13"), "unreadable", "13 signals stated, 12"),
+    "segments": (lambda text: "x/2 12 500 4000\na 2000\nb 2000\n", "unreadable",
+                 "12 signals stated, 2"),
     "a signal too many": (prepare_replaced("^x 12", "x 11"), "unreadable", "11 signals stated, 12"),
     "format unknown": (prepare_replaced("dat 16", "dat 17"), "unreadable", "x.dat: format 17"),
     "format garbage": (prepare_replaced("dat 16 ", "dat 16? "), "unreadable", "format 16[?]$"),
@@ -1046,35 +1048,6 @@ def test_frames_are_averaged_and_skewed_signals_shifted_with_the_sums_of_the_fil
     wanted[5, :-3], wanted[5, -3:] = wanted[5, 3:].copy(), np.nan
     x, _ = prepare_data.read_signal(tmp_path / "x")
     np.testing.assert_allclose(x, wanted, rtol=3e-7)
-
-
-def test_segments_are_joined_by_lead_name_and_gaps_are_missing(tmp_path):
-    adc = prepare_adc(7)
-    order = [PREPARE_MIMIC_LEADS.index(lead) for lead in prepare_data.LEADS]
-    prepare_write(tmp_path / "a", adc[:2000])
-    prepare_write(tmp_path / "b", adc[2000:4000, ::-1], names=PREPARE_MIMIC_LEADS[::-1])
-    prepare_write(tmp_path / "c", adc[4500:, 2:], names=PREPARE_MIMIC_LEADS[2:])
-    header, wanted = tmp_path / "x.hea", adc.T[order] / 200
-    header.write_text("x/2 12 500 4000\na 2000\nb 2000\n")
-    for plain in (True, False):
-        x, fs = prepare_data.read_signal(tmp_path / "x", plain=plain)
-        np.testing.assert_allclose(x, wanted[:, :4000], rtol=3e-7)
-    (tmp_path / "layout.hea").write_text("\n".join(
-        ["layout 12 500 0", *(f"~ 0 200 16 0 0 0 0 {lead}" for lead in prepare_data.LEADS)]))
-    header.write_text("x/5 12 500 5000\nlayout 0\na 2000\nb 2000\n~ 500\nc 500\n")
-    wanted[:, 4000:4500], wanted[:2, 4500:] = np.nan, np.nan
-    np.testing.assert_allclose(prepare_data.read_signal(tmp_path / "x")[0], wanted, rtol=3e-7)
-    for text, found in (("x/2 12 500\na 2000\nb 1999", "segment b: 2,000 samples"),
-                        ("x/2 12 500 9\na 2000\nb 2000", "9 samples, 4,000 in the segments"),
-                        ("x/2 12 100\na 2000\nb 2000", "at 500 Hz"),
-                        ("x/2 12 500\na 2000\n../b 2000", "not in the record's folder"),
-                        ("x/2 12 500\na 2000\nx 2000", "in 2 segments"),
-                        ("x/2 12 500\nc 500\n~ 99999999", "samples"),
-                        ("x/2 12 500\nc 500\n~ 500", "lead missing or twice: I, II in no"),
-                        ("x/2 12 500\na 2000\nd 2000", "header file missing: d.hea")):
-        header.write_text(text)
-        with pytest.raises(prepare_data.Rejected, match=found):
-            prepare_data.read_record(tmp_path / "x", 100)
 
 
 def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
