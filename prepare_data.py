@@ -173,12 +173,12 @@ def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") 
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with system_errors(path), open(temporary, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            if sync:
-                os.fsync(handle.fileno())
         with system_errors(path):
+            with open(temporary, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                if sync:
+                    os.fsync(handle.fileno())
             if keep and path.exists():
                 os.replace(path, path.with_name(keep))
             os.replace(temporary, path)
@@ -194,16 +194,16 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
     However the process ends, the system lets go. A file system without locks gets a note.
     """
-    with system_errors(folder):
+    name = folder / "lock"
+    with system_errors(name):
         folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        with system_errors(folder / "lock"):
-            handle = stack.enter_context(open(folder / "lock", "a"))
+        handle = open(name, "a")
+    with handle:
         try:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            name = folder / "lock"  # another process may have moved the folder aside meanwhile
+            # another process may have moved the folder aside meanwhile
             if not os.path.exists(name) or not os.path.samefile(name, handle.fileno()):
                 raise BlockingIOError
         except BlockingIOError:
@@ -261,32 +261,20 @@ def wait_passively() -> None:
             "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPIN_COUNT)})
 
 
-class Lasting:
-    """A text stream that outlives its reader (`| head`): what comes after goes nowhere."""
+class Lasting(io.FileIO):
+    """An output that outlives its reader (`| head`): what comes after goes nowhere."""
 
-    def __init__(self, stream):
-        self.stream = stream
-        stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def _try(self, call: Callable, *args):
+    def write(self, content: bytes) -> int:
         try:
-            return call(*args)
+            return super().write(content)
         except OSError as error:  # a pipe without a reader, or a log file on a full disk
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
+            os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            if not isinstance(error, BrokenPipeError) and self.stream is not sys.__stderr__:
+            if not isinstance(error, BrokenPipeError):
                 print(f"note: {system_error(error, 'output')}; nothing more is printed there",
                       file=sys.stderr)
-
-    def write(self, text: str):
-        return self._try(self.stream.write, text)
-
-    def flush(self):
-        return self._try(self.stream.flush)
+            return len(content)
 
 
 class Stopped(BaseException):
@@ -313,10 +301,12 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         if sys.version_info < (3, 11):
             raise InputError(f"Python {sys.version_info[0]}.{sys.version_info[1]} runs this; "
                              "Python 3.11 or later is wanted")
-        if sys.stdout is sys.__stdout__ and sys.stdout is not None:
-            sys.stdout = Lasting(sys.stdout)
-        if sys.stderr is sys.__stderr__ and sys.stderr is not None:
-            sys.stderr = Lasting(sys.stderr)
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(  # a terminal may lack a letter
+                Lasting(stream.fileno(), "w", closefd=False), stream.encoding, "backslashreplace",
+                line_buffering=stream.line_buffering, write_through=stream.write_through)
+            if stream and stream in (sys.__stdout__, sys.__stderr__) else stream
+            for stream in streams)
         with contextlib.suppress(ValueError):  # not in the main thread
             before = signals.signal(signals.SIGTERM, _stop)
         with system_errors():
@@ -332,9 +322,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
         print(*told or [interrupted], file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         sys.stdout, sys.stderr = streams
         if before is not None:
             signals.signal(signals.SIGTERM, before)
