@@ -722,27 +722,21 @@ COLUMNS = {  # of a table and of the cohort file; the first three are the order 
     "sex": np.int8,  # 0 F, 1 M, -1 missing
     "has_label": bool,  # the source gives this record any code at all, of whatever chapter
 }
+ROW = collections.namedtuple("ROW", [*COLUMNS, "codes", "path"])  # as a source lists a record
 SEX = {"f": 0, "female": 0, "m": 1, "male": 1}
 
 
-class Rounded(ValueError):
-    """A number as a spreadsheet shows a long one, `4.00E+07`: which one it was is lost."""
-
-
-class Tally(collections.Counter):
-    """Reason -> count of the rows left out; what was found in rows that are kept are `flaws`.
-
-    examples: reason -> where the first one stands and what was found there.
+class Tally:
+    """Reason -> count, of rows left out (`rejected`) and of what was found in rows that are kept
+    (`flaws`); `examples`: reason -> where the first one stands and what was found there.
     """
 
     def __init__(self):
-        super().__init__()
-        self.examples: dict[str, str] = {}
-        self.flaws: collections.Counter = collections.Counter()
+        self.rejected, self.flaws, self.examples = collections.Counter(), collections.Counter(), {}
 
-    def add(self, reason: str, example: str, kept: bool = False) -> None:
-        """Count one, and keep the example if it is the first."""
-        (self.flaws if kept else self)[reason] += 1
+    def add(self, reason: str, example: str, kept: bool = False, n: int = 1) -> None:
+        """Count n, and keep the example if it is the first."""
+        (self.flaws if kept else self.rejected)[reason] += n
         self.examples.setdefault(reason, printable(example))
 
 
@@ -758,19 +752,24 @@ UNKNOWN = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}  # texts of a 
 
 
 def number(text: str) -> int:
-    """Whole number from `7` or `7.0`. Raises: Rounded for `7E+00`, ValueError for anything else."""
+    """Whole number from `7` or `7.0`; ValueError, and InputError where it was rounded: `4.00E+07`,
+    as a spreadsheet shows a long one: which one it was is lost, and would be another row's.
+    """
     if WHOLE.fullmatch(text):
         return int(text.partition(".")[0])
-    raise (Rounded if ROUNDED.fullmatch(text) else ValueError)(text)
+    if ROUNDED.fullmatch(text):
+        raise InputError("is a rounded number, as a spreadsheet writes a long one: rows can no "
+                         "longer be told apart; take the original file, or format that column as "
+                         "text before saving")
+    raise ValueError(text)
 
 
 def within(low: int, high: int, missing: int | None = None) -> Callable[[str], int]:
-    """A converter to a whole number from low to high; empty text is `missing` where that is given.
-    """
+    """A converter to a whole number from low to high; empty text is `missing`, where given."""
     def convert(text: str) -> int:
-        value = missing if missing is not None and text.strip().lower() in UNKNOWN else \
-            number(text)
-        if not low <= value <= high:
+        if missing is not None and text.strip().lower() in UNKNOWN:
+            return missing
+        if not low <= (value := number(text)) <= high:
             raise ValueError(text)
         return value
     return convert
@@ -781,15 +780,14 @@ def one_clock() -> Callable[[str], int]:
 
     For all time columns of a source: with offsets or without, for else no order holds.
     """
-    seen: dict[bool, str] = {}
+    first: dict[bool, str] = {}
 
     def seconds(text: str) -> int:
         when = datetime.fromisoformat(text.strip())
-        if len(seen) < 2:
-            seen.setdefault(when.tzinfo is not None, text)
-        if len(seen) == 2:
-            raise InputError(f"ecg_time: found {seen[True]!r} with a UTC offset, {seen[False]!r} "
-                             "without one; they cannot be ordered: write all of one kind")
+        first.setdefault(when.tzinfo is not None, text)
+        if len(first) == 2:
+            raise InputError(f"cannot be ordered: found {first[True]!r} with a UTC offset, "
+                             f"{first[False]!r} without one; write all times of one kind")
         value = int((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp())
         if value < 0:  # which would mean "missing"
             raise ValueError(text)
@@ -893,53 +891,45 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
               tally: Tally) -> tuple[dict, int]:
     """{id: [id, *values]} of a CSV file, and its count of rows, blank lines left out.
 
-    required, optional: column -> converter of its text; the first column is the id. The name ""
-    stands for the first column, whatever it is called. Of several rows with one id the first
-    counts. A required text that cannot be converted costs the row: it is then None, and `tally`
-    counts "WHAT malformed". An optional one is stored as None and counted, the row stays.
-    Raises: InputError for a rounded number, which would be another row's id, or no such file.
+    required: column -> converter of its text; the first column is the id. The name "" stands for
+    the first column, whatever it is called. optional: column -> converter, value if missing. Of
+    several rows with one id the first counts. A required text that cannot be converted costs the
+    row: it is then None, and `tally` counts "WHAT malformed". An optional one is counted, too.
+    Raises: InputError, of a converter for one that makes the column useless, or no such file.
     """
-    rows: dict[int, list | None] = {}
     wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
-    listed, lost = 0, {}
+    rows, listed = {}, 0
     with open_table(path, wanted) as handle:
         reader = csv.reader(handle)
         try:
             header = [name.strip() for name in next(reader, [])]
             check_header(header, path, required, optional, wanted)
             columns = [(name, header.index(name) if name in header else len(header) if name else 0,
-                        convert) for name, convert in (required | optional).items()]
+                        *(optional.get(name) or (required[name], None)))
+                       for name in required | optional]
             for row in filter(None, reader):
-                listed, place = listed + 1, f"{path.name} line {reader.line_num}"
+                listed, place, values = listed + 1, f"{path.name} line {reader.line_num}", []
                 if len(row) != len(header):
                     swallowed = "".join(row).count("\n")  # lines, so rows, by a quote without end
                     listed += swallowed
-                    tally[f"{what} malformed"] += swallowed
-                    tally.add(f"{what} malformed",
-                              f"{place}: {len(row)} fields for {len(header)} columns")
+                    tally.add(f"{what} malformed", n=1 + swallowed, example=(
+                        f"{place}: {len(row)} fields for {len(header)} columns"))
                     continue
                 row.append("")  # of the optional columns that are not there
-                values = []
-                for name, index, convert in columns:
+                for name, index, convert, missing in columns:
                     text = row[index]
                     try:
-                        missing = name in optional and text.strip().lower() in UNKNOWN
-                        values.append(None if missing else convert(text))
-                    except InputError:
-                        raise
+                        unknown = name in optional and text.strip().lower() in UNKNOWN
+                        values.append(missing if unknown else convert(text))
                     except (ValueError, KeyError, OverflowError) as error:
                         found = f"{place}: {name} {text[:60]!r}"
-                        if isinstance(error, Rounded):
-                            raise InputError(
-                                f"{found} is a rounded number, as a spreadsheet writes a long one: "
-                                "rows can no longer be told apart; take the original file, or "
-                                "format that column as text before saving") from None
+                        if isinstance(error, InputError):
+                            raise InputError(f"{found} {error}") from None
                         if name in required:
                             tally.add(f"{what} malformed", found)
                             break
                         tally.add(f"{name} unreadable, stored as missing", found, kept=True)
-                        lost.setdefault(name, found)
-                        values.append(None)
+                        values.append(missing)
                 if values and values[0] in rows:
                     tally.add(f"{what} duplicated", f"{place}: {values[0]}")
                 elif values:
@@ -947,59 +937,52 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
         except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, an open quote
             raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}; "
                              f"{wanted}") from None
-    for name in {"ecg_time", "recording_date"} & lost.keys():
-        at = [*required, *optional].index(name)
-        if all(row is None or row[at] is None for row in rows.values()):
-            raise InputError(f"{lost[name]} is no time, nor is any other of that column; wanted: "
-                             "such as '2180-07-23 08:44:00'; without times there are no pairs")
     return rows, listed
 
 
-def row_values(subject_id, ecg_time, study_id, fold, split, ecg_no, stay, age, sex, codes) -> tuple:
-    """Values of COLUMNS in order, with what is unknown (None) as it is stored."""
-    return (subject_id, -1 if ecg_time is None else ecg_time, study_id, fold, split, ecg_no,
-            -1 if stay is None else stay, math.nan if age is None else age,
-            -1 if sex is None else sex, len(codes) > 0)
-
-
 def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable,
-               patients: int | None, tally: Tally) -> dict:
-    """Rows (values of COLUMNS, codes, path) -> {column: array, "label", "path", ...}, sorted.
+               patients: int | None, tally: Tally, **about) -> dict:
+    """Rows, as ROW, sorted -> {column: array, "label", "path", ..., "about": attributes}.
 
     Leaves out rows without a header file, then all but the first `patients` by subject_id. Raises
-    InputError where a patient lies in two folds, for then train and test would share a patient.
+    InputError where a patient lies in two folds, for then train and test would share a patient, and
+    where no time could be read.
     """
-    rows.sort(key=lambda row: row[0][:3])
-    for (a, *_), (b, *_) in zip(rows, rows[1:]):
-        if a[0] == b[0] and a[3] != b[3]:
-            raise InputError(f"patient {a[0]} lies in folds {a[3]} and {b[3]} (study_id {a[2]}, "
-                             f"{b[2]}); a patient may be in one fold only: correct the fold column")
+    rows.sort(key=lambda row: row[:3])
+    for a, b in zip(rows, rows[1:]):
+        if a.subject_id == b.subject_id and a.fold != b.fold:
+            raise InputError(f"patient {a.subject_id} lies in folds {a.fold} and {b.fold} "
+                             f"(study_id {a.study_id}, {b.study_id}); a patient may be in one fold "
+                             "only: correct the fold column")
+    if all(row.ecg_time < 0 for row in rows):
+        for name in ("ecg_time", "recording_date"):
+            if found := tally.examples.get(f"{name} unreadable, stored as missing"):
+                raise InputError(f"{found} is no time, nor is any other of that column; wanted: "
+                                 "such as '2180-07-23 08:44:00'; without times there are no pairs")
     found = []
     for row in rows:
         try:
-            os.stat(header := f"{root}/{row[2]}.hea")
+            os.stat(header := f"{root}/{row.path}.hea")
             found.append(row)
         except OSError as error:
             tally.add("header file missing", f"{header}: {error.strerror}")
     if not found:
         raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
-                         f"soundly; left out: {told(tally, tally.examples)}; wanted: "
+                         f"soundly; left out: {told(tally.rejected, tally.examples)}; wanted: "
                          + ("their files below --root" if rows else "ids in digits, folds as in "
                             "the release, codes as a list or dict, such as ['I10', 'I4891']"))
-    chosen = found
-    if patients is not None:
-        first = set(sorted({row[0][0] for row in found})[:patients])
-        chosen = [row for row in found if row[0][0] in first]
-    values, codes, path = zip(*chosen)
-    table = {name: np.array(column, dtype)
-             for (name, dtype), column in zip(COLUMNS.items(), zip(*values))}
+    first = set(sorted({row.subject_id for row in found})[:patients])
+    chosen = [row for row in found if row.subject_id in first]
+    columns = dict(zip(ROW._fields, zip(*chosen)))
+    table = {name: np.array(columns[name], dtype) for name, dtype in COLUMNS.items()}
     position = {name: k for k, name in enumerate(class_name)}
     table["label"] = np.zeros((len(chosen), len(class_name)), np.uint8)
-    for label, own in zip(table["label"], codes):
+    for label, own in zip(table["label"], columns["codes"]):
         label[[position[class_of(code)] for code in own if class_of(code) in position]] = 1
-    table["code_count"] = np.array([len(own) for own in codes])
-    return table | dict(class_name=class_name, path=list(path), rejected=tally, flaws=tally.flaws,
-                        examples=tally.examples, not_chosen=len(found) - len(chosen))
+    about |= dict(rejected=tally.rejected, flaws=tally.flaws, rejected_examples=tally.examples,
+                  not_chosen=len(found) - len(chosen))
+    return table | dict(code_count=np.array(list(map(len, columns["codes"]))), about=about,
+                        class_name=class_name, path=list(columns["path"]))
 
 
 def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Callable,
@@ -1010,16 +993,14 @@ def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Ca
     a code of a class, or more than `most` of them one that is foreign: class_of(code) is "". Those
     are counted.
     """
-    distinct = set().union(*(codes for _, codes in rows))
-    known = {code for code in distinct if class_of(code) in classes}
-    foreign = {code for code in distinct if not class_of(code)}
-    strange = [(place, code) for place, codes in rows if not foreign.isdisjoint(codes)
-               for code in codes if code in foreign]
-    reason = f"code that is not of {wanted.partition(',')[0]}"
+    usual, odd, strange, known = 0, 0, [], set(classes)
+    for place, codes in rows:
+        usual += any(class_of(code) in known for code in codes)
+        foreign = [(place, code) for code in codes if not class_of(code)]
+        odd += bool(foreign)
+        strange += foreign
     for place, code in strange:
-        tally.add(reason, f"{place}: {code!r}", kept=True)
-    usual = sum(not known.isdisjoint(codes) for _, codes in rows)
-    odd = len({place for place, _ in strange})
+        tally.add(f"code that is not of {wanted.partition(',')[0]}", f"{place}: {code!r}", True)
     if rows and (usual < 0.01 * len(rows) or odd > most * len(rows)):
         shown = strange or [(place, code) for place, codes in rows for code in codes]
         shown = ", ".join(f"{code!r} ({place})" for place, code in shown[:3]) or "no code at all"
@@ -1035,19 +1016,18 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
     the classes are those of the whole CSV, so that a partial download has them all. Folds 0 to 17
     train, 18 validates, 19 tests. Source: A, section 4.1 and Appendix A.
     """
-    tally, rows, clock = Tally(), [], one_clock()
+    tally, rows, time_column = Tally(), [], {"ecg_time": (one_clock(), -1)}
     known, _ = read_rows(labels, {
         "study_id": number, "subject_id": number, "all_diag_all": icd10_codes,
         "fold": within(0, 19), "ecg_no_within_stay": within(-1, 2**15 - 1, missing=-1),
-    }, {"hosp_hadm_id": number, "ed_stay_id": number, "age": years,
-        "gender": lambda text: SEX[text.strip().lower()], "ecg_time": clock}, "label row", tally)
+    }, {"hosp_hadm_id": (number, -1), "ed_stay_id": (number, -1), "age": (years, math.nan),
+        "gender": (lambda text: SEX[text.strip().lower()], -1)} | time_column, "label row", tally)
     entries, listed = read_rows(
         root / "record_list.csv", {"study_id": number, "subject_id": number, "path": record_path},
-        {"ecg_time": clock}, "record_list row", tally)
+        time_column, "record_list row", tally)
     for study_id in known.keys() - {study_id for study_id, entry in entries.items() if entry}:
         tally.add("label row without a listed record", f"study_id {study_id}")
-    for entry in filter(None, entries.values()):
-        study_id, subject_id, path, ecg_time = entry
+    for study_id, subject_id, path, ecg_time in filter(None, entries.values()):
         if study_id not in known:
             tally.add("no label row", f"study_id {study_id}")
         elif known[study_id] is not None:  # None: counted as malformed already
@@ -1056,17 +1036,16 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
                 tally.add("subject_id differs between the CSV files",
                           f"study_id {study_id}: {subject_id} and {patient}")
                 continue
-            ecg_time = at if ecg_time is None else ecg_time
-            rows.append((row_values(subject_id, ecg_time, study_id, fold, max(fold - 17, 0), ecg_no,
-                                    ed if hospital is None else hospital, age, sex, codes),
-                         codes, path))
+            rows.append(ROW(
+                subject_id, ecg_time if ecg_time >= 0 else at, study_id, fold, max(fold - 17, 0),
+                ecg_no, hospital if hospital >= 0 else ed, age, sex, len(codes) > 0, codes, path))
     told_of = [(f"study_id {row[0]}", row[2]) for row in known.values() if row]
     distinct = set().union(*(codes for _, codes in told_of))
     classes = sorted({category(code) for code in distinct if category(code)[:1] == "I"})
-    table = make_table(root, rows, classes, category, patients, tally)
     check_codes(f"{labels.name}, all_diag_all", told_of, classes, category,
                 "ICD-10, such as 'I4891' of chapter IX", tally, most=0.01)
-    return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=[])
+    return make_table(root, rows, classes, category, patients, tally, listed=listed,
+                      codes={"distinct": len(distinct)}, normal_codes=[])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1274,51 +1253,32 @@ def run_workers(folder: Path, root: Path, paths: list[str], fs: int, status: np.
     return examples
 
 
-def write_cohort(folder: Path, out: Path, table: dict, attributes: dict) -> None:
+def write_cohort(folder: Path, out: Path, table: dict, identity: dict, fs: int,
+                 synthetic: bool) -> None:
     """Compact the kept rows of the workspace into `out`: written elsewhere, synced, renamed."""
     status, signal = (np.load(folder / f"{part}.npy", mmap_mode="r")
                       for part in ("status", "signal"))
-    keep = np.flatnonzero(status > 0)
-    rejected = table["rejected"] + collections.Counter(  # their sum leaves zeros out
+    keep, about = np.flatnonzero(status > 0), table["about"]
+    rejected = about["rejected"] + collections.Counter(  # their sum leaves zeros out
         REASONS[-1 - code] for code in status[status < 0].tolist())
     if not len(keep):
         shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
         raise InputError(f"{out}: no record could be read; left out: "
-                         f"{told(rejected, table['examples'])}")
+                         f"{told(rejected, about['rejected_examples'])}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
-    codes = {"distinct": table["distinct_codes"],
-             "per_record": float(table["code_count"][keep].mean())}
-    attributes = attributes | dict(unit="mV", listed=table["listed"], codes=codes, leads=LEADS,
-                                   normal_codes=table["normal_codes"], rejected=rejected,
-                                   rejected_examples=table["examples"], flaws=table["flaws"],
-                                   not_chosen=table["not_chosen"])
-    # lists and dicts as JSON text: every HDF5 reader can show it
-    attributes = {name: value if isinstance(value, (bool, int, float, str)) else
-                  json.dumps(value, sort_keys=True) for name, value in attributes.items()}
     rows |= make_pairs(rows) | {
         "quality": (status[keep] - 1).astype("<u2"),
         "class_name": np.array([name.encode() for name in table["class_name"]])}
+    codes = about["codes"] | {"per_record": float(table["code_count"][keep].mean())}
+    attributes = identity | about | dict(fs=fs, synthetic=synthetic, unit="mV", leads=LEADS,
+                                         rejected=rejected, codes=codes)
     temporary = folder / "cohort.h5"
-    try:
-        write_hdf5(temporary, rows, signal, keep, attributes)
-        os.replace(temporary, out)
-    except BaseException:  # a full disk, say: what was read stays, for the same command to go on
-        temporary.unlink(missing_ok=True)
-        raise
-    # The cohort is whole. Network file systems keep files that are still open, under other names.
-    del status, signal
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
-               attributes: dict) -> None:
-    """Write datasets, the kept rows of the signal with their checksums, and attributes; sync."""
-    h5py.File(path, "w", locking=False).close()  # the folder is held
+    h5py.File(temporary, "w", locking=False).close()  # the folder is held
     if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
         room = sum(array.nbytes for array in rows.values()) + len(keep) * signal[0].nbytes
-        with open(path, "r+b") as handle:
+        with open(temporary, "r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
-    with h5py.File(path, "r+", locking=False) as file:  # which gives back what it does not need
+    with h5py.File(temporary, "r+", locking=False) as file:  # gives back what it does not need
         for name, array in rows.items():
             file[name] = array
         stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
@@ -1327,11 +1287,18 @@ def write_hdf5(path: Path, rows: dict, signal: np.ndarray, keep: np.ndarray,
             block = signal[keep[first:first + 256]]
             stored[first:first + len(block)] = block
             crc[first // CRC_ROWS] = zlib.crc32(block, int(crc[first // CRC_ROWS]))
-        file["signal_crc32"] = crc
-        file.attrs.update(attributes)
-        file.attrs["crc32"] = json.dumps(content_crc(file))
-    with open(path, "rb") as handle:
+        file["signal_crc32"] = rows["signal_crc32"] = crc
+        for name in (name for name in ATTRIBUTES if name in attributes):
+            value = attributes[name]  # lists, dicts as JSON text: every HDF5 reader can show it
+            file.attrs[name] = value if isinstance(value, (bool, int, float, str)) else \
+                json.dumps(value, sort_keys=True)
+        file.attrs["crc32"] = json.dumps(content_crc(rows, file))
+    with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
+    os.replace(temporary, out)
+    # The cohort is whole. Network file systems keep files that are still open, under other names.
+    del status, signal
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1345,23 +1312,15 @@ SHAPES = {  # dataset -> type, shape in N records, K classes, P pairs, C checksu
     "pair": (np.dtype("<i4"), "P2"), "action": (np.dtype("i1"), "PK"),
     "gap_days": (np.dtype("<f4"), "P"), "pair_kind": (np.dtype("u1"), "P"),
     "signal": (np.dtype("<f2"), "NLT"), "signal_crc32": (np.dtype("<u4"), "C")}
-ATTRIBUTES = {
-    "fs": int, "leads": list, "unit": str, "source": str, "synthetic": bool, "normal_codes": list,
-    "format_version": int, "arguments": dict, "csv_sha256": dict, "records_sha256": str,
-    "rejected": dict, "listed": int, "codes": dict,
-    "rejected_examples": dict, "flaws": dict, "not_chosen": int, "crc32": dict}
-LATER = {"state", "rejected_examples", "flaws", "not_chosen", "crc32"}  # a file may lack these
+ATTRIBUTES = {  # in this order in the file
+    "format_version": int, "source": str, "arguments": dict, "csv_sha256": dict,
+    "records_sha256": str, "fs": int, "synthetic": bool, "unit": str, "listed": int, "codes": dict,
+    "leads": list, "normal_codes": list, "rejected": dict, "rejected_examples": dict, "flaws": dict,
+    "not_chosen": int, "crc32": dict}
+# What a file may lack, as what it then counts
+LATER = {"state": None, "rejected_examples": {}, "flaws": {}, "not_chosen": 0, "crc32": None}
 LIMITS = {"label": (0, 1), "state": (0, 1), "action": (-1, 1), "split": (0, 2), "sex": (-1, 1),
           "pair_kind": (0, 2), "fold": (0, 127), "ecg_no_within_stay": (-1, 2**15 - 1)}
-
-
-def what_is(path: Path) -> str:
-    """Say what a file that is no readable cohort is instead."""
-    with open(path, "rb") as handle:
-        start = handle.read(4)
-    if start == b"PK\x03\x04":
-        return "is a checkpoint or another zip file"
-    return "is truncated or damaged" if start == b"\x89HDF" else "is no HDF5 file"
 
 
 def mapped(file: h5py.File, name: str) -> h5py.Dataset:
@@ -1379,10 +1338,10 @@ def mapped(file: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def content_crc(file: h5py.File) -> dict[str, int]:
+def content_crc(arrays: dict[str, np.ndarray], file: h5py.File) -> dict[str, int]:
     """CRC-32 of every dataset but `signal`, which has its own, and of the attributes together."""
-    crc = {name: zlib.crc32(np.ascontiguousarray(mapped(file, name)[()]))
-           for name in SHAPES if name in file and name != "signal"}
+    crc = {name: zlib.crc32(np.ascontiguousarray(arrays[name])) for name in SHAPES
+           if name in arrays}
     text = "".join(f"{name}={value!r};" for name, value in plain_attributes(file)
                    if name != "crc32")
     return crc | {"attributes": zlib.crc32(text.encode())}
@@ -1405,7 +1364,7 @@ def refuse_endless(path: Path, size: int, extents: list[tuple[int, int]]) -> Non
     with open(path, "rb") as handle:
         for start, stop in zip(ends, [*(offset for offset, _ in extents), size]):
             if stop - start > 2**26:
-                raise InputError(f"{path} holds {stop - start:,} bytes that belong to no dataset")
+                raise InputError(f"damaged: {stop - start:,} bytes belong to no dataset")
             handle.seek(start)
             gap = handle.read(max(0, stop - start))
             for heap in re.finditer(b"GCOL", gap):
@@ -1415,7 +1374,7 @@ def refuse_endless(path: Path, size: int, extents: list[tuple[int, int]]) -> Non
                     length = int.from_bytes(gap[at + 8:at + 16], "little")
                     free = gap[at:at + 2] == b"\0\0"
                     if free and length < 16:
-                        raise InputError(f"{path} is damaged: a heap of its texts has no end")
+                        raise InputError("damaged: a heap of its texts has no end")
                     at += length if free else 16 + -(-length // 8) * 8
 
 
@@ -1433,40 +1392,33 @@ class Cohort:
     no more memory is taken than the file is long.
     """
 
-    state = None
-
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), Path(path).stem
-        self.rejected_examples, self.flaws, self.not_chosen, self.crc32 = {}, {}, 0, None
         wanted = "wanted: a cohort .h5, as prepare_data.py writes it"
         try:
-            open(path, "rb").close()
-        except (FileNotFoundError, IsADirectoryError) as error:
-            what = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
-            raise InputError(f"{path} {what}; {wanted}") from None
+            with open(path, "rb") as handle:
+                start = handle.read(4)
         except OSError as error:
-            raise InputError(system_error(error, path)) from None
+            raise InputError(f"{system_error(error, path)}; {wanted}") from None
         try:
             with h5py.File(self.path, "r", locking=False) as file:  # it is complete: no one writes
-                self._read(file, wanted)
+                self._read(file)
         except InputError as error:
-            raise InputError(f"{path}: {error}" if not str(error).startswith(str(path)) else
-                             str(error)) from None
+            raise InputError(f"{path}: {error}; {wanted}") from None
         except Exception as error:  # h5py lets whatever a damaged file causes escape
-            raise InputError(f"{path} {what_is(self.path)}; {wanted}") from error
-        if faults := self._value_faults():
-            raise InputError(f"{path}: {'; '.join(faults[:3])}; build it anew")
+            what = "is a checkpoint or another zip file" if start == b"PK\x03\x04" else \
+                "is truncated or damaged" if start == b"\x89HDF" else "is no HDF5 file"
+            raise InputError(f"{path} {what}; {wanted}") from error
 
-    def _read(self, file: h5py.File, wanted: str) -> None:
+    def _read(self, file: h5py.File) -> None:
+        vars(self).update(LATER)
         content, size, digest = {*file, *file.attrs}, os.path.getsize(self.path), hashlib.sha256()
-        if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | LATER]:
-            raise InputError(f"{self.path} is an HDF5 file without {', '.join(lacking[:4])}; "
-                             f"{wanted}")
+        if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | {*LATER}]:
+            raise InputError(f"an HDF5 file without {', '.join(lacking[:4])}")
         datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
         extents = sorted((d.id.get_offset(), d.nbytes) for d in datasets.values() if d.size)
         if extents and max(map(sum, extents)) > size:
-            raise InputError(f"{self.path} is truncated: its datasets reach beyond its end; "
-                             f"{wanted}")
+            raise InputError("truncated: its datasets reach beyond its end")
         refuse_endless(self.path, size, extents)
         for name, value in plain_attributes(file):
             digest.update(f"{name}={value!r};".encode())
@@ -1474,61 +1426,49 @@ class Cohort:
                 if isinstance(value, str) and value[:1] in ("[", "{"):
                     value = json.loads(value)
             if name in ATTRIBUTES and type(value) is not ATTRIBUTES[name]:
-                raise InputError(f"attribute {name} is {str(value)[:40]!r}; wanted: "
+                raise InputError(f"attribute {name} is {str(value)[:40]!r}, no "
                                  f"{ATTRIBUTES[name].__name__}")
             if name in ATTRIBUTES:
                 setattr(self, name, value)
-        if self.format_version != FORMAT_VERSION:
-            raise InputError(f"{self.path} has format version {self.format_version}, "
-                             f"{FORMAT_VERSION} is wanted; build it anew")
-        if not 0 < self.fs <= MAX_FS:
-            raise InputError(f"attribute fs is {self.fs}; wanted: 1 to {MAX_FS:,} Hz")
-        letters = {"2": 2, "L": len(LEADS), "T": SECONDS * self.fs} | {
-            letter: (datasets[name].shape or (0,))[0]
-            for letter, name in (("N", "study_id"), ("K", "class_name"), ("P", "pair"))}
-        letters["C"] = -(-letters["N"] // CRC_ROWS)
+        if self.format_version != FORMAT_VERSION or not 0 < self.fs <= MAX_FS:
+            raise InputError(f"format version {self.format_version}, fs {self.fs}; {FORMAT_VERSION}"
+                             f" and 1 to {MAX_FS:,} Hz are read; build it anew")
+        n, k, pairs = ((datasets[name].shape or (0,))[0]
+                       for name in ("study_id", "class_name", "pair"))
+        letters = {"N": n, "K": k, "P": pairs, "C": -(-n // CRC_ROWS), "L": len(LEADS), "2": 2,
+                   "T": SECONDS * self.fs}
+        arrays, limits = {}, LIMITS | {"pair": (0, n - 1)}
         for name, dataset in datasets.items():
             dtype, axes = SHAPES[name]
             shape, found = tuple(letters[axis] for axis in axes), (dataset.dtype, dataset.shape)
             if found != (dtype or dataset.dtype, shape) or dataset.dtype.hasobject:
-                raise InputError(f"{name} is {found[0]} {found[1]}, wanted {dtype or 'strings'} "
-                                 f"{shape} beside {letters['N']} study_id, {letters['K']} "
-                                 f"class_name, {letters['P']} pair")
+                raise InputError(f"{name} is {found[0]} {found[1]}, not {dtype or 'strings'} "
+                                 f"{shape} beside {n} study_id, {k} class_name, {pairs} pair")
             digest.update(f"{name}:{dataset.dtype}{dataset.shape};".encode())
             if name != "signal":
-                setattr(self, name, dataset[()])
-                digest.update(np.ascontiguousarray(getattr(self, name)).data)
+                arrays[name] = values = dataset[()]
+                digest.update(np.ascontiguousarray(values).data)
+            if name in limits:
+                low, high = limits[name]
+                if len(bad := np.argwhere((values < low) | (values > high))):
+                    raise InputError(f"{name} holds {values[tuple(bad[0])]} in row {bad[0, 0]}, not"
+                                     f" {low} to {high}; build it anew")
+        vars(self).update(arrays)
         try:
             self.class_name = [name.decode() for name in self.class_name]
         except (AttributeError, UnicodeDecodeError):
             raise InputError("class_name holds what is no text") from None
+        if len({"", *self.class_name}) <= k:
+            raise InputError("class_name holds a name twice or an empty one; build it anew")
+        if self.leads != list(LEADS) or self.unit != "mV" or n == 0:
+            raise InputError(f"{n} records, leads {self.leads} in {self.unit}, not one or more of "
+                             f"{' '.join(LEADS)} in mV; build it anew")
         self.sha256 = digest.hexdigest()
         self.changed = None if self.crc32 is None else [
-            name for name, crc in content_crc(file).items() if self.crc32.get(name) != crc]
+            name for name, crc in content_crc(arrays, file).items() if self.crc32.get(name) != crc]
         signal = datasets["signal"]
         self.signal = np.memmap(self.path, mode="r", offset=signal.id.get_offset(),
-                                shape=signal.shape, dtype=signal.dtype) if signal.size else \
-            np.empty(signal.shape, signal.dtype)
-
-    def _value_faults(self) -> list[str]:
-        """What no cohort may hold: values out of range, pairs of other rows or patients."""
-        faults = []
-        for name, (low, high) in LIMITS.items():
-            values = getattr(self, name)
-            if values is None or not (bad := (values < low) | (values > high)).any():
-                continue
-            row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
-            faults.append(f"{name} holds {values[bad][0]} in row {row}; wanted: {low} to {high}")
-        if self.pair.size and not (0 <= self.pair.min() and self.pair.max() < len(self)):
-            faults.append(f"pair holds row {self.pair.max()} or {self.pair.min()}; wanted: 0 to "
-                          f"{len(self) - 1}")
-        if len(set(self.class_name)) < len(self.class_name) or "" in self.class_name:
-            faults.append("class_name holds a name twice or an empty one")
-        if self.leads != list(LEADS) or self.unit != "mV":
-            faults.append(f"leads {self.leads} in {self.unit}; wanted: {' '.join(LEADS)} in mV")
-        if not len(self):
-            faults.append("it holds no record")
-        return faults
+                                shape=signal.shape, dtype=signal.dtype)
 
     def __len__(self) -> int:
         return len(self.study_id)
@@ -1554,21 +1494,18 @@ class Cohort:
 
 
 def check_cohort(cohort: Cohort) -> None:
-    """Verify a file against itself: checksums, shapes, order, folds, pairs. InputError if not."""
-    n, faults = len(cohort), []
-    if cohort.changed:
-        faults.append(f"the checksum of {', '.join(cohort.changed)} differs")
-    progress, crc = Progress(n, "records", "checking:"), []
-    for first in range(0, n, CRC_ROWS):
-        block = np.array(cohort.signal[first:first + CRC_ROWS])
-        crc.append(zlib.crc32(block))
+    """Verify a file against itself: checksums, order, folds, pairs. InputError if not."""
+    progress = Progress(len(cohort), "records", "checking:")
+    faults = [f"the checksum of {name} differs" for name in cohort.changed or ()]
+    for k, crc in enumerate(cohort.signal_crc32):
+        block = np.array(cohort.signal[k * CRC_ROWS:(k + 1) * CRC_ROWS])
+        rows = f"signal rows {k * CRC_ROWS} to {k * CRC_ROWS + len(block) - 1}"
+        if zlib.crc32(block) != crc:
+            faults.append(f"the checksum of {rows} differs")
         if not np.isfinite(block).all():
-            faults.append(f"signal rows {first} to {first + len(block) - 1} hold a NaN or infinity")
+            faults.append(f"{rows} hold a NaN or infinity")
         progress.update(len(block))
     progress.close()
-    if crc != (stored := cohort.signal_crc32.tolist()):
-        same = [found == wanted for found, wanted in zip(crc, stored)] + [False]
-        faults.append(f"the checksum of signal rows {same.index(False) * CRC_ROWS} ff. differs")
     if not faults:
         keys = list(zip(cohort.subject_id, cohort.ecg_time, cohort.study_id))
         if any(a >= b for a, b in zip(keys, keys[1:])):
@@ -1581,7 +1518,7 @@ def check_cohort(cohort: Cohort) -> None:
             if not np.array_equal(array, getattr(cohort, name), equal_nan=name == "gap_days"):
                 faults.append(f"{name} does not follow from the rows and labels")
     if faults:
-        raise InputError(f"{cohort.path}: {'; '.join(faults)}; build it anew")
+        raise InputError(f"{cohort.path}: {'; '.join(faults[:3])}; build it anew")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1722,25 +1659,25 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     tally, database = Tally(), root / "ptbxl_database.csv"
     statements, _ = read_rows(root / "scp_statements.csv", {"": str.strip}, {}, "statement", tally)
     classes = sorted(filter(None, statements))
-    file_name = "filename_lr" if min(usable) == 100 else "filename_hr"
     known, listed = read_rows(database, {
         "ecg_id": number, "patient_id": number, "scp_codes": parse_codes,
-        "strat_fold": within(1, 10), file_name: record_path,
-    }, {"recording_date": one_clock(), "age": years,
-        "sex": {"0": 1, "1": 0, "0.0": 1, "1.0": 0}.__getitem__},  # the release: 0 male, 1 female
+        "strat_fold": within(1, 10),
+        "filename_lr" if min(usable) == 100 else "filename_hr": record_path,
+    }, {"recording_date": (one_clock(), -1), "age": (years, math.nan),
+        "sex": ({"0": 1, "1": 0, "0.0": 1, "1.0": 0}.__getitem__, -1)},  # the release: 0 male
         "label row", tally)
-    known = {ecg_id: row for ecg_id, row in known.items() if row}
-    rows = [(row_values(patient_id, date, ecg_id, fold, max(fold - 8, 0), -1, None, age, sex,
-                        codes), codes, path)
-            for ecg_id, patient_id, codes, fold, path, date, age, sex in known.values()]
-    distinct = set().union(*(codes for _, codes, _ in rows))
-    table = make_table(root, rows, classes, lambda code: code, patients, tally)
+    rows = [ROW(patient_id, date, ecg_id, fold, max(fold - 8, 0), -1, -1, age, sex, len(codes) > 0,
+                codes, path)
+            for ecg_id, patient_id, codes, fold, path, date, age, sex in filter(None,
+                                                                                known.values())]
     check_codes(f"{database.name}, scp_codes",
-                [(f"ecg_id {ecg_id}", row[2]) for ecg_id, row in known.items()],
-                classes, lambda code: code if code in classes else "",
+                [(f"ecg_id {row.study_id}", row.codes) for row in rows], classes,
+                lambda code: code if code in classes else "",
                 f"scp_statements.csv, such as {', '.join(classes[:3])}", tally)
-    normal = [code for code in ("NORM", "SR") if code in classes]
-    return table | dict(listed=listed, distinct_codes=len(distinct), normal_codes=normal)
+    distinct = set().union(*(row.codes for row in rows))
+    return make_table(root, rows, classes, str, patients, tally, listed=listed,
+                      codes={"distinct": len(distinct)},
+                      normal_codes=[code for code in ("NORM", "SR") if code in classes])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2344,7 +2281,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
     if source == "demo":
         files.append(root / "demo_state.csv")
         state, _ = read_rows(files[2], {"study_id": number, "state": parse_codes}, {}, "state row",
-                             table["rejected"])
+                             Tally())
         if lacking := [study for study in table["study_id"].tolist() if not state.get(study)]:
             raise InputError(f"{files[2]}: no sound row of study_id {lacking[0]} and "
                              f"{len(lacking) - 1} more; delete {root} and simulate anew")
@@ -2361,8 +2298,8 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
         with workspace(out, table["path"], identity) as (folder, status):
             examples = run_workers(folder, root, table["path"], fs, status, workers)
-            table["examples"] |= examples
-            write_cohort(folder, out, table, identity | {"fs": fs, "synthetic": synthetic})
+            table["about"]["rejected_examples"] |= examples
+            write_cohort(folder, out, table, identity, fs, synthetic)
     cohort = Cohort(out)
     print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")
     return out
