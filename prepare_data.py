@@ -1083,14 +1083,12 @@ def make_pairs(table: dict) -> dict:
 
 def difference(found: dict, wanted: dict) -> str:
     """Name the first thing in which two identities differ; empty when they are equal."""
-    for name in wanted:
-        a, b = (value if isinstance(value, dict) else {name: value}
-                for value in (found.get(name), wanted[name]))
-        for key in a | b:
-            then, now = str(a.get(key))[:12], str(b.get(key))[:12]
-            if a.get(key) != b.get(key):
-                return f"{key.replace('_', '-')} ({then} there, {now} now)"
-    return ""
+    then, now = ({key: part for name, value in identity.items()
+                  for key, part in (value if isinstance(value, dict) else {name: value}).items()}
+                 for identity in (found, wanted))
+    return next((f"{key.replace('_', '-')} ({str(then.get(key))[:12]} there, "
+                 f"{str(now.get(key))[:12]} now)"
+                 for key in then | now if then.get(key) != now.get(key)), "")
 
 
 @contextlib.contextmanager
@@ -1105,20 +1103,19 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
     plan = folder / "plan.json"  # written last: what it describes is there
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
-        begun = plan.exists()
-        if begun and (differs := difference(*read_json(plan, {}), identity)):
-            raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
-                             "repeat the command that began it, or delete that folder")
-        need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice, for N is known only after reading
-        held = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in folder.iterdir())
-        free = shutil.disk_usage(folder).free + held
-        disk = (f"{n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
-                f"after; {free / 1e9:.2f} GB are free")
-        print(f"{out}: {disk}")
-        if need + 2**20 > free:
-            raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
-                             "lower --fs or fewer --patients")
-        if not begun:
+        if begun := plan.exists():
+            if differs := difference(*read_json(plan, {}), identity):
+                raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
+                                 "repeat the command that began it, or delete that folder")
+        else:
+            need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice: N is known only after reading
+            free = shutil.disk_usage(folder).free
+            disk = (f"{n:,} records at {fs} Hz need {need / 1e9:.2f} GB while building, half of it "
+                    f"after; {free / 1e9:.2f} GB are free")
+            print(f"{out}: {disk}")
+            if need + 2**20 > free:
+                raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
+                                 "lower --fs or fewer --patients")
             for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
                                        ("status", "<i4", (n,))):
                 file = folder / f"{name}.npy"
@@ -1211,7 +1208,7 @@ def read_chunk(folder: str, root: str, fs: int,
     each rejection, the first one.
     """
     first, status, paths = job
-    signal, examples = np.load(f"{folder}/signal.npy", mmap_mode="r"), {}
+    signal, new, examples = np.load(f"{folder}/signal.npy", mmap_mode="r"), list(status), {}
     stored = signal[first:first + len(paths)]
     block = np.array(stored) if max(status) > 0 else np.zeros(stored.shape, stored.dtype)
     for i, path in enumerate(paths):
@@ -1219,35 +1216,34 @@ def read_chunk(folder: str, root: str, fs: int,
             continue
         try:
             block[i], quality = read_record(f"{root}/{path}", fs)
-            status[i] = 1 + quality
+            new[i] = 1 + quality
         except Rejected as error:
-            status[i] = -1 - REASONS.index(error.reason)
+            new[i] = -1 - REASONS.index(error.reason)
             examples.setdefault(error.reason, f"{path}: {error.found}")
     with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
         handle.seek(signal.offset + first * block[0].nbytes)
         handle.write(block)
         handle.flush()
         os.fsync(handle.fileno())  # before the status, so that no row that is done is empty
-    return status, examples
+    return new, examples
 
 
 def run_workers(folder: Path, root: Path, paths: list[str], fs: int, status: np.ndarray,
                 workers: int) -> dict[str, str]:
     """Read all rows that are not there, with progress; returns an example of each rejection."""
-    chunks = [slice(first, first + CHUNK) for first in range(0, len(paths), CHUNK)
-              if (status[first:first + CHUNK] <= 0).any()]
-    jobs = [(rows.start, status[rows].tolist(), paths[rows]) for rows in chunks]
-    workers, found = max(1, min(workers, len(jobs))), {}
+    jobs = [(first, status[first:first + CHUNK].tolist(), paths[first:first + CHUNK])
+            for first in range(0, len(paths), CHUNK) if (status[first:first + CHUNK] <= 0).any()]
+    workers, found, examples = max(1, min(workers, len(jobs))), {}, {}
     progress = Progress(np.count_nonzero(status <= 0), "records", f"reading, {workers} workers:")
+    call = functools.partial(read_chunk, str(folder), str(root), fs)
     try:
-        call = functools.partial(read_chunk, str(folder), str(root), fs)
         with contextlib.closing(in_workers(call, jobs, workers)) as done:
             for k, (new, found[k]) in done:
-                progress.update(np.count_nonzero(status[chunks[k]] <= 0))
-                status[chunks[k]] = new
+                first, before, _ = jobs[k]
+                status[first:first + CHUNK] = new
+                progress.update(sum(code <= 0 for code in before))
     finally:
         progress.close()
-    examples = {}
     for k in sorted(found, reverse=True):  # the first stays
         examples |= found[k]
     return examples
@@ -2087,27 +2083,25 @@ def _defect(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return signal
 
 
-def _write_patient(job: tuple) -> list[dict]:
+def _write_patient(root: Path, label_fidelity: float, nuisance: float, subject_id: int
+                   ) -> list[dict]:
     """Write a patient's records, each file whole or not at all; returns the rows of the CSVs."""
-    root, subject_id, label_fidelity, nuisance = job
     rows = demo_history(subject_id, label_fidelity)
     for row in rows:
-        stem = f"{root}/{row['path']}"
-        dat, hea = Path(stem + ".dat"), Path(stem + ".hea")
+        dat, hea = (root / f"{row['path']}{end}" for end in (".dat", ".hea"))
         if hea.exists() and dat.exists() and dat.stat().st_size == 24 * 5000:
             continue  # finished by an earlier run
         signal = simulate(subject_id, row["state"], row["study_id"], nuisance=nuisance)
-        adu = np.clip(np.rint(signal * GAIN), -32767, 32767).astype(np.int16)
+        adu = np.clip(np.rint(signal * GAIN), -32767, 32767).astype("<i2")
         adu = _defect(adu, _stream("defect", subject_id, row["study_id"]))
         adu = adu[[LEADS.index(lead) for lead in STORED_LEADS]]
-        lines = [f"{hea.stem} 12 500 {adu.shape[1]}"]
-        for lead, own in zip(STORED_LEADS, adu):
-            checksum = own.sum(dtype=np.int16)
-            lines.append(f"{dat.name} 16 {GAIN}(0)/mV 16 0 {own[0]} {checksum} 0 {lead}")
+        lines = [f"{hea.stem} 12 500 {adu.shape[1]}", *(
+            f"{dat.name} 16 {GAIN}(0)/mV 16 0 {own[0]} {own.sum(dtype=np.int16)} 0 {lead}"
+            for lead, own in zip(STORED_LEADS, adu)), ""]
         dat.parent.mkdir(parents=True, exist_ok=True)
         # the signal first: a header says that its record is there
-        replace_file(dat, np.ascontiguousarray(adu.T, dtype="<i2").tobytes(), sync=False)
-        replace_file(hea, ("\n".join(lines) + "\n").encode(), sync=False)
+        replace_file(dat, adu.T.tobytes(), sync=False)
+        replace_file(hea, "\n".join(lines).encode(), sync=False)
     return rows
 
 
@@ -2120,60 +2114,39 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
     Records already there are kept, so a killed run goes on where it stopped. Raises: InputError
     where `root` holds a demo of other knobs, or anything else.
     """
-    root = Path(root)
+    root, first = Path(root), 10_000_000 + SPACING * seed
     identity, own = root / "demo.json", json.dumps(dict(
         label_fidelity=float(label_fidelity), nuisance=float(nuisance), seed=int(seed),
         folds=FOLDS))
-
-    def is_new() -> bool:
-        names = {file.name for file in root.iterdir()} - {"lock"} if root.is_dir() else set()
-        there = "other files" if names else own
-        if identity.exists():
-            there = identity.read_text(errors="replace")
-        if there != own:
-            raise InputError(f"--root {root}: found: a folder of {there[:200]}; wanted: an empty "
-                             f"one, or the demo of {own}; nothing there was touched")
-        return not names
-
-    is_new()  # before the folder gets a lock
-    with locked(root, f"--root {root}: another process writes the demo there; wait for it"):
-        if is_new():
-            replace_file(identity, own.encode())
-        _write_demo(root, patients, label_fidelity, nuisance, seed, workers)
-
-
-def _write_demo(root: Path, patients: int, label_fidelity: float, nuisance: float, seed: int,
-                workers: int) -> None:
-    """Records and CSV files of write_demo, in a folder that is held."""
-    first = 10_000_000 + SPACING * seed
-    jobs = [(str(root), first + i, label_fidelity, nuisance) for i in range(patients)]
+    others = root.is_dir() and {file.name for file in root.iterdir()} - {"lock", "demo.json.tmp"}
+    there = identity.read_text(errors="replace") if identity.exists() else "other files"
+    if others and there != own:
+        raise InputError(f"--root {root}: found: a folder of {there[:200]}; wanted: an empty one, "
+                         f"or the demo of {own}; nothing there was touched")
+    write = functools.partial(_write_patient, root, label_fidelity, nuisance)
     histories, progress = {}, Progress(patients, "patients", "simulating")
-    with contextlib.closing(in_workers(_write_patient, jobs, workers)) as done:
-        for i, histories[i] in done:
-            progress.update()
-    progress.close()
-    rows = [row for i in sorted(histories) for row in histories[i]]
-    for name, columns in DEMO_FILES.items():
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_file(root / name, text.getvalue().encode())
+    with locked(root, f"--root {root}: another process writes the demo there; wait for it"):
+        replace_file(identity, own.encode())
+        with contextlib.closing(in_workers(write, range(first, first + patients), workers)) as done:
+            for i, histories[i] in done:
+                progress.update()
+        progress.close()
+        for name, columns in DEMO_FILES.items():
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns.split(), extrasaction="ignore",
+                                    lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for i in range(patients) for row in histories[i])
+            replace_file(root / name, text.getvalue().encode())
 
 
 def notes(cohort: Cohort) -> list[str]:
-    """What is to be said of a file beside its numbers: changed, of an older version, few tests."""
-    out = []
-    if cohort.changed:
-        out.append(f"{cohort.path}: {', '.join(cohort.changed)} changed since it was built "
-                   f"(checksum): `python prepare_data.py --check {shlex.quote(str(cohort.path))}`")
+    """What is to be said of a file beside its numbers: changed, of an older version."""
     if cohort.changed is None:
-        out.append(f"{cohort.path}: an older file, where the signal alone has checksums")
-    if cohort.source == "demo" and "folds" not in cohort.arguments:
-        train, val, test = (np.unique(cohort.subject_id[cohort.split == s]).size for s in range(3))
-        out.append(f"{cohort.path}: a demo cohort with the older folds, of {train:,} training, "
-                   f"{val:,} validation, {test:,} test patients; one built now has {FOLDS} %")
-    return out
+        return [f"{cohort.path}: an older file, where the signal alone has checksums"]
+    return [f"{cohort.path}: {', '.join(cohort.changed)} changed since it was built (checksum): "
+            f"`python prepare_data.py --check {shlex.quote(str(cohort.path))}`"
+            ] if cohort.changed else []
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1768,10 +1768,8 @@ def test_older_folds_are_told_from_new_ones(demo_root, demo_cohort):
     older = {name: value for name, value in demo_cohort.arguments.items() if name != "folds"}
     with h5py.File(demo_cohort.path, "r+") as file:
         file.attrs["arguments"] = json.dumps(older)
-    changed, note = prepare_data.notes(prepare_data.Cohort(demo_cohort.path))
+    changed, = prepare_data.notes(prepare_data.Cohort(demo_cohort.path))
     assert "attributes changed since it was built" in changed
-    patients = [len(set(demo_cohort.subject_id[demo_cohort.split == s])) for s in range(3)]
-    assert [int(n) for n in re.findall(r"(\d+) (?:training|validation|test)", note)] == patients
     with pytest.raises(InputError, match="differs in folds"):
         prepare_data.build("demo", demo_root, demo_cohort.path, patients=6)
 
