@@ -284,10 +284,6 @@ class Stopped(BaseException):
     """
 
 
-def _stop(number_of: int, frame) -> None:
-    raise Stopped(number_of)
-
-
 def run_script(work: Callable[[], None], interrupted: str) -> int:
     """The frame of every `main`: run `work`; returns the exit code.
 
@@ -295,8 +291,11 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
     after Ctrl-C and SIGTERM, with the line `interrupted` or a text that the exception carries.
     Anything else is a bug: its traceback.
     """
-    before = None
-    streams = sys.stdout, sys.stderr
+    before, streams = None, (sys.stdout, sys.stderr)
+
+    def stop(number_of: int, frame) -> None:
+        raise Stopped(number_of)
+
     try:
         if sys.version_info < (3, 11):
             raise InputError(f"Python {sys.version_info[0]}.{sys.version_info[1]} runs this; "
@@ -308,7 +307,7 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             if stream and stream in (sys.__stdout__, sys.__stderr__) else stream
             for stream in streams)
         with contextlib.suppress(ValueError):  # not in the main thread
-            before = signals.signal(signals.SIGTERM, _stop)
+            before = signals.signal(signals.SIGTERM, stop)
         with system_errors():
             work()
         return 0
@@ -357,7 +356,6 @@ def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
             raise ValueError(f"a number {text}")
         return value
 
-    why = ""
     try:
         content = path.read_bytes()
         objects = [json.loads(part, parse_float=finite, parse_constant=finite)
@@ -686,7 +684,7 @@ def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]
     if x.shape[1] > samples * q:
         quality |= CUT
         # as if cut after the filter, which reaches 10 output samples ahead
-        x = x[:, :(samples + 10) * q] if q > 1 else x[:, :samples]
+        x = x[:, :(samples + 10 * (q > 1)) * q]
     elif -(-x.shape[1] // q) < samples:
         quality |= PADDED
     low, high = x.min(axis=1).tolist(), x.max(axis=1).tolist()  # NaN where the lead holds one
@@ -815,7 +813,9 @@ def record_path(text: str) -> str:
 
 
 STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
-ITEM = re.compile(rf"\s*(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*")
+# a code of a list and a comma, or (NumPy) nothing at all; of a dict, with its number
+ITEM = re.compile(rf"(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*(?:,\s*|(?=['\"])|$)")
+KEY = re.compile(rf"{STRING}\s*:\s*[0-9.eE+-]+\s*(?:,\s*|$)")
 
 
 @functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
@@ -836,25 +836,19 @@ def parse_codes(text: str) -> tuple[str, ...]:
     As Python, NumPy (with or without commas) and JSON write them; read as text, nothing is
     executed. ValueError for any other text, so that no code is lost or joined with another.
     """
-    body, codes, at = text.strip(), [], 1
+    body, codes, at = text.strip(), [], 0
     if len(body) < 2 or body[0] + body[-1] not in ("[]", "{}", "()"):
         raise ValueError(text)
-    while body[at:-1].strip():
-        item = ITEM.match(body, at, len(body) - 1)
-        code = item and next(part for part in item.groups() if part is not None).strip()
+    entry = KEY if body[0] == "{" and ":" in body else ITEM
+    body = body[1:-1].strip()
+    while at < len(body):
+        found = entry.match(body, at)
+        code = found and next(filter(None, found.groups()), "").strip()
         if not code or re.search(r"[\s,;\[\]{}]", code):  # two codes in one string
             raise ValueError(text)
         codes.append(code)
-        # what follows a code: the number of a dict, a comma, or (NumPy) nothing at all
-        rest = r"\s*:\s*[0-9.eE+-]+\s*(,|$)" if body[0] == "{" and ":" in body else r",|(?=['\"])|$"
-        end = re.compile(rest).match(body[:-1], item.end())
-        if not end:
-            raise ValueError(text)
-        at = end.end()
+        at = found.end()
     return tuple(codes)
-
-
-ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # by the first two bytes
 
 
 def open_table(path: Path, wanted: str):
@@ -868,8 +862,8 @@ def open_table(path: Path, wanted: str):
         raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
                          "export it as CSV")
     opened = gzip.open if start[:2] == b"\x1f\x8b" else open
-    return opened(path, "rt", encoding=ENCODINGS.get(start[:2], "utf-8-sig"), errors="replace",
-                  newline="")
+    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return opened(path, "rt", encoding=encoding, errors="replace", newline="")
 
 
 def check_header(header: list[str], path: Path, required: dict, optional: dict,
@@ -1527,10 +1521,10 @@ GOLDEN = {  # the full release of MIMIC-IV-ECG with the labels of Ext-ICD 1.0.1
     "records per patient, median": 2, "records per patient, max": 260,
     "pairs": 638_683, "stable pairs": 465_842, "changed pairs": 172_841,
     "patients with a changed pair": 55_808, "changed pairs per such patient": 3.10,
-    "|a|1 = 1": 56_271, "|a|1 = 2": 39_413, "|a|1 = 3": 31_217, "|a|1 = 4": 21_315,
-    "|a|1 = 5": 12_732, "|a|1 = 6": 6_643, "|a|1 = 7": 3_110, "|a|1 = 8": 1_297,
-    "|a|1 = 9": 518, "|a|1 = 10": 213, "|a|1 > 10": 112, "classes": 76,
-    "classes per record, mean": 1.45, "codes in the source": 15_197, "codes per record, mean": 8.15,
+    **{f"|a|1 = {size}": pairs for size, pairs in enumerate(
+        (56_271, 39_413, 31_217, 21_315, 12_732, 6_643, 3_110, 1_297, 518, 213), 1)},
+    "|a|1 > 10": 112, "classes": 76, "classes per record, mean": 1.45,
+    "codes in the source": 15_197, "codes per record, mean": 8.15,
     "unlabelled records": 332_030, "all-zero label rows in train": 389_309,
     "train records": 721_002, "val records": 39_464, "test records": 39_569,
     "val first in stay": 14_456, "test first in stay": 14_237,
@@ -2206,17 +2200,17 @@ def check_arguments(source, root, fs, labels, workers, patients, label_fidelity,
     if source != "demo" and not (root and Path(root).is_dir()):
         raise InputError(f"--root: found {root or 'nothing'}; wanted: the folder that holds the "
                          f"CSV files of {source}")
-    most = SPACING if source == "demo" else 10**9  # patients
-    for name, value, low, high in (
-            ("fs", fs, 1, 10_000), ("workers", workers, 1, 10_000), ("patients", patients, 1, most),
-            ("label-fidelity", label_fidelity, 0, 1), ("nuisance", nuisance, 0, 10),
-            ("seed", seed, 0, 2**31)):
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value}: a value from {low} to {high} is wanted")
-    for name, value, owner in (("labels", labels, "mimic"), ("nuisance", nuisance, "demo"),
-                               ("label-fidelity", label_fidelity, "demo")):
+    for name, value, low, high, owner in (
+            ("fs", fs, 1, 10_000, source), ("workers", workers, 1, 10_000, source),
+            ("patients", patients, 1, SPACING if source == "demo" else 10**9, source),
+            ("label-fidelity", label_fidelity, 0, 1, "demo"), ("seed", seed, 0, 2**31, source),
+            ("nuisance", nuisance, 0, 10, "demo")):
         if value is not None and source != owner:
             raise InputError(f"--{name}: of --source {owner} alone; leave it out for {source}")
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: a value from {low} to {high} is wanted")
+    if labels is not None and source != "mimic":
+        raise InputError(f"--labels: of --source mimic alone; leave it out for {source}")
     if source == "demo" and fs and 500 % fs:
         raise InputError(f"--fs {fs}: a divisor of the demo's 500 Hz is wanted, such as 100 or 50")
 
