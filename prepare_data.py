@@ -1228,16 +1228,13 @@ def run_workers(folder: Path, root: Path, paths: list[str], fs: int, status: np.
     jobs = [(first, status[first:first + CHUNK].tolist(), paths[first:first + CHUNK])
             for first in range(0, len(paths), CHUNK) if (status[first:first + CHUNK] <= 0).any()]
     workers, found, examples = max(1, min(workers, len(jobs))), {}, {}
-    progress = Progress(np.count_nonzero(status <= 0), "records", f"reading, {workers} workers:")
     call = functools.partial(read_chunk, str(folder), str(root), fs)
-    try:
-        with contextlib.closing(in_workers(call, jobs, workers)) as done:
-            for k, (new, found[k]) in done:
-                first, before, _ = jobs[k]
-                status[first:first + CHUNK] = new
-                progress.update(sum(code <= 0 for code in before))
-    finally:
-        progress.close()
+    with contextlib.closing(in_workers(call, jobs, workers)) as done, contextlib.closing(Progress(
+            np.count_nonzero(status <= 0), "records", f"reading, {workers} workers:")) as progress:
+        for k, (new, found[k]) in done:
+            first, before, _ = jobs[k]
+            status[first:first + CHUNK] = new
+            progress.update(sum(code <= 0 for code in before))
     for k in sorted(found, reverse=True):  # the first stays
         examples |= found[k]
     return examples
@@ -2138,9 +2135,10 @@ def notes(cohort: Cohort) -> list[str]:
     """What is to be said of a file beside its numbers: changed, of an older version."""
     if cohort.changed is None:
         return [f"{cohort.path}: an older file, where the signal alone has checksums"]
+    if not cohort.changed:
+        return []
     return [f"{cohort.path}: {', '.join(cohort.changed)} changed since it was built (checksum): "
-            f"`python prepare_data.py --check {shlex.quote(str(cohort.path))}`"
-            ] if cohort.changed else []
+            f"`python prepare_data.py --check {shlex.quote(str(cohort.path))}`"]
 
 
 # ----------------------------------------------------------------------------------------------
