@@ -1174,7 +1174,8 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[i
 
     sys.modules.setdefault("prepare_data", sys.modules[__name__])  # whose errors they send
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    env = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    env = os.environ | threads | {"PYTHONPATH": os.pathsep.join(
+        [os.path.dirname(os.path.abspath(__file__)), *filter(None, sys.path)])}
     command = [sys.executable, "-P", "-c", "import prepare_data; prepare_data.serve()"]
     pool, processes, idle = ThreadPoolExecutor(workers), [], queue.SimpleQueue()
     try:
