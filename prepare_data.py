@@ -432,7 +432,7 @@ def read_header(folder: str, record: str) -> Header:
         text = raw.decode("latin-1")
     text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
     first, *rows = [row for line in text.split("\n") if (row := line.split(None, 8))] or [[]]
-    _, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
+    name, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
     rate_of = RATE_FIELD.fullmatch(rate)
     if rate_of is None or not 0 < float(rate_of[1]) <= MAX_FS:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
@@ -440,7 +440,8 @@ def read_header(folder: str, record: str) -> Header:
         if not (field.isascii() and field.isdigit() and len(field) < 16):
             raise Rejected("unreadable", f"{what} {field!r}")
     if int(stated) != len(rows) or not rows:
-        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described")
+        why = ": a record in segments, which is not read" if "/" in name else ""
+        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described{why}")
     columns = zip(*(row + [None] * (9 - len(row)) for row in rows))
     return Header(float(rate_of[1]), int(samples), *columns)
 
