@@ -3585,11 +3585,11 @@ nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: mode_of(self, mo
 train.recalibrate = lambda *a: None if frozen or not job["freeze"] else recalibrate(*a)
 
 
-def fit_frozen(run, args, recipe, modules, header, n, read, loss_of, validate, *more):
+def fit_frozen(run, args, recipe, task):
     if job["freeze"]:
-        validate()
+        task.validate()
         frozen.append(True)
-    fit(run, args, recipe, modules, header, n, read, loss_of, validate, *more)
+    fit(run, args, recipe, task)
 
 
 def step(self, *args, **kwargs):
@@ -3914,12 +3914,12 @@ def test_single_records_become_pairs_without_change(tiny):
     rows, pairs, single, n = train.training_items(args, tiny)
     in_pairs = {row for pair in pairs for row in tiny.pair[pair]}
     assert single.tolist() == [row for row in rows if row not in in_pairs] and len(single)
-    task, p = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single), len(pairs)
-    assert n == len(task.pair) == p + len(single)
-    assert (task.pair[p:] == single[:, None]).all() and (task.pair[:p] == tiny.pair[pairs]).all()
+    task, p = train.Pretraining(args, tiny, torch.device("cpu")), len(pairs)
+    assert n == len(task.rows) == p + len(single)
+    assert (task.rows[p:] == single[:, None]).all() and (task.rows[:p] == tiny.pair[pairs]).all()
     y, known = (torch.from_numpy(of[single]) for of in (tiny.label, tiny.has_label))
     assert torch.equal(task.action[p:].float(), cardiowm.action_sets(y, y, known, known))
-    assert torch.equal(task.label[p:], y) and torch.equal(task.label_next[p:], y)
+    assert torch.equal(task.label[p:], torch.stack([y, y], dim=1))
     labelled = tiny.has_label[tiny.pair[pairs]].all(axis=1)
     changed = tiny.action[pairs].any(axis=1) & labelled
     assert task.changed.tolist() == [*changed, *[False] * len(single)] and changed.any()
@@ -3929,7 +3929,8 @@ def test_single_records_become_pairs_without_change(tiny):
     assert x.shape[2] == 250 and (x != x_next).flatten(1).any(dim=1).float().mean() > 0.9
     args.action, args.self_pairs = "coded", False
     assert train.training_items(args, tiny)[3] == p
-    task = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single)
+    args.self_pairs = True
+    task = train.Pretraining(args, tiny, torch.device("cpu"))
     assert not task.action[p:].any() and task.action.dtype == torch.int8
 
 
@@ -4742,9 +4743,9 @@ def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
 
 def tiny_task(tiny, device, **flags):
     """A pretraining of the tiny cohort, its optimizer, a plain step and one that is replayed."""
-    args = train.build_parser().parse_args(["--mode", "pretrain"])
+    args = train.settle(train.build_parser().parse_args(["--mode", "pretrain"]))
     torch.manual_seed(0)
-    task = train.Pretraining(args, tiny, np.arange(128), torch.device(device))
+    task = train.Pretraining(args, tiny, torch.device(device))
     optimizer = train.make_optimizer(task.modules.values(), flags.get("lr", 1e-3), 5e-4)
     steps = [train.Step(task.loss_of, optimizer, None, task.draws.values()) for _ in range(2)]
     steps[0].plain_left = math.inf
@@ -4908,7 +4909,7 @@ def test_quick_bench_fills_its_table(workplace, capsys):
         assert row["stage"] in out and row["stage"] in (folder / "bench.md").read_text()
         assert float(row["today_seconds"]) > 0 < float(row["here_seconds"])
     assert f"written: {folder}/bench.md, bench.csv" in out
-    assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md", "lock"]
+    assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md"]
 
 
 # Reproduce
@@ -5027,7 +5028,7 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
         monkeypatch.setitem(recipe, "quick", recipe["quick"] | {"steps": 2})
     flags, folder = "--mode reproduce --quick --run study --min-count 2", Path("runs/study")
     with monkeypatch.context() as patch:  # stopped by hand in its second run
-        patch.setattr(train, "probe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train, "Probing", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_train(flags) == 130
     capsys.readouterr()
     assert run_train(flags) == 0
