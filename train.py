@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -130,7 +131,7 @@ def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bo
     return np.flatnonzero(keep)
 
 
-def training_items(args: argparse.Namespace, cohort: Cohort
+def training_items(args: Namespace, cohort: Cohort
                    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Rows, pairs and single rows for training, and the number of those that --mode trains on.
 
@@ -184,8 +185,7 @@ class Signals:
         """float16 mV -> model input, float32 (B, 12, T)."""
         return cardiowm.normalize(x) if self.how == "zscore" else x.float()
 
-    def windows(self, args: argparse.Namespace, generator: torch.Generator,
-                *batch: Tensor) -> list[Tensor]:
+    def windows(self, args: Namespace, generator: torch.Generator, *batch: Tensor) -> list[Tensor]:
         """The same for training, cut to --crop and with --noise."""
         if (args.crop, args.noise) == (1.0, 0.0):
             return [self.ready(x) for x in batch]
@@ -337,20 +337,33 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join_ranks(device: torch.device) -> None:
-    """Meet the other processes that torchrun started, if it did: NCCL on CUDA, else gloo."""
+def join_ranks(name: str) -> torch.device:
+    """The device of that name; the other processes are met that torchrun started, if it did: over
+    NCCL, where each takes the GPU of its local rank, else over gloo."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size != "1":
+        if ":" in name or name == "mps":
+            raise InputError(f"--device {name}: torchrun gives each process its own device; wanted "
+                             "auto, cuda or cpu")
+        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cpu" if name == "auto" else name
+    device = evaluate.pick_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for NCCL, and for the stream of a CUDA graph
+    if size == "1":
+        return device
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-            return
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as error:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {error}: start several "
-                         "processes with torchrun, or one after `unset WORLD_SIZE`") from error
+        raise InputError(f"WORLD_SIZE is {size!r}, but {error}: start several processes with "
+                         "torchrun, or one after `unset WORLD_SIZE`") from error
     average.world_size = world_size()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     norms = "all ranks" if device.type == "cuda" else "each rank (torch synchronises CUDA only)"
     print(f"torchrun: {world_size()} ranks, {dist.get_backend()}; batch norm over {norms}")
+    return device
 
 
 def on_first_rank(make: Callable):
@@ -540,7 +553,7 @@ class Step:
                   f"({str(error).strip().splitlines()[0]})")
 
 
-def global_batch(args: argparse.Namespace, n: int) -> int:
+def global_batch(args: Namespace, n: int) -> int:
     """Items of one step over all ranks: min(--batch-size, n), cut to a multiple of the ranks."""
     size = min(args.batch_size, n)
     return size - size % world_size()
@@ -568,8 +581,8 @@ def blame(cohort: Cohort, rows: np.ndarray) -> str:
 def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
     """Raise for the first step whose loss or gradient is not finite, else empty the list.
 
-    `descend` has left such a step out. On a GPU, which would have to wait, this is called before
-    anything is logged or stored only; elsewhere after each step.
+    `descend` has left such a step out. This is called before anything is logged or stored only:
+    after each step, a GPU would have to wait for it.
     """
     sums = torch.stack([terms["minimised"] + terms["gradient norm"] for *_, terms in unchecked])
     for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
@@ -597,7 +610,7 @@ class Task:
 
     kind, more, better, result = "", {}, ("val_macro_auroc", 1), "best.pt"
 
-    def __init__(self, args: argparse.Namespace, cohort: Cohort, device: torch.device):
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device):
         self.args, self.cohort, self.device = args, cohort, device
         self.judged, self.draws = judged_rows(cohort), {}
 
@@ -621,7 +634,7 @@ class Task:
 class Loop:
     """All the state of a training loop, which a checkpoint holds by name, and what it measures."""
 
-    def __init__(self, run, args: argparse.Namespace, recipe: dict, task: Task):
+    def __init__(self, run, args: Namespace, recipe: dict, task: Task):
         self.run, self.args, self.task = run, args, task
         self.batch_size = global_batch(args, len(task.rows))
         self.per_epoch = len(task.rows) // self.batch_size
@@ -643,7 +656,6 @@ class Loop:
             self.at = {key: run.state[key] for key in self.at}
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace, self.slowed = self.began, [], [], False
-        self.may_wait = not args.device.startswith("cuda")  # for the values of each step
 
     def save(self, name: str, epoch: int) -> None:
         """A checkpoint to go on from at this epoch, within it where its steps are not all done."""
@@ -670,7 +682,7 @@ class Loop:
         step, stop = self.at["step"], self.run.asked if world_size() == 1 else 0
         save = stop or time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
         log = step % self.log_every == 0 or step == self.total or "grad_ratio" in terms
-        if log or save or step % self.per_epoch == 0 or self.may_wait:
+        if log or save or step % self.per_epoch == 0:
             task = self.task
             check_finite(self.unchecked, lambda items: blame(task.cohort, task.rows[items]))
         if log:
@@ -719,7 +731,7 @@ class Loop:
             self.run.end(self.at["step"])
 
 
-def fit(run, args: argparse.Namespace, recipe: dict, task: Task) -> None:
+def fit(run, args: Namespace, recipe: dict, task: Task) -> None:
     """Batches -> loss -> step -> log -> validation -> checkpoint, until done.
 
     The modules then hold the weights of the task's result. run: a `Run`, which logs, saves, and
@@ -793,7 +805,7 @@ class Pretraining(Task):
     kind, better = "worldmodel", ("val_loss", -1)
     result = "last.pt"  # which paper A probes
 
-    def __init__(self, args: argparse.Namespace, cohort: Cohort, device: torch.device):
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device):
         super().__init__(args, cohort, device)
         self.draws = {name: torch.Generator(device) for name in PURPOSE}
         k, self.sets = len(cohort.class_name), args.action == "sets"
@@ -920,7 +932,7 @@ class Finetuning(Task):
 
     kind = "classifier"
 
-    def __init__(self, args: argparse.Namespace, cohort: Cohort, device: torch.device,
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device,
                  start: cardiowm.WorldModel | None):
         super().__init__(args, cohort, device)
         self.model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads)}
@@ -928,8 +940,8 @@ class Finetuning(Task):
         self.model = cardiowm.Classifier(encoder, len(cohort.class_name)).to(device)
         fast_encoder(self.model.encoder)
         self.modules, self.network = {"model": self.model}, parallel(self.model, device)
-        self.rows, self.draws = training_items(args, cohort)[0], {
-            "windows": torch.Generator(device)}
+        self.rows = training_items(args, cohort)[0]
+        self.draws = {"windows": torch.Generator(device)}
         self.signals = Signals(cohort, device, args.cache, args.normalize)
         self.label = torch.from_numpy(cohort.label[self.rows]).to(device)
 
@@ -1062,7 +1074,7 @@ class Probing(Task):
 
     kind = "probe"
 
-    def __init__(self, args: argparse.Namespace, cohort: Cohort, device: torch.device,
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device,
                  model: cardiowm.WorldModel, plan: tuple | None, init: dict | None):
         super().__init__(args, cohort, device)
         fast_encoder(model.to(device).encoder)
@@ -1154,7 +1166,7 @@ def last_row(run: Path) -> dict:
     return read_json(run / "log.jsonl", {"step": (int,)}, lines=True)[-1]
 
 
-def describe(args: argparse.Namespace, cohort: Cohort, init: Path | None) -> dict:
+def describe(args: Namespace, cohort: Cohort, init: Path | None) -> dict:
     """The content of config.json: arguments, versions, code, cohort, and the run it starts from."""
     rows, pairs, single, _ = training_items(args, cohort)
     here = Path(__file__).resolve().parent
@@ -1515,7 +1527,7 @@ def compute_of(name: str) -> int:
     return passes
 
 
-def usual_switches(args: argparse.Namespace) -> dict:
+def usual_switches(args: Namespace) -> dict:
     """What --recipe sets where a flag is unset; of the objective, so of a pretraining alone."""
     usual = dict(evaluate.SWITCHES[args.recipe if args.mode == "pretrain" else "papers"])
     if args.objective != "dynamics":  # it takes no action
@@ -1525,7 +1537,7 @@ def usual_switches(args: argparse.Namespace) -> dict:
     return usual
 
 
-def settle(args: argparse.Namespace) -> argparse.Namespace:
+def settle(args: Namespace) -> Namespace:
     """Fill the switches left unset from --recipe; returns args."""
     for name, value in usual_switches(args).items():
         if getattr(args, name) is None:
@@ -1533,7 +1545,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device, n: int,
+def resolve(args: Namespace, cohort: Cohort, device: torch.device, n: int,
             passes: int | None = None) -> dict:
     """Fill what was left unset from the recipe, for n training items; returns the recipe.
 
@@ -1598,7 +1610,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_arguments(args: Namespace, parser: ArgumentParser) -> None:
     """Raises InputError where a flag is out of range, or means nothing beside the others.
 
     args.seed becomes a list in --mode reproduce, one number elsewhere.
@@ -1628,7 +1640,7 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     args.seed = seeds if mode == "reproduce" else seeds[0]
 
 
-def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
+def contradictions(args: Namespace, given: list[str]) -> list[tuple]:
     """Flags of a run that contradict each other: (broken, message)."""
     scratch, augments = args.init == "scratch", args.augment != "none"
     switch = vars(settle(copy.copy(args)))
@@ -1670,7 +1682,7 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
          "--init scratch: a probe needs a frozen encoder: give a pretraining run or --init random")]
 
 
-def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: str) -> str:
+def run_name(args: Namespace, parser: ArgumentParser, stem: str) -> str:
     """<cohort stem>-<mode> and every flag that differs from its default, in the parser's order."""
     parts, usual = [stem, args.mode], usual_switches(args)
     for action in parser._actions:
@@ -1687,9 +1699,9 @@ def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: st
     return "-".join(parts)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line: flags, grouped, no abbreviations."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     parser.within = {}  # lowest and highest value of a flag
@@ -1796,23 +1808,7 @@ def cohort_lines(cohort: Cohort, device: torch.device) -> str:
         *(f"note: {note}" for note in prepare_data.notes(cohort))])
 
 
-def pick_device(name: str) -> torch.device:
-    """evaluate.pick_device; under torchrun, each process takes the GPU of its local rank."""
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if ":" in name or name == "mps":
-            raise InputError(f"--device {name}: torchrun gives each process its own device; wanted "
-                             "auto, cuda or cpu")
-        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        name = "cpu" if name == "auto" else name
-    device = evaluate.pick_device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # for NCCL, and for the stream of a CUDA graph
-    return device
-
-
-def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
-            device: torch.device) -> tuple:
+def prepare(args: Namespace, parser: ArgumentParser, cohort: Cohort, device: torch.device) -> tuple:
     """Everything that can be wrong with the input, found before a run folder is touched."""
     patient = np.unique(np.stack([cohort.subject_id, cohort.split], axis=1), axis=0)[:, 0]
     refuse([
@@ -1851,7 +1847,7 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     return path, init, start, recipe, plan
 
 
-def print_training(args: argparse.Namespace, cohort: Cohort) -> None:
+def print_training(args: Namespace, cohort: Cohort) -> None:
     """Print what a resolved run is trained on, with which settings, and why."""
     rows, pairs, single, n = training_items(args, cohort)
     found = training_rows(cohort, args.frac, args.seed, labelled_only=False)
@@ -1884,14 +1880,13 @@ def print_training(args: argparse.Namespace, cohort: Cohort) -> None:
           f"batch size {args.batch_size}, lr {args.lr:g}, {args.schedule}")
 
 
-def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def train(args: Namespace, parser: ArgumentParser) -> None:
     """One run: config -> data -> run folder -> train -> predictions -> summary."""
     check_arguments(args, parser)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(args.deterministic)
-    device = pick_device(args.device)
-    join_ranks(device)
+    device = join_ranks(args.device)
     if world_size() > 1 and args.mode == "probe":
         raise InputError("torchrun: a probe trains on one device; run `python train.py` instead")
     on_first_rank(lambda: open_cohort(args.data).sha256)  # builds the demo cohort if there is none
@@ -2011,7 +2006,7 @@ def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
                   1 if quick else 25)
 
 
-def bench_encoder(args: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
+def bench_encoder(args: Namespace, device: torch.device) -> Iterator[list[str]]:
     """The encoder forward and back: as cardiowm.py has it, laid out anew, and in bf16."""
     pairs = 8 if args.quick else 64 if device.type == "cpu" else BATCH_PAIRS
     repeats = 1 if args.quick else 7
@@ -2052,8 +2047,7 @@ def complex_sigreg(z: Tensor, directions: Tensor) -> Tensor:
     return len(z) * (error.abs().square() * phi * weight).sum(dim=1).mean()
 
 
-def bench_training(args: argparse.Namespace, cohort: Cohort,
-                   device: torch.device) -> Iterator[list[str]]:
+def bench_training(args: Namespace, cohort: Cohort, device: torch.device) -> Iterator[list[str]]:
     """SIGReg against its formula, and whole pretraining steps against the SIGReg in them; on CUDA
     the steps as a graph against the same steps launched kernel by kernel."""
     cuda = device.type == "cuda"
@@ -2122,7 +2116,7 @@ def bench_bootstrap(quick: bool) -> Iterator[list[str]]:
                   "≥ 150× roc_auc_score", 1 if quick else 3, scale=replicates)
 
 
-def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
+def bench_augmentation(args: Namespace, device: torch.device) -> Iterator[list[str]]:
     """Paper B's 2,000,000 synthetic rows beside 721,002 real ones: making them, one probe epoch."""
     total, n = (20_000, 7210) if args.quick else SYNTHETIC_ROWS
     rng = np.random.default_rng(0)
@@ -2130,7 +2124,7 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
     plan = (torch.from_numpy(combinations), torch.from_numpy(rng.integers(50, 13_000, 300)),
             torch.from_numpy(rng.random(n) < 0.54), None)  # as many normal rows as MIMIC has
     model, head = cardiowm.WorldModel(76).to(device), cardiowm.MLPProbe(256, 76).to(device)
-    args = argparse.Namespace(**vars(args) | {"total": total, "augment": "dynamics"})
+    args = Namespace(**vars(args) | {"total": total, "augment": "dynamics"})
     inputs = torch.randn(n + total, 256, device=device).half()
     y = torch.zeros(n + total, 76, dtype=torch.uint8, device=device)
     loss_of = probe_loss(head, inputs, y, n, torch.ones(76, device=device))
@@ -2147,9 +2141,9 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
                   "≥ 6.7× (15 % of an epoch)", 1, scale=len(y) / order.size)
 
 
-def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def bench(args: Namespace, parser: ArgumentParser) -> None:
     """--mode bench: print each row when it is there; write bench.md and bench.csv."""
-    device, quick = pick_device(args.device), settle(args).quick
+    device, quick = join_ranks(args.device), settle(args).quick
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -2215,7 +2209,7 @@ mlp-state               | 1         | {MLP} --augment dynamics --init pretrain-s
 """
 
 
-def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[str, list[str]]:
+def study_runs(args: Namespace, cohort: Cohort, folder: Path) -> dict[str, list[str]]:
     """Name and command line of every run of a study, in order; all lie under `folder`."""
     rare = ["--min-count", str(args.min_count)] + ["--total", str(args.total)] * bool(args.total)
     shared = ["--data", str(cohort.path), "--device", args.device, "--cache", args.cache,
@@ -2238,7 +2232,7 @@ def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[s
     return runs
 
 
-def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, cohort: Cohort,
+def plan_study(runs: dict[str, list[str]], parser: ArgumentParser, cohort: Cohort,
                device: torch.device) -> dict[str, dict]:
     """What study.json says of each run before it is done.
 
@@ -2284,9 +2278,9 @@ def time_left(runs: list[dict]) -> float | None:
     return left
 
 
-def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def reproduce(args: Namespace, parser: ArgumentParser) -> None:
     """--mode reproduce: one study in a folder of its own."""
-    device = pick_device(args.device)
+    device, began = join_ranks(args.device), time.monotonic()
     cohort = open_cohort(args.data)
     args.paper |= device.type == "cuda" and not args.quick
     study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in (
@@ -2305,14 +2299,15 @@ def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
                 for name, value in study.items()])
         run_study(args, parser, cohort, device, folder, old)
         study_report(args, cohort, folder)
-    failed = {name: run["reason"] for name, run in old["runs"].items() if run["reason"]}
-    print(f"\n{folder}: {len(old['runs']) - len(failed)} of {len(old['runs'])} runs complete; "
-          f"report: {folder / 'report' / 'report.md'}")
+    runs, took = old["runs"], timedelta(seconds=round(time.monotonic() - began))
+    failed = {name: run["reason"] for name, run in runs.items() if run["reason"]}
+    print(f"\n{folder}: {len(runs) - len(failed)} of {len(runs)} runs complete, in {took}; report: "
+          f"{folder / 'report' / 'report.md'}")
     for name, reason in failed.items():
         print(f"  {name}: {reason}")
 
 
-def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
+def run_study(args: Namespace, parser: ArgumentParser, cohort: Cohort,
               device: torch.device, folder: Path, study: dict) -> None:
     """Plan, then every run that is not yet complete; study.json keeps what became of them."""
     commands, runs, given_up = study_runs(args, cohort, folder), study["runs"], set()
@@ -2345,7 +2340,7 @@ def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort:
         replace_file(folder / "study.json", json.dumps(study, indent=1).encode())
 
 
-def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list[tuple]:
+def report_pages(args: Namespace, cohort: Cohort, folder: Path) -> list[tuple]:
     """(mode of evaluate.py, its flags) of every page of a study's report, in order."""
     models = {kind: [str(path) for seed in args.seed if is_finished(
         path := folder / (f"pretrain-{kind}" + f"-seed{seed}" * bool(seed)))]
@@ -2369,7 +2364,7 @@ def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list
     return pages + [("transitions", asked)] * bool(begins.any()) + [("cohort", [])]
 
 
-def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None:
+def study_report(args: Namespace, cohort: Cohort, folder: Path) -> None:
     """Every table and figure of evaluate.py for a study, and report.md, which holds them all."""
     report = folder / "report"
     report.mkdir(exist_ok=True)
