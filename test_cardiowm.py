@@ -1268,7 +1268,7 @@ def test_ranks_without_torchrun_are_refused_by_name(size, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError, match=f"WORLD_SIZE is '{size}'.*torchrun"):
-        train.join_ranks(torch.device("cpu"))
+        train.join_ranks("cpu")
 
 
 @pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
@@ -3585,11 +3585,11 @@ nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: mode_of(self, mo
 train.recalibrate = lambda *a: None if frozen or not job["freeze"] else recalibrate(*a)
 
 
-def fit_frozen(run, args, recipe, modules, header, n, read, loss_of, validate, *more):
+def fit_frozen(run, args, recipe, task):
     if job["freeze"]:
-        validate()
+        task.validate()
         frozen.append(True)
-    fit(run, args, recipe, modules, header, n, read, loss_of, validate, *more)
+    fit(run, args, recipe, task)
 
 
 def step(self, *args, **kwargs):
@@ -3914,12 +3914,12 @@ def test_single_records_become_pairs_without_change(tiny):
     rows, pairs, single, n = train.training_items(args, tiny)
     in_pairs = {row for pair in pairs for row in tiny.pair[pair]}
     assert single.tolist() == [row for row in rows if row not in in_pairs] and len(single)
-    task, p = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single), len(pairs)
-    assert n == len(task.pair) == p + len(single)
-    assert (task.pair[p:] == single[:, None]).all() and (task.pair[:p] == tiny.pair[pairs]).all()
+    task, p = train.Pretraining(args, tiny, torch.device("cpu")), len(pairs)
+    assert n == len(task.rows) == p + len(single)
+    assert (task.rows[p:] == single[:, None]).all() and (task.rows[:p] == tiny.pair[pairs]).all()
     y, known = (torch.from_numpy(of[single]) for of in (tiny.label, tiny.has_label))
     assert torch.equal(task.action[p:].float(), cardiowm.action_sets(y, y, known, known))
-    assert torch.equal(task.label[p:], y) and torch.equal(task.label_next[p:], y)
+    assert torch.equal(task.label[p:], torch.stack([y, y], dim=1))
     labelled = tiny.has_label[tiny.pair[pairs]].all(axis=1)
     changed = tiny.action[pairs].any(axis=1) & labelled
     assert task.changed.tolist() == [*changed, *[False] * len(single)] and changed.any()
@@ -3929,7 +3929,8 @@ def test_single_records_become_pairs_without_change(tiny):
     assert x.shape[2] == 250 and (x != x_next).flatten(1).any(dim=1).float().mean() > 0.9
     args.action, args.self_pairs = "coded", False
     assert train.training_items(args, tiny)[3] == p
-    task = train.Pretraining(args, tiny, pairs, torch.device("cpu"), single)
+    args.self_pairs = True
+    task = train.Pretraining(args, tiny, torch.device("cpu"))
     assert not task.action[p:].any() and task.action.dtype == torch.int8
 
 
@@ -4742,9 +4743,9 @@ def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
 
 def tiny_task(tiny, device, **flags):
     """A pretraining of the tiny cohort, its optimizer, a plain step and one that is replayed."""
-    args = train.build_parser().parse_args(["--mode", "pretrain"])
+    args = train.settle(train.build_parser().parse_args(["--mode", "pretrain"]))
     torch.manual_seed(0)
-    task = train.Pretraining(args, tiny, np.arange(128), torch.device(device))
+    task = train.Pretraining(args, tiny, torch.device(device))
     optimizer = train.make_optimizer(task.modules.values(), flags.get("lr", 1e-3), 5e-4)
     steps = [train.Step(task.loss_of, optimizer, None, task.draws.values()) for _ in range(2)]
     steps[0].plain_left = math.inf
@@ -4832,17 +4833,16 @@ def test_the_record_that_holds_a_nan_is_named_and_else_the_batch(tiny):
             "prepare_data.py --check 'data/ward A.h5'`")
 
 
-@pytest.mark.parametrize("bad, minutes, may_wait", [
-    (0, 10, False),  # found at once: the first steps are logged
-    (6, 10, False),  # found at the next log row, after 8 steps
-    (6, 0, False),  # found before the checkpoint of the clock, after 7 steps
-    (8, 10, False),  # found at the end of the epoch, after 9 steps
-    (6, 10, True),  # found at once: no GPU
+@pytest.mark.parametrize("bad, minutes", [
+    (0, 10),  # found at once: the first steps are logged
+    (6, 10),  # found at the next log row, after 8 steps
+    (6, 0),  # found before the checkpoint of the clock, after 7 steps
+    (8, 10),  # found at the end of the epoch, after 9 steps
 ])
 def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
-    workplace, monkeypatch, capsys, bad, minutes, may_wait
+    workplace, monkeypatch, capsys, bad, minutes
 ):
-    original, steps, begin = cardiowm.dynamics_loss, itertools.count(), train.Loop.__init__
+    original, steps = cardiowm.dynamics_loss, itertools.count()
 
     def broken(*args, **kwargs):
         terms = original(*args, **kwargs)
@@ -4850,19 +4850,13 @@ def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
             terms["loss"] = terms["loss"] * math.nan
         return terms
 
-    def init(self, *args):
-        begin(self, *args)
-        self.may_wait = may_wait
-
     monkeypatch.setattr(cardiowm, "dynamics_loss", broken)
-    monkeypatch.setattr(train.Loop, "__init__", init)
-    name = f"nan-{bad}-{minutes}-{may_wait}"
+    name = f"nan-{bad}-{minutes}"
     # 40 pairs: 3 steps an epoch, 201 in all, every other one logged
     assert run_train("--mode pretrain --frac 0.6 --allow-tiny --epochs 67 --batch-size 13",
                      f"--checkpoint-minutes {minutes} --run {name}") == 2
     assert re.match(rf"error: step {bad}: .*minimised nan, .*pred .*records are finite \(study_id "
                     r"\d+, .* more\): give a lower --lr", last_line(capsys))
-    assert not may_wait or next(steps) == bad + 1
     rows = log_of(workplace / "runs" / name)
     assert max((row["step"] for row in rows), default=0) == bad  # the row after it is older
     assert None not in [row.get("loss") for row in rows if "val_loss" not in row]
@@ -4908,7 +4902,7 @@ def test_quick_bench_fills_its_table(workplace, capsys):
         assert row["stage"] in out and row["stage"] in (folder / "bench.md").read_text()
         assert float(row["today_seconds"]) > 0 < float(row["here_seconds"])
     assert f"written: {folder}/bench.md, bench.csv" in out
-    assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md", "lock"]
+    assert sorted(p.name for p in folder.iterdir()) == ["bench.csv", "bench.md"]
 
 
 # Reproduce
@@ -5027,7 +5021,7 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
         monkeypatch.setitem(recipe, "quick", recipe["quick"] | {"steps": 2})
     flags, folder = "--mode reproduce --quick --run study --min-count 2", Path("runs/study")
     with monkeypatch.context() as patch:  # stopped by hand in its second run
-        patch.setattr(train, "probe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train, "Probing", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_train(flags) == 130
     capsys.readouterr()
     assert run_train(flags) == 0

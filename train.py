@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +74,7 @@ RECALIBRATE_BATCHES = 10  # batches from which batch norm's statistics are taken
 GRAPH_AFTER = 8           # first steps of a process, launched kernel by kernel, before a CUDA graph
 SLOWER = 3                # times as long as at its start: a run says that its steps are slow
 GRAD_RATIO_STEPS = 4      # first steps on which |grad pred| / |grad reg| is logged
+PURPOSE = {"sigreg": 2, "windows": 6}  # of a draw: a part of its seed, with the step
 UNTRAINED_DRAWS = 3       # untrained encoders that a study probes, over all its seeds
 
 # The papers' settings by recipe; `laptop` and `quick` replace what they name. `steps`: a small
@@ -128,7 +131,7 @@ def select_pairs(cohort: Cohort, rows: np.ndarray, kinds: str, labelled_only: bo
     return np.flatnonzero(keep)
 
 
-def training_items(args: argparse.Namespace, cohort: Cohort
+def training_items(args: Namespace, cohort: Cohort
                    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Rows, pairs and single rows for training, and the number of those that --mode trains on.
 
@@ -182,8 +185,7 @@ class Signals:
         """float16 mV -> model input, float32 (B, 12, T)."""
         return cardiowm.normalize(x) if self.how == "zscore" else x.float()
 
-    def windows(self, args: argparse.Namespace, generator: torch.Generator,
-                *batch: Tensor) -> list[Tensor]:
+    def windows(self, args: Namespace, generator: torch.Generator, *batch: Tensor) -> list[Tensor]:
         """The same for training, cut to --crop and with --noise."""
         if (args.crop, args.noise) == (1.0, 0.0):
             return [self.ready(x) for x in batch]
@@ -335,20 +337,33 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join_ranks(device: torch.device) -> None:
-    """Meet the other processes that torchrun started, if it did: NCCL on CUDA, else gloo."""
+def join_ranks(name: str) -> torch.device:
+    """The device of that name; the other processes are met that torchrun started, if it did: over
+    NCCL, where each takes the GPU of its local rank, else over gloo."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size != "1":
+        if ":" in name or name == "mps":
+            raise InputError(f"--device {name}: torchrun gives each process its own device; wanted "
+                             "auto, cuda or cpu")
+        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cpu" if name == "auto" else name
+    device = evaluate.pick_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for NCCL, and for the stream of a CUDA graph
+    if size == "1":
+        return device
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-            return
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as error:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {error}: start several "
-                         "processes with torchrun, or one after `unset WORLD_SIZE`") from error
+        raise InputError(f"WORLD_SIZE is {size!r}, but {error}: start several processes with "
+                         "torchrun, or one after `unset WORLD_SIZE`") from error
     average.world_size = world_size()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     norms = "all ranks" if device.type == "cuda" else "each rank (torch synchronises CUDA only)"
     print(f"torchrun: {world_size()} ranks, {dist.get_backend()}; batch norm over {norms}")
+    return device
 
 
 def on_first_rank(make: Callable):
@@ -368,22 +383,13 @@ def on_first_rank(make: Callable):
     return sent[0]
 
 
-class _Average(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / world_size()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        # DDP averages the ranks' gradients afterwards: together, the gradient of the global loss
-        return _Average.apply(grad)
-
-
 def average(x: Tensor) -> Tensor:
-    """Mean over ranks, x itself on one: the MeanOverRanks of cardiowm.py, for the global batch."""
-    return x if world_size() == 1 else _Average.apply(x)
+    """Mean over ranks, x itself on one: the MeanOverRanks of cardiowm.py, for the global batch.
+
+    Differentiable. DDP averages the ranks' gradients afterwards: together, the gradient of the
+    global loss.
+    """
+    return x if world_size() == 1 else distributed.all_reduce(x) / world_size()
 
 
 def parallel(module: nn.Module, device: torch.device) -> nn.Module:
@@ -401,11 +407,7 @@ def parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
 def gather(x: Tensor) -> Tensor:
     """Concatenate the ranks' tensors of one shape (m, ...)."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return x if world_size() == 1 else torch.cat(distributed.all_gather(x))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -551,7 +553,7 @@ class Step:
                   f"({str(error).strip().splitlines()[0]})")
 
 
-def global_batch(args: argparse.Namespace, n: int) -> int:
+def global_batch(args: Namespace, n: int) -> int:
     """Items of one step over all ranks: min(--batch-size, n), cut to a multiple of the ranks."""
     size = min(args.batch_size, n)
     return size - size % world_size()
@@ -564,7 +566,7 @@ def quoted(word: str | Path) -> str:
 
 def blame(cohort: Cohort, rows: np.ndarray) -> str:
     """Which of these records made a loss, or a score, that is not finite, and what to do."""
-    rows = np.unique(rows)
+    rows = np.unique(rows[rows >= 0])
     for row in rows:
         found = cohort.signal[row]                                             # (12, T)
         for lead in np.flatnonzero(~np.isfinite(found).all(axis=1))[:1]:
@@ -579,8 +581,8 @@ def blame(cohort: Cohort, rows: np.ndarray) -> str:
 def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
     """Raise for the first step whose loss or gradient is not finite, else empty the list.
 
-    `descend` has left such a step out. On a GPU, which would have to wait, this is called before
-    anything is logged or stored only; elsewhere after each step.
+    `descend` has left such a step out. This is called before anything is logged or stored only:
+    after each step, a GPU would have to wait for it.
     """
     sums = torch.stack([terms["minimised"] + terms["gradient norm"] for *_, terms in unchecked])
     for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
@@ -590,38 +592,80 @@ def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
     unchecked.clear()
 
 
+class Task:
+    """What `fit` trains and how it is judged: a class below for each mode.
+
+    kind      of its checkpoints, which hold model_args and `more` besides
+    modules   what is trained and stored, by name; "model" is the one users load
+    rows      (n,) or (n, 2): rows of the records of each training item, -1 for a synthetic one; a
+              batch is `args.batch_size` items, the remainder dropped
+    read      (B,) items -> batch, a tuple of tensors on the device, in a thread
+    loss_of   (items, batch, step) -> (scalar to minimise, terms to log: scalars, or functions that
+              give one, called for logged steps only); of this rank
+    draws     generators of loss_of, by PURPOSE, seeded for each step
+    validate  () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
+    score     "val" or "test" -> probabilities (n, K) float32 of its records
+    result    the checkpoint whose weights the modules hold in the end, in eval mode
+    """
+
+    kind, more, better, result = "", {}, ("val_macro_auroc", 1), "best.pt"
+
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device):
+        self.args, self.cohort, self.device = args, cohort, device
+        self.judged, self.draws = judged_rows(cohort), {}
+
+    def read(self, items: np.ndarray) -> tuple[Tensor, ...]:
+        return (to_device(items, self.device),)
+
+    def take_norms(self, forward: Callable) -> None:
+        """Batch norm's statistics from whole batches, on every rank those of a single process."""
+        n = len(self.rows)
+        order = epoch_order(n, global_batch(self.args, n), self.args.seed, 0)
+        with autocast(self.device):
+            recalibrate([self.modules["model"]], lambda read: forward(*read[1]),
+                        prefetch(self.read, order[:RECALIBRATE_BATCHES]))
+        self.modules["model"].eval()
+
+    def validate(self) -> dict:
+        y = self.cohort.label[self.judged["val"]]
+        return {"val_macro_auroc": macro_auroc(y, self.score("val"))}
+
+
 class Loop:
     """All the state of a training loop, which a checkpoint holds by name, and what it measures."""
 
-    def __init__(self, run, args, recipe: dict, modules: dict[str, nn.Module], header: dict,
-                 n: int, culprit: Callable):
-        self.run, self.args, self.header, self.culprit = run, args, header, culprit
-        self.batch_size = global_batch(args, n)
-        self.per_epoch = n // self.batch_size
+    def __init__(self, run, args: Namespace, recipe: dict, task: Task):
+        self.run, self.args, self.task = run, args, task
+        self.batch_size = global_batch(args, len(task.rows))
+        self.per_epoch = len(task.rows) // self.batch_size
         self.total = self.per_epoch * args.epochs
         self.patience, self.least = recipe.get("patience"), recipe.get("steps", 0)
-        self.every, self.clip = recipe.get("validate_every", 1), recipe.get("clip")
+        self.every = recipe.get("validate_every", 1)
         # at least 20 rows, even of a run that stops as early as it may
         sure = max(self.least, self.patience * self.every * self.per_epoch) if self.patience \
             else self.total
         self.log_every = max(1, min(self.total // 100, self.per_epoch, sure // 20))
-        self.optimizer = make_optimizer(modules.values(), args.lr, recipe["weight_decay"])
+        self.optimizer = make_optimizer(task.modules.values(), args.lr, recipe["weight_decay"])
         self.schedule = make_schedule(self.optimizer, args.schedule, args.lr, self.total,
                                       recipe.get("warmup", 0.0), recipe.get("final_lr", 0.0))
-        self.parts = modules | {"optimizer": self.optimizer, "schedule": self.schedule}
+        self.parts = task.modules | {"optimizer": self.optimizer, "schedule": self.schedule}
         # bad_epochs: validations since the best one
         self.at = {"step": 0, "epoch": 0, "best": None, "bad_epochs": 0}
-        run.begin({"kind": header["kind"], "batch_size": self.batch_size}, self.parts)
+        run.begin({"kind": task.kind, "batch_size": self.batch_size}, self.parts)
         if run.state:
             self.at = {key: run.state[key] for key in self.at}
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace, self.slowed = self.began, [], [], False
-        self.may_wait = not args.device.startswith("cuda")  # for the values of each step
 
     def save(self, name: str, epoch: int) -> None:
         """A checkpoint to go on from at this epoch, within it where its steps are not all done."""
-        self.run.save(name, self.header | self.at | {
-            "format": CHECKPOINT_FORMAT, "epoch": epoch, "batch_size": self.batch_size,
+        task, cohort = self.task, self.task.cohort
+        self.run.save(name, task.more | self.at | {
+            "format": CHECKPOINT_FORMAT, "kind": task.kind, "model_args": task.model_args,
+            "class_name": list(cohort.class_name), "leads": list(cohort.leads),
+            "fs": int(cohort.fs), "normalize": self.args.normalize, "cohort": cohort.name,
+            "cohort_sha256": cohort.sha256, "args": dict(vars(self.args)), "epoch": epoch,
+            "batch_size": self.batch_size,
             **{name: part.state_dict() for name, part in self.parts.items()}})
         self.saved = time.monotonic()
 
@@ -638,8 +682,9 @@ class Loop:
         step, stop = self.at["step"], self.run.asked if world_size() == 1 else 0
         save = stop or time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
         log = step % self.log_every == 0 or step == self.total or "grad_ratio" in terms
-        if log or save or step % self.per_epoch == 0 or self.may_wait:
-            check_finite(self.unchecked, self.culprit)
+        if log or save or step % self.per_epoch == 0:
+            task = self.task
+            check_finite(self.unchecked, lambda items: blame(task.cohort, task.rows[items]))
         if log:
             loss, _, *found = [v() if callable(v) else v for v in terms.values()]
             found = [v.to(loss) for v in found] + [loss.new_tensor(self.run.asked)]
@@ -669,10 +714,13 @@ class Loop:
                   "another process keeps the cores busy (see `top`), or they are throttled; a new "
                   "run with OMP_NUM_THREADS=1 suffers less", flush=True)
 
-    def judge(self, values: dict, better: tuple[str, int], epoch: int) -> None:
-        """Log a validation; store the weights, and as the best ones if they are."""
+    def judge(self, epoch: int) -> None:
+        """Validate, log that; store the weights, and as the best ones if they are."""
+        values = self.task.validate()
+        values = on_first_rank(lambda: values)  # ranks may differ in the last bit: one decides
         self.run.log({"step": self.at["step"], "epoch": epoch, **values})
-        score = better[1] * values[better[0]]
+        key, sign = self.task.better
+        score = sign * values[key]
         if not math.isnan(score) and (self.at["best"] is None or score > self.at["best"]):
             self.at |= {"best": score, "bad_epochs": 0}
             self.save("best.pt", epoch + 1)
@@ -683,28 +731,15 @@ class Loop:
             self.run.end(self.at["step"])
 
 
-def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Module],
-        header: dict, n: int, read: Callable, loss_of: Callable, validate: Callable,
-        better: tuple[str, int], culprit: Callable, result: str = "best.pt",
-        draws: dict[tuple[int, int], torch.Generator] = {}) -> None:
+def fit(run, args: Namespace, recipe: dict, task: Task) -> None:
     """Batches -> loss -> step -> log -> validation -> checkpoint, until done.
 
-    The modules then hold the weights of the checkpoint `result`, in eval mode.
-
-    Args:    run         a `Run`, which logs, saves, and holds the state to go on from
-             modules     what is trained and stored, by name; "model" is the one users load
-             header      model_args, class_name, leads, ...: what a checkpoint holds besides weights
-             n           training items; a batch is `args.batch_size` of them, the remainder dropped
-             read        (B,) items -> batch, a tuple of tensors on the device, in a thread
-             loss_of     (items, batch, step) -> (scalar to minimise, terms to log: scalars, or
-                         functions that give one, called for logged steps only); of this rank
-             validate    () -> dict of val_ numbers; better = (key, sign): sign * value is maximised
-             culprit     (B,) items -> what made a loss of them non-finite, in words: `blame`
-             draws       generators of loss_of, seeded for each step, by (purpose, what is added)
+    The modules then hold the weights of the task's result. run: a `Run`, which logs, saves, and
+    holds the state to go on from.
     """
-    loop = Loop(run, args, recipe, modules, header, n, culprit)
-    step = Step(loss_of, loop.optimizer, loop.clip, draws.values())
-    at, size = loop.at, loop.batch_size
+    loop = Loop(run, args, recipe, task)
+    step = Step(task.loss_of, loop.optimizer, recipe.get("clip"), task.draws.values())
+    at, size, n, key = loop.at, loop.batch_size, len(task.rows), task.better[0]
     mine = slice(rank() * size // world_size(), (rank() + 1) * size // world_size())
     print(f"{n} training items, batch {size}, {loop.per_epoch} steps an epoch, {args.epochs} "
           f"epochs, {loop.total} steps, log every {loop.log_every}")
@@ -713,49 +748,40 @@ def fit(run, args: argparse.Namespace, recipe: dict, modules: dict[str, nn.Modul
             # as it stood when this epoch began, also where a run goes on within it
             if loop.patience and epoch % loop.every == 0 and at["bad_epochs"] >= loop.patience \
                     and epoch * loop.per_epoch >= loop.least:
-                print(f"stopped early: no better {better[0]} in {loop.patience} validations")
+                print(f"stopped early: no better {key} in {loop.patience} validations")
                 break
-            for module in modules.values():
+            for module in task.modules.values():
                 module.train()
             order = epoch_order(n, size, args.seed, epoch)
             order = order[at["step"] - epoch * loop.per_epoch:, mine]
             asked = time.monotonic()
-            for items, batch in prefetch(read, order):
+            for items, batch in prefetch(task.read, order):
                 began = time.monotonic()
                 loop.wait += began - asked
                 # what a step draws is a function of (seed, step) alone: dropout, ...
                 torch.manual_seed(seed_of(args.seed, at["step"], 1) + rank())
-                for (purpose, more), generator in draws.items():
-                    generator.manual_seed(seed_of(args.seed, at["step"], purpose) + more)
+                for name, generator in task.draws.items():
+                    own = rank() * (name != "sigreg")  # whose directions are alike on all ranks
+                    generator.manual_seed(seed_of(args.seed, at["step"], PURPOSE[name]) + own)
                 loop.take(items, step(items, batch, at["step"]), epoch)
                 asked = time.monotonic()
                 loop.watch_pace(asked - began)
             if (epoch + 1) % loop.every == 0 or epoch + 1 == args.epochs:
-                values = validate()
-                # ranks may differ in the last bit: one decides
-                values = on_first_rank(lambda: values)
-                loop.judge(values, better, epoch)
+                loop.judge(epoch)
     if at["best"] is None:
-        print(f"note: {better[0]} was never defined (too few validation records or pairs); best.pt "
+        print(f"note: {key} was never defined (too few validation records or pairs); best.pt "
               "is the last epoch's")
         loop.save("best.pt", args.epochs)
-    state = on_first_rank(lambda: load_checkpoint(run.path / result))
-    for name, module in modules.items():
+    state = on_first_rank(lambda: load_checkpoint(run.path / task.result))
+    for name, module in task.modules.items():
         module.load_state_dict(state[name])
         module.eval()
 
 
-def checkpoint_header(args, cohort: Cohort, kind: str, model_args: dict) -> dict:
-    """What a checkpoint says of its model and input: plain values only."""
-    return {"kind": kind, "model_args": model_args, "class_name": list(cohort.class_name),
-            "leads": list(cohort.leads), "fs": int(cohort.fs), "normalize": args.normalize,
-            "cohort": cohort.name, "cohort_sha256": cohort.sha256, "args": dict(vars(args))}
-
-
 @torch.no_grad()
 def scores_of(head: nn.Module, inputs: Tensor) -> np.ndarray:
-    """Probabilities (n, K) float32 of a head in eval mode on embeddings (n, dim)."""
-    return head(inputs).sigmoid().float().cpu().numpy()
+    """Probabilities (n, K) float32 of a head, then in eval mode, on embeddings (n, dim)."""
+    return head.eval()(inputs).sigmoid().float().cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -773,50 +799,45 @@ def gradient_ratio(pred: Tensor, reg: Tensor, model: nn.Module) -> float:
     return norms[0] / max(norms[1], 1e-30)
 
 
-class Pretraining:
-    """World model, online probe, data and objective of a pretraining: what a step needs (A)."""
+class Pretraining(Task):
+    """World model, online probe, data and objective of a pretraining (A)."""
 
-    def __init__(self, args, cohort: Cohort, pairs: np.ndarray, device: torch.device,
-                 single: Iterable[int] = ()):
-        self.args, self.device = args, device
-        # of SIGReg, alike on all ranks, and of windows and noise; of each kind of device their own
-        self.draws = {"sigreg": torch.Generator(device), "windows": torch.Generator(device)}
+    kind, better = "worldmodel", ("val_loss", -1)
+    result = "last.pt"  # which paper A probes
+
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device):
+        super().__init__(args, cohort, device)
+        self.draws = {name: torch.Generator(device) for name in PURPOSE}
         k, self.sets = len(cohort.class_name), args.action == "sets"
         self.model_args = {"num_classes": 2 * k + 2 if self.sets else k,
                            "in_leads": len(cohort.leads), "residual": args.residual,
                            "action": args.objective == "dynamics", "z_dim": args.z_dim}
-        model = _WorldModel(**self.model_args).to(device)
-        fast_encoder(model.encoder)
+        self.more = {"action_form": "sets" if self.sets else "difference"}
+        self.model = _WorldModel(**self.model_args).to(device)
+        fast_encoder(self.model.encoder)
         if device.type == "cpu" and torch.get_num_threads() > 1 and world_size() == 1:
-            model.both = BothOnTwoThreads(model.encoder)
-        heads = ["online_probe", "supervised"][:1 + (args.supervise > 0)]
-        self.model, self.modules = model, {"model": model} | {name: nn.Sequential(
-            nn.LayerNorm(cardiowm.H_DIM), nn.Linear(cardiowm.H_DIM, k)).to(device)
-            for name in heads}
-        self.network, self.online, *supervised = (
-            parallel(module, device) for module in self.modules.values())
-        self.supervised = supervised[0] if supervised else None
+            self.model.both = BothOnTwoThreads(self.model.encoder)
+        self.modules = {"model": self.model}
+        for name in ["online_probe", "supervised"][:1 + (args.supervise > 0)]:
+            self.modules[name] = nn.Sequential(
+                nn.LayerNorm(cardiowm.H_DIM), nn.Linear(cardiowm.H_DIM, k)).to(device)
+        self.networks = {name: parallel(m, device) for name, m in self.modules.items()}
         self.sigreg = cardiowm.SIGReg(args.slices).to(device)
         self.signals = Signals(cohort, device, args.cache, args.normalize)
         # pairs, then single rows (--self-pairs), whose labels do not change
-        single = np.array(single, dtype=cohort.pair.dtype)
-        self.pair = np.concatenate([cohort.pair[pairs], np.stack([single] * 2, axis=1)])
-        y, known = cohort.label[single], cohort.has_label[single, None]          # (S, K), (S, 1)
-        same = np.hstack([y, y, known, known]) if self.sets else np.zeros_like(y)        # (S, A)
-        action = cohort.action_of(pairs, args.action)                            # (P, A)
-        changed = cohort.action_of(pairs, "coded" if self.sets else args.action).any(axis=1)
-        changed &= cohort.has_label[cohort.pair[pairs]].all(axis=1)              # (P,)
-        self.action, self.label, self.label_next, self.known, self.changed = (
-            torch.from_numpy(part).to(device) for part in (
-                np.concatenate([action, same.astype(action.dtype)]),             # (P + S, A)
-                *cohort.label[self.pair.T],                                      # (P + S, K) uint8
-                cohort.has_label[self.pair],                                     # (P + S, 2) bool
-                np.concatenate([changed, np.zeros(len(single), bool)])))         # (P + S,)
+        _, pairs, single, _ = training_items(args, cohort)
+        self.rows = np.concatenate([cohort.pair[pairs], np.stack([single] * 2, axis=1)])
+        label, known = cohort.label[self.rows], cohort.has_label[self.rows]      # (n, 2, K), (n, 2)
+        told = cohort.state[self.rows] if args.action == "state" else label
+        action = np.hstack([*label.swapaxes(0, 1), known]) if self.sets else np.concatenate([
+            cohort.action_of(pairs, args.action), np.zeros((len(single), k), np.int8)])  # (n, A)
+        changed = (told[:, 0] != told[:, 1]).any(axis=1) & known.all(axis=1)             # (n,)
+        self.label, self.known, self.action, self.changed = (
+            torch.from_numpy(part).to(device) for part in (label, known, action, changed))
 
     def read(self, items: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) pairs -> both ECGs (B, 12, T) float16 mV and the index (B,), all on the device."""
-        source, target = self.pair[items].T
-        return self.signals.read(source), self.signals.read(target), to_device(items, self.device)
+        return *map(self.signals.read, self.rows[items].T), *super().read(items)
 
     def objective(self, z: Tensor, z_pred: Tensor, z_next: Tensor,
                   mean: Callable | None = None) -> dict[str, Tensor]:
@@ -830,22 +851,19 @@ class Pretraining:
                 + 0 * terms["pred"]
         return terms
 
-    def supervised_bce(self, h: Tensor, h_next: Tensor, at: Tensor) -> Tensor:
-        """Mean of known_bce at both ends of the pairs `at`, of the head that is not detached."""
-        logits = self.supervised(torch.cat([h, h_next]).float()).chunk(2)
-        ends = zip(logits, (self.label[at], self.label_next[at]), self.known[at].T)
-        return sum(cardiowm.known_bce(*end, average) for end in ends) / 2
-
     def loss_of(self, items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         """The scalar to minimise and the terms to log, of this rank's part of the batch."""
         *both, at = batch
         x, x_next = self.signals.windows(self.args, self.draws["windows"], *both)
         with autocast(self.device):
-            h, h_next, z, z_pred, z_next = self.network(x, x_next, self.action[at])
-        logits = self.online(h.detach().float())  # a problem of its own: nothing flows back
+            h, h_next, z, z_pred, z_next = self.networks["model"](x, x_next, self.action[at])
+        # a problem of its own: nothing flows back
+        logits = self.networks["online_probe"](h.detach().float())
         terms = self.objective(z, z_pred, z_next, average)
-        if self.args.supervise:
-            terms["supervised_bce"] = self.supervised_bce(h, h_next, at)
+        if self.args.supervise:  # of both ends of the pairs, not detached
+            ends = zip(self.networks["supervised"](torch.cat([h, h_next]).float()).chunk(2),
+                       self.label[at].unbind(1), self.known[at].T)
+            terms["supervised_bce"] = sum(cardiowm.known_bce(*end, average) for end in ends) / 2
             terms["loss"] = terms["loss"] + self.args.supervise * terms["supervised_bce"]
         if self.args.decoys:
             with autocast(self.device):
@@ -853,8 +871,8 @@ class Pretraining:
                     self.model, z, z_next, self.action[at], self.changed[at], self.sets)
             terms["loss"] = terms["loss"] + self.args.decoys * terms["decoy_ce"]
         terms["online_bce"] = F.binary_cross_entropy_with_logits(
-            logits, self.label[at].float())
-        first_epoch = len(self.pair) // (len(items) * world_size())
+            logits, self.label[at, 0].float())
+        first_epoch = len(self.rows) // (len(items) * world_size())
         if step < min(GRAD_RATIO_STEPS, first_epoch):
             reg = terms["var"] + terms["cov"] if self.args.reg == "vicreg" else \
                 terms["sigreg_t"] + terms["sigreg_next"]
@@ -864,64 +882,44 @@ class Pretraining:
         terms["z_rank"] = lambda: cardiowm.effective_rank(gather(z))  # an SVD: not always
         return terms["loss"] + terms["online_bce"], terms
 
-
-def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray, single: np.ndarray,
-             device: torch.device) -> dict[str, np.ndarray]:
-    """Train the world model on pairs, and single rows; returns the online probe's scores of val and
-    test records, those of the supervised head where nothing else is learned (labels)."""
-    task = Pretraining(args, cohort, pairs, device, single)
-    model, n = task.model, len(task.pair)
-    heads = {"": task.modules["online_probe"]} | {
-        "supervised_": head for name, head in task.modules.items() if name == "supervised"}
-    # every rank takes the whole batches, so that the statistics are those of a single process
-    batch_size = global_batch(args, n)
-    fixed = epoch_order(n, batch_size, args.seed, 0)[:RECALIBRATE_BATCHES]
-    val_rows = judged_rows(cohort)["val"]
-    val_pairs = select_pairs(cohort, val_rows, args.pairs, args.labelled_only)
-    val_n = min(batch_size, len(val_pairs))  # the statistic scales with N
-    print(f"validation: {len(val_rows)} records, {len(val_pairs)} pairs, SIGReg at N = {val_n} "
-          "(fixed)")
-
-    def forward(batch: tuple) -> None:
-        x, x_next, at = batch
-        with autocast(device):
-            model(task.signals.ready(x), task.signals.ready(x_next), task.action[at])
-
     @torch.no_grad()
-    def validate() -> dict:
-        recalibrate([model], forward, (b for _, b in prefetch(task.read, fixed)))
-        model.eval()
-        h, z = evaluate.embed(model, task.signals, val_rows, args.normalize)
-        values = {f"val_{name}macro_auroc": macro_auroc(
-            cohort.label[val_rows], scores_of(head.eval(), h)) for name, head in heads.items()}
-        source, target = np.searchsorted(val_rows, cohort.pair[val_pairs]).T
-        a = torch.from_numpy(cohort.action_of(val_pairs, args.action)).to(device)
+    def validate(self) -> dict:
+        args, cohort, rows = self.args, self.cohort, self.judged["val"]
+        self.take_norms(lambda x, x_next, at: self.model(
+            self.signals.ready(x), self.signals.ready(x_next), self.action[at]))
+        h, z = evaluate.embed(self.model, self.signals, rows, args.normalize)
+        heads = {"": self.modules["online_probe"]}
+        if args.supervise:
+            heads["supervised_"] = self.modules["supervised"]
+        values = {f"val_{name}macro_auroc": macro_auroc(cohort.label[rows], scores_of(head, h))
+                  for name, head in heads.items()}
+        pairs = select_pairs(cohort, rows, args.pairs, args.labelled_only)
+        size = min(global_batch(args, len(self.rows)), len(pairs))  # the statistic scales with it
+        source, target = np.searchsorted(rows, cohort.pair[pairs]).T
+        a = torch.from_numpy(cohort.action_of(pairs, args.action)).to(self.device)
         terms: dict[str, list[float]] = {"loss": []}
-        for i in range(len(val_pairs) // val_n if val_n > 1 else 0):  # one pair has no variance
-            at = slice(i * val_n, (i + 1) * val_n)
-            task.draws["sigreg"].manual_seed(seed_of(args.seed, i, 3))
-            out = task.objective(z[source[at]], model.predict(z[source[at]], a[at]), z[target[at]])
-            for name, value in out.items():
+        for i in range(len(pairs) // size if size > 1 else 0):  # one pair has no variance
+            at = slice(i * size, (i + 1) * size)
+            self.draws["sigreg"].manual_seed(seed_of(args.seed, i, 3))
+            z_pred = self.model.predict(z[source[at]], a[at])
+            for name, value in self.objective(z[source[at]], z_pred, z[target[at]]).items():
                 terms.setdefault(name, []).append(float(value))
         values |= {f"val_{k}": float(np.mean(v)) if v else math.nan for k, v in terms.items()}
         if args.supervise:
-            y, known = (torch.from_numpy(a[val_rows]).to(device)
-                        for a in (cohort.label, cohort.has_label))
+            y, known = (torch.from_numpy(of[rows]).to(self.device)
+                        for of in (cohort.label, cohort.has_label))
             values["val_supervised_bce"] = float(cardiowm.known_bce(
                 heads["supervised_"](h), y, known))
             values["val_loss"] += args.supervise * values["val_supervised_bce"]
         return values | {"val_z_std_min": float(z.std(dim=0).min()),
                          "val_z_rank": float(cardiowm.effective_rank(z))}
 
-    header = checkpoint_header(args, cohort, "worldmodel", task.model_args) | {
-        "action_form": "sets" if task.sets else "difference"}
-    fit(run, args, recipe, task.modules, header, n, task.read, task.loss_of, validate,
-        ("val_loss", -1), lambda items: blame(cohort, task.pair[items]),
-        "last.pt",  # which paper A probes
-        {(2, 0): task.draws["sigreg"], (6, rank()): task.draws["windows"]})
-    head = heads["supervised_" if args.objective == "labels" else ""]
-    return {name: scores_of(head, evaluate.embed(model, task.signals, which, args.normalize)[0])
-            for name, which in judged_rows(cohort).items()}
+    def score(self, split: str) -> np.ndarray:
+        """Of the online probe, or of the supervised head where nothing else is learned."""
+        head = self.modules["supervised" if self.args.objective == "labels" else "online_probe"]
+        rows = self.judged[split]
+        return scores_of(head, evaluate.embed(self.model, self.signals, rows,
+                                              self.args.normalize)[0])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -929,55 +927,50 @@ def pretrain(run, args, recipe: dict, cohort: Cohort, pairs: np.ndarray, single:
 # ----------------------------------------------------------------------------------------------
 
 
-def finetune(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
-             start: cardiowm.WorldModel | None, device: torch.device) -> dict[str, np.ndarray]:
-    """Train encoder and concat-pool head end to end; returns scores of val and test records."""
-    encoder = cardiowm.XResNet1d50(len(cohort.leads)) if start is None else start.encoder
-    model = cardiowm.Classifier(encoder, len(cohort.class_name)).to(device)
-    fast_encoder(model.encoder)
-    network = parallel(model, device)
-    signals = Signals(cohort, device, args.cache, args.normalize)
-    label = torch.from_numpy(cohort.label[rows]).to(device)
-    val_rows = judged_rows(cohort)["val"]
-    fixed = epoch_order(len(rows), global_batch(args, len(rows)), args.seed, 0)
+class Finetuning(Task):
+    """Encoder and concat-pool head, end to end: from a pretraining, or from scratch."""
 
-    draws = torch.Generator(device)  # of windows and noise
+    kind = "classifier"
 
-    def read(items: np.ndarray) -> tuple[Tensor, Tensor]:
-        return signals.read(rows[items]), to_device(items, device)
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device,
+                 start: cardiowm.WorldModel | None):
+        super().__init__(args, cohort, device)
+        self.model_args = {"num_classes": len(cohort.class_name), "in_leads": len(cohort.leads)}
+        encoder = cardiowm.XResNet1d50(len(cohort.leads)) if start is None else start.encoder
+        self.model = cardiowm.Classifier(encoder, len(cohort.class_name)).to(device)
+        fast_encoder(self.model.encoder)
+        self.modules, self.network = {"model": self.model}, parallel(self.model, device)
+        self.rows = training_items(args, cohort)[0]
+        self.draws = {"windows": torch.Generator(device)}
+        self.signals = Signals(cohort, device, args.cache, args.normalize)
+        self.label = torch.from_numpy(cohort.label[self.rows]).to(device)
 
-    def loss_of(items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
+    def read(self, items: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.signals.read(self.rows[items]), *super().read(items)
+
+    def loss_of(self, items: np.ndarray, batch: tuple, step: int) -> tuple[Tensor, dict]:
         x, at = batch
-        with autocast(device):
-            logits = network(*signals.windows(args, draws, x))
-        loss = cardiowm.asymmetric_loss(logits, label[at])
+        with autocast(self.device):
+            logits = self.network(*self.signals.windows(self.args, self.draws["windows"], x))
+        loss = cardiowm.asymmetric_loss(logits, self.label[at])
         # a sum over the global batch, of which DDP takes the mean over ranks; logged per record
         return loss * world_size(), {"loss": loss.detach() / len(items)}
 
     @torch.no_grad()
-    def score(which: np.ndarray) -> np.ndarray:
-        chunks = [which[i:i + EMBED_BATCH] for i in range(0, len(which), EMBED_BATCH)]
-        scores = torch.cat([model(signals.ready(x)).sigmoid()
-                            for _, x in prefetch(signals.read, chunks)]).cpu().numpy()
+    def score(self, split: str) -> np.ndarray:
+        rows = self.judged[split]
+        chunks = [rows[i:i + EMBED_BATCH] for i in range(0, len(rows), EMBED_BATCH)]
+        scores = torch.cat([self.model(self.signals.ready(x)).sigmoid()
+                            for _, x in prefetch(self.signals.read, chunks)]).cpu().numpy()
         bad = ~np.isfinite(scores).all(axis=1)
         if bad.any():
             raise InputError(f"scores of {bad.sum():,} records are not finite: "
-                           f"{blame(cohort, which[bad])}")
+                             f"{blame(self.cohort, rows[bad])}")
         return scores
 
-    def validate() -> dict:
-        with autocast(device):
-            recalibrate([model], lambda x: model(signals.ready(x)),
-                        (x for _, (x, _) in prefetch(read, fixed[:RECALIBRATE_BATCHES])))
-        model.eval()
-        return {"val_macro_auroc": macro_auroc(cohort.label[val_rows], score(val_rows))}
-
-    header = checkpoint_header(args, cohort, "classifier", {
-        "num_classes": len(cohort.class_name), "in_leads": len(cohort.leads)})
-    fit(run, args, recipe, {"model": model}, header, len(rows), read, loss_of, validate,
-        ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items]),
-        "best.pt", {(6, rank()): draws})
-    return {name: score(which) for name, which in judged_rows(cohort).items()}
+    def validate(self) -> dict:
+        self.take_norms(lambda x, at: self.model(self.signals.ready(x)))
+        return super().validate()
 
 
 def synthetic_rows(args, n: int) -> int:
@@ -986,9 +979,10 @@ def synthetic_rows(args, n: int) -> int:
     return args.total or (synthetic if args.preset == "paper" else round(synthetic / real * n))
 
 
-def plan_augmentation(args, cohort: Cohort, rows: np.ndarray) -> tuple[Tensor, ...]:
+def plan_augmentation(args, cohort: Cohort) -> tuple[Tensor, ...]:
     """Combinations (M, K), their counts (M,), which rows are normal and which carry codes (n,);
     sets args.total."""
+    rows = training_items(args, cohort)[0]
     y = torch.from_numpy(cohort.label[rows])
     normal_code = torch.tensor([name in cohort.normal_codes for name in cohort.class_name])
     combinations, counts = cardiowm.label_combinations(y, min_count=args.min_count,
@@ -1068,76 +1062,74 @@ def probe_loss(head: nn.Module, inputs: Tensor, y: Tensor, n: int, pos_weight: T
     return loss_of
 
 
-KEPT: dict[tuple, dict[str, Tensor]] = {}  # of the pretraining that this process probed last
+KEPT: dict[tuple, tuple[Tensor, Tensor]] = {}  # of the pretraining that this process probed last
 
 
-def frozen(model: cardiowm.WorldModel, args, cohort: Cohort, rows: np.ndarray, n: int,
-           init: dict | None, device: torch.device) -> dict[str, Tensor]:
-    """h and z of the rows, of which n are for training; a study probes one pretraining many times.
+class Probing(Task):
+    """A linear (A) or an MLP (B) head on frozen h or z.
 
     init: what config.json says of the pretraining; None for an untrained encoder, whose batch norm
     takes its statistics from training records first, as that of every other model did.
     """
-    key = init and (init["sha256"], cohort.sha256, args.normalize, str(device), rows.tobytes())
-    if key in KEPT:
-        print("embeddings: those of the last probe, of the same pretraining and records")
-        return KEPT[key]
-    KEPT.clear()
-    signals = Signals(cohort, device, args.cache, args.normalize)
-    if init is None:
-        batches = rows[epoch_order(n, min(EMBED_BATCH, n), args.seed, 0)[:RECALIBRATE_BATCHES]]
-        with autocast(device):
-            recalibrate([model], lambda x: model.project(model.encode(signals.ready(x))),
-                        (x for _, x in prefetch(signals.read, batches)))
-        model.eval()
-    progress = Progress(len(rows), "records", "embedding")
-    h, z = evaluate.embed(model, signals, rows, args.normalize, progress, EMBED_BATCH)
-    progress.close()
-    if key:
-        KEPT[key] = {"h": h, "z": z}
-    return {"h": h, "z": z}
 
+    kind = "probe"
 
-def probe(run, args, recipe: dict, cohort: Cohort, rows: np.ndarray,
-          start: cardiowm.WorldModel, plan: tuple | None,
-          device: torch.device) -> dict[str, np.ndarray]:
-    """Train a linear (A) or MLP (B) head on frozen h or z; returns scores of val and test."""
-    model = start.to(device)
-    fast_encoder(model.encoder)
-    judged = judged_rows(cohort)
-    n, total = len(rows), 0 if plan is None else args.total
-    known = frozen(model, args, cohort, np.concatenate([rows, *judged.values()]), n,
-                   run.config["init"], device)[args.features]
-    real, val, test = known.split([n, *map(len, judged.values())])  # (n, dim) each
-    # float16 with synthetic rows: at B's size, 2.7 million, that is 1.4 GB
-    inputs = torch.empty((n + total, real.shape[1]), device=device,
-                         dtype=torch.float16 if total else torch.float32)
-    inputs[:n] = real
-    y = torch.empty((n + total, len(cohort.class_name)), dtype=torch.uint8)
-    y[:n] = torch.from_numpy(cohort.label[rows])
-    limit = {"none": None, "5": cardiowm.POS_WEIGHT_LIMIT, "full": math.inf}.get(args.class_weight)
-    pos_weight = torch.ones(y.shape[1]) if limit is None else \
-        cardiowm.positive_weight(y[:n], limit)
-    y, pos_weight = y.to(device), pos_weight.to(device)
-    if plan is not None:
-        synthesise(args, model, plan, inputs, y)
+    def __init__(self, args: Namespace, cohort: Cohort, device: torch.device,
+                 model: cardiowm.WorldModel, plan: tuple | None, init: dict | None):
+        super().__init__(args, cohort, device)
+        fast_encoder(model.to(device).encoder)
+        rows = training_items(args, cohort)[0]
+        parts, n, total = [rows, *self.judged.values()], len(rows), args.total if plan else 0
+        known = self.embed(model, np.concatenate(parts), n, init)[args.features == "z"]
+        real, *judged = known.split([len(part) for part in parts])               # (n, dim) each
+        self.known = dict(zip(self.judged, judged))
+        # float16 with synthetic rows: at B's size, 2.7 million, that is 1.4 GB
+        inputs = torch.empty((n + total, real.shape[1]), device=device,
+                             dtype=torch.float16 if total else torch.float32)
+        inputs[:n] = real
+        y = torch.empty((n + total, len(cohort.class_name)), dtype=torch.uint8)
+        y[:n] = torch.from_numpy(cohort.label[rows])
+        limit = {"5": cardiowm.POS_WEIGHT_LIMIT, "full": math.inf}.get(args.class_weight)
+        pos_weight = torch.ones(y.shape[1]) if limit is None else \
+            cardiowm.positive_weight(y[:n], limit)
+        y, pos_weight = y.to(device), pos_weight.to(device)
+        if plan is not None:
+            synthesise(args, model, plan, inputs, y)
+        self.rows = np.concatenate([rows, np.full(total, -1)])
+        self.model_args = {"dim": inputs.shape[1], "num_classes": y.shape[1]}
+        self.more = {"head": args.head, "features": args.features}
+        torch.manual_seed(args.seed)
+        head = cardiowm.LinearProbe if args.head == "linear" else cardiowm.MLPProbe
+        self.head = head(**self.model_args).to(device)
+        self.modules = {"model": self.head}
+        self.loss_of = probe_loss(self.head, inputs, y, n, pos_weight)
 
-    head_class = cardiowm.LinearProbe if args.head == "linear" else cardiowm.MLPProbe
-    head_args = {"dim": inputs.shape[1], "num_classes": y.shape[1]}
-    torch.manual_seed(args.seed)
-    head = head_class(**head_args).to(device)
+    def embed(self, model: cardiowm.WorldModel, rows: np.ndarray, n: int,
+              init: dict | None) -> tuple[Tensor, Tensor]:
+        """h and z of rows, the first n for training; a study probes one pretraining many times."""
+        args, device = self.args, self.device
+        key = init and (init["sha256"], self.cohort.sha256, args.normalize, str(device),
+                        rows.tobytes())
+        if key in KEPT:
+            print("embeddings: those of the last probe, of the same pretraining and records")
+            return KEPT[key]
+        KEPT.clear()
+        signals = Signals(self.cohort, device, args.cache, args.normalize)
+        if init is None:
+            first = rows[epoch_order(n, min(EMBED_BATCH, n), args.seed, 0)[:RECALIBRATE_BATCHES]]
+            with autocast(device):
+                recalibrate([model], lambda x: model.project(model.encode(signals.ready(x))),
+                            (x for _, x in prefetch(signals.read, first)))
+            model.eval()
+        progress = Progress(len(rows), "records", "embedding")
+        known = evaluate.embed(model, signals, rows, args.normalize, progress, EMBED_BATCH)
+        progress.close()
+        if key:
+            KEPT[key] = known
+        return known
 
-    def validate() -> dict:
-        head.eval()
-        return {"val_macro_auroc": macro_auroc(cohort.label[judged["val"]],
-                                               scores_of(head, val))}
-
-    header = checkpoint_header(args, cohort, "probe", head_args)
-    fit(run, args, recipe, {"model": head},
-        header | {"head": args.head, "features": args.features}, len(y),
-        lambda items: (to_device(items, device),), probe_loss(head, inputs, y, n, pos_weight),
-        validate, ("val_macro_auroc", 1), lambda items: blame(cohort, rows[items[items < n]]))
-    return {"val": scores_of(head, val), "test": scores_of(head, test)}
+    def score(self, split: str) -> np.ndarray:
+        return scores_of(self.head, self.known[split])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1174,9 +1166,9 @@ def last_row(run: Path) -> dict:
     return read_json(run / "log.jsonl", {"step": (int,)}, lines=True)[-1]
 
 
-def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: int,
-             init: Path | None) -> dict:
+def describe(args: Namespace, cohort: Cohort, init: Path | None) -> dict:
     """The content of config.json: arguments, versions, code, cohort, and the run it starts from."""
+    rows, pairs, single, _ = training_items(args, cohort)
     here = Path(__file__).resolve().parent
     commit = shutil.which("git") and subprocess.run(  # "" outside a repository
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
@@ -1202,14 +1194,9 @@ def describe(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray, pairs: 
                    "patients": len(np.unique(cohort.subject_id)),
                    "classes": len(cohort.class_name),
                    "frac_patients": len(np.unique(cohort.subject_id[rows])),
-                   "frac_records": len(rows), "frac_pairs": pairs},
+                   "frac_records": len(rows), "frac_pairs": len(pairs) + len(single)},
         "init": start,
     }
-
-
-def same_command(overwrite: bool) -> str:
-    """What goes on with an interrupted run."""
-    return "the same command" + " without --overwrite" * overwrite
 
 
 class Run:
@@ -1222,22 +1209,49 @@ class Run:
         """
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
         self.began, self.asked, self.log_rows = time.monotonic(), 0, 0
-        self.finished, old = is_finished(path), None
-        if (path / "config.json").exists():
-            old = config_of(path)
-            # what older versions did not write
-            old = {"init": None, "speed": config["speed"], "code": [
-                {"git": old.get("git"), "sha256": old.get("sha256"), "step": 0}]} | old
-            why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
-                             "init": (dict, type(None))}) or lack(
-                (old["code"] or [None])[-1], {"sha256": (dict,)}, "code.")
-            refuse([(why, f"{path / 'config.json'}: damaged: {why}; start anew with --overwrite")])
-            self._check_same(path, defaults | old["args"], old)
-            refuse([(self.finished and not resume,
-                     f"{path}: this run is finished; score it with `python evaluate.py --mode "
-                     f"score --runs {quoted(path)}`, or start anew with --overwrite")])
-        if not self.finished:
-            self._find_state(old, resume)
+        self.finished = is_finished(path)
+        if not (path / "config.json").exists():
+            if resume:
+                print(f"{path}: nothing to resume there; starting at step 0")
+            return
+        old = config_of(path)
+        # what older versions did not write
+        old = {"init": None, "speed": config["speed"], "code": [
+            {"git": old.get("git"), "sha256": old.get("sha256"), "step": 0}]} | old
+        why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
+                         "init": (dict, type(None))}) or lack(
+            (old["code"] or [None])[-1], {"sha256": (dict,)}, "code.")
+        refuse([(why, f"{path / 'config.json'}: damaged: {why}; start anew with --overwrite")])
+        self._check_same(path, defaults | old["args"], old)
+        refuse([(self.finished and not resume,
+                 f"{path}: this run is finished; score it with `python evaluate.py --mode "
+                 f"score --runs {quoted(path)}`, or start anew with --overwrite")])
+        if self.finished:
+            return
+        there = [path / name for name in ("last.pt", "previous.pt") if (path / name).exists()]
+        if not there:
+            print(f"{path}: found unfinished, without a checkpoint; starting at step 0")
+            return
+        self.found = there[0]
+        with self._usable():
+            self.state = load_checkpoint(self.found)
+            why = lack(self.state, {
+                **dict.fromkeys(("step", "epoch", "bad_epochs", "log_rows"), (int,)),
+                "best": (float, int, type(None)), "args": {}, "optimizer": {"state": {}}})
+            refuse([(why, f"{self.found}: no checkpoint of this run ({why})")])
+            self._check_same(self.found, self.state["args"], config)
+        print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}): found "
+              "unfinished, same configuration, same cohort"
+              + f"\nnote: last.pt is missing there; {self.found} is the checkpoint before it"
+              * (self.found.name == "previous.pt"))
+        self.began -= self.state.get("run_seconds", 0.0)
+        code, (new,) = old["code"], config["code"]
+        if code[-1]["sha256"] != new["sha256"]:  # the code of each part, the first one first
+            print("note: the code changed since this run began")
+            code.append(new | {"step": self.state["step"]})
+        config["code"] = code
+        if config["args"]["device"] == "cpu":  # where the last digits depend on it
+            config["speed"]["threads"] = old["speed"]["threads"]
 
     def _check_same(self, where: Path, args: dict, config: dict) -> None:
         """InputError if a folder or a checkpoint is one of another run."""
@@ -1252,36 +1266,6 @@ class Run:
                  f"{where}: holds a run with {key} = {value}, asked for {now.get(key)}; choose "
                  "another --run, or move the old one aside with --overwrite")
                 for key, value in content(args, config).items()])
-
-    def _find_state(self, old: dict | None, resume: bool) -> None:
-        """Read the checkpoint to go on from, if there is one; nothing changes yet."""
-        there = [path for path in (self.path / "last.pt", self.path / "previous.pt")
-                 if old and path.exists()]
-        if not there:
-            if old or resume:
-                print(f"{self.path}: " + ("found unfinished, without a checkpoint" if old else
-                                          "nothing to resume there") + "; starting at step 0")
-            return
-        self.found = there[0]
-        with self._usable():
-            self.state = load_checkpoint(self.found)
-            why = lack(self.state, {
-                **dict.fromkeys(("step", "epoch", "bad_epochs", "log_rows"), (int,)),
-                "best": (float, int, type(None)), "args": {}, "optimizer": {"state": {}}})
-            refuse([(why, f"{self.found}: no checkpoint of this run ({why})")])
-            self._check_same(self.found, self.state["args"], self.config)
-        print(f"RESUMING {self.path} at step {self.state['step']} (epoch {self.state['epoch']}): "
-              "found unfinished, same configuration, same cohort")
-        if self.found.name == "previous.pt":
-            print(f"note: last.pt is missing there; {self.found} is the checkpoint before it")
-        self.began -= self.state.get("run_seconds", 0.0)
-        code, (new,) = old["code"], self.config["code"]
-        if code[-1]["sha256"] != new["sha256"]:  # the code of each part, the first one first
-            print("note: the code changed since this run began")
-            code.append(new | {"step": self.state["step"]})
-        self.config["code"] = code
-        if self.config["args"]["device"] == "cpu":  # where the last digits depend on it
-            self.config["speed"]["threads"] = old["speed"]["threads"]
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
@@ -1300,24 +1284,6 @@ class Run:
                               f"{quoted(previous)} {quoted(self.found)}`, then the same command")
             raise InputError(f"{text}. {advice}") from None
 
-    def begin(self, wanted: dict, parts: dict) -> None:
-        """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
-        nothing; open the folder."""
-        if self.state:
-            with self._usable():
-                self._restore(wanted, parts)
-        if rank() > 0:
-            return
-        for left in self.path.glob("*.tmp"):  # by a process that was killed
-            left.unlink()
-        replace_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
-        # only the rows that the checkpoint has seen stay in the log: no step is logged twice
-        log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        lines = lines[:self.state["log_rows"] if self.state else 0]
-        self.log_rows = len(lines)
-        replace_file(log, "".join(lines).encode())
-
     def _restore(self, wanted: dict, parts: dict) -> None:
         state = self.state
         refuse([(state.get(name, value) != value, f"{self.found}: {name} is {state[name]}, "
@@ -1335,6 +1301,24 @@ class Run:
             part.load_state_dict(state[name])
         n = sum(len(module.state_dict()) for module in modules.values())
         print(f"{n} of {n} tensors loaded from {self.found}, and the optimizer's")
+
+    def begin(self, wanted: dict, parts: dict) -> None:
+        """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
+        nothing; open the folder."""
+        if self.state:
+            with self._usable():
+                self._restore(wanted, parts)
+        if rank() > 0:
+            return
+        for left in self.path.glob("*.tmp"):  # by a process that was killed
+            left.unlink()
+        replace_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
+        # only the rows that the checkpoint has seen stay in the log: no step is logged twice
+        log = self.path / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        lines = lines[:self.state["log_rows"] if self.state else 0]
+        self.log_rows = len(lines)
+        replace_file(log, "".join(lines).encode())
 
     def seconds(self) -> float:
         """Time spent in this run, the parts before each interruption included."""
@@ -1386,8 +1370,9 @@ class Run:
     def end(self, step: int) -> None:
         """End the process as the signal asked that `noting_signals` noted, here or on a rank."""
         number = signal.Signals(self.asked or signal.SIGTERM)
-        line = (f"{number.name}: stopped at step {step}, which {self.path / 'last.pt'} holds; "
-                f"{same_command(self.config['args']['overwrite'])} goes on from there")
+        again = " without --overwrite" * self.config["args"]["overwrite"]
+        line = (f"{number.name}: stopped at step {step}, which {self.path / 'last.pt'} holds; the "
+                f"same command{again} goes on from there")
         raise KeyboardInterrupt(line) if number == signal.SIGINT else \
             prepare_data.Stopped(number, line)
 
@@ -1409,20 +1394,6 @@ def hold(path: Path, overwrite: bool, until: contextlib.ExitStack) -> None:
         until.enter_context(locked(path, refusal))
 
 
-@contextlib.contextmanager
-def own_folder(args: argparse.Namespace, default: str) -> Iterator[Path]:
-    """Where bench and reproduce write, locked: --run or a name under runs/, but no training run."""
-    folder = folder_of(args.run or default)
-    refuse([
-        (int(os.environ.get("WORLD_SIZE", "1")) > 1,
-         f"torchrun: --mode {args.mode} uses one device; run `python train.py` instead"),
-        ((folder / "config.json").exists(),
-         f"--run {folder}: found a training run there; choose another --run")])
-    with locked(folder, f"{folder}: another process works in that folder; wait until it ends, or "
-                "choose another --run"):
-        yield folder
-
-
 def write_predictions(run: Run, cohort: Cohort, scores: dict[str, np.ndarray]) -> None:
     """predictions_{val,test}.npz, test last: its presence says that the run is finished."""
     for name, rows in judged_rows(cohort).items():
@@ -1434,14 +1405,6 @@ def write_predictions(run: Run, cohort: Cohort, scores: dict[str, np.ndarray]) -
                  first_in_stay=cohort.ecg_no_within_stay[rows] == 0,
                  has_label=cohort.has_label[rows])
         replace_file(run.path / f"predictions_{name}.npz", content.getbuffer())
-
-
-def default_pretraining(stem: str, args: argparse.Namespace) -> str:
-    """Name of the pretraining that probes and finetunings of this recipe, fraction and seed start
-    from."""
-    return f"{stem}-pretrain" + (f"-frac{args.frac:g}" if args.frac != 1 else "") \
-        + (f"-recipe{args.recipe}" if args.recipe != "papers" else "") \
-        + (f"-seed{args.seed}" if args.seed else "")
 
 
 def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> None:
@@ -1461,10 +1424,8 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> 
     if args.mode == "pretrain":
         same = f" --data {quoted(cohort.path)}" * (cohort.path != DEFAULT_DATA) \
             + f" --frac {args.frac:g}" * (args.frac != 1) + f" --seed {args.seed}" * (args.seed > 0)
-        recipe = f" --recipe {args.recipe}" * (args.recipe != "papers")
+        init = f" --init {quoted(run.path)}"
         scaling = f" --normalize {args.normalize}" * (args.normalize != "zscore")
-        found = run.path == Path("runs") / default_pretraining(cohort.name, args)
-        init = recipe if found else f" --init {quoted(run.path)}"
         for mode in (f"probe{init}", f"probe --head mlp{init}", f"finetune{init}{scaling}",
                      f"finetune --init scratch{scaling}"):
             print(f"  python train.py --mode {mode}{same}")
@@ -1498,7 +1459,9 @@ def find_init(args, cohort: Cohort) -> Path | None:
         return None
     if args.init is not None:
         return finished_run(args.init, "--init")
-    path = Path("runs") / default_pretraining(cohort.name, args)
+    path = Path("runs", f"{cohort.name}-pretrain" + f"-frac{args.frac:g}" * (args.frac != 1)
+                + f"-recipe{args.recipe}" * (args.recipe != "papers")
+                + f"-seed{args.seed}" * (args.seed > 0))
     old = config_of(path) if (path / "config.json").exists() else None
     recipe = f" --recipe {args.recipe}" * (args.recipe != "papers")
     refuse([(old is None or (cohort.sha256, args.frac, args.seed, args.recipe) != (
@@ -1564,7 +1527,7 @@ def compute_of(name: str) -> int:
     return passes
 
 
-def usual_switches(args: argparse.Namespace) -> dict:
+def usual_switches(args: Namespace) -> dict:
     """What --recipe sets where a flag is unset; of the objective, so of a pretraining alone."""
     usual = dict(evaluate.SWITCHES[args.recipe if args.mode == "pretrain" else "papers"])
     if args.objective != "dynamics":  # it takes no action
@@ -1574,7 +1537,7 @@ def usual_switches(args: argparse.Namespace) -> dict:
     return usual
 
 
-def settle(args: argparse.Namespace) -> argparse.Namespace:
+def settle(args: Namespace) -> Namespace:
     """Fill the switches left unset from --recipe; returns args."""
     for name, value in usual_switches(args).items():
         if getattr(args, name) is None:
@@ -1582,7 +1545,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def resolve(args: argparse.Namespace, cohort: Cohort, device: torch.device, n: int,
+def resolve(args: Namespace, cohort: Cohort, device: torch.device, n: int,
             passes: int | None = None) -> dict:
     """Fill what was left unset from the recipe, for n training items; returns the recipe.
 
@@ -1640,13 +1603,6 @@ OWN_FLAGS = {  # modes that compose runs of their own take these flags only
     "reproduce": {"data", "cache", "labelled_only", "min_count", "total", "paper", "quick", "run",
                   "seed", "device", "compile", "deterministic", "resume", "checkpoint_minutes"},
 }
-RANGES = {  # lowest and highest value
-    "frac": (1e-9, 1.0), "lam": (0.0, 1.0), "sigreg_ratio": (0.0, 1e6), "crop": (0.1, 1.0),
-    "noise": (0.0, 100.0), "supervise": (0.0, 1e6), "decoys": (0.0, 1e6), "slices": (1, 1_000_000),
-    "z_dim": (2, 65_536),
-    "epochs": (1, 1_000_000), "batch_size": (2, 10_000_000), "lr": (1e-12, 100.0),
-    "min_count": (1, 10**9), "total": (1, 10**9), "checkpoint_minutes": (0.0, 1e6),
-    "seed": (0, 2**31 - 1)}
 
 
 def flag_of(name: str) -> str:
@@ -1654,7 +1610,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_arguments(args: Namespace, parser: ArgumentParser) -> None:
     """Raises InputError where a flag is out of range, or means nothing beside the others.
 
     args.seed becomes a list in --mode reproduce, one number elsewhere.
@@ -1665,9 +1621,11 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         (len(set(seeds)) < len(seeds) or (len(seeds) > 1 and mode != "reproduce"),
          f"--seed: found {' '.join(map(str, seeds))}, wanted one seed (--mode reproduce takes "
          "several, each once)"),
+        (mode in OWN_FLAGS and int(os.environ.get("WORLD_SIZE") or 1) > 1,
+         f"torchrun: --mode {mode} uses one device; run `python train.py` instead"),
         (args.paper and args.quick, "--paper and --quick exclude each other: give one"),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other: give one")]
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in parser.within.items():
         values = seeds if name == "seed" else [getattr(args, name)]
         rules += [(value is not None and not low <= value <= high,  # NaN fails as well
                    f"{flag_of(name)}: found {value}, wanted " + (
@@ -1682,12 +1640,10 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     args.seed = seeds if mode == "reproduce" else seeds[0]
 
 
-def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
+def contradictions(args: Namespace, given: list[str]) -> list[tuple]:
     """Flags of a run that contradict each other: (broken, message)."""
     scratch, augments = args.init == "scratch", args.augment != "none"
-    usual = usual_switches(args)
-    switch = {name: value if getattr(args, name) is None else getattr(args, name)
-              for name, value in usual.items()}
+    switch = vars(settle(copy.copy(args)))
     idle = [(name, "reg") for name in ("lam", "sigreg_ratio", "slices")
             if args.reg != "sigreg"] + [
         (name, "augment") for name in ("min_count", "total")
@@ -1726,7 +1682,7 @@ def contradictions(args: argparse.Namespace, given: list[str]) -> list[tuple]:
          "--init scratch: a probe needs a frozen encoder: give a pretraining run or --init random")]
 
 
-def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: str) -> str:
+def run_name(args: Namespace, parser: ArgumentParser, stem: str) -> str:
     """<cohort stem>-<mode> and every flag that differs from its default, in the parser's order."""
     parts, usual = [stem, args.mode], usual_switches(args)
     for action in parser._actions:
@@ -1743,12 +1699,14 @@ def run_name(args: argparse.Namespace, parser: argparse.ArgumentParser, stem: st
     return "-".join(parts)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line: flags, grouped, no abbreviations."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(flag: str, default, text: str, choices: str = "", **how) -> None:
+    parser.within = {}  # lowest and highest value of a flag
+
+    def add(flag: str, default, text: str, choices: str = "", within: tuple = (), **how) -> None:
         """A flag of the current group; its default, or its type where it is unset by default."""
         if default is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -1760,14 +1718,15 @@ def build_parser() -> argparse.ArgumentParser:
             how |= {"default": default, "type": type(default)}
             text += f" (default: {default})"
         how |= {"choices": choices.split()} if choices else {}
-        group.add_argument(flag, help=text, **how)
+        name = group.add_argument(flag, help=text, **how).dest
+        parser.within |= {name: within} if within else {}
 
     group = parser.add_argument_group("what to do")
     add("--mode", str, "reproduce: the papers' whole matrix and a report; bench: time every stage",
         "pretrain finetune probe reproduce bench", required=True)
     group = parser.add_argument_group("data")
     add("--data", str, "cohort .h5 (unset: data/cohort.h5, else the demo is built)")
-    add("--frac", 1.0, "fraction of the training patients, nested")
+    add("--frac", 1.0, "fraction of the training patients, nested", within=(1e-9, 1.0))
     add("--labelled-only", False, "leave unlabelled records out of training")
     add("--pairs", "all", "pretrain on all, on those of two labelled records, or between stays",
         "all labelled between")
@@ -1782,7 +1741,7 @@ def build_parser() -> argparse.ArgumentParser:
         "coded state none sets")
     add("--self-pairs", bool, "records in no pair become pairs of two windows of themselves")
     add("--residual", False, "z_pred = z + MLP (paper A's text)")
-    add("--z-dim", 256, "width of z")
+    add("--z-dim", 256, "width of z", within=(2, 65_536))
     add("--normalize", "zscore", "none keeps mV (a probe takes its encoder's)", "zscore none")
     add("--init", str, "RUN, scratch (finetune: the supervised baseline), random or random:D "
         "(probe: an untrained encoder, its D-th draw); unset: the pretraining of the same cohort, "
@@ -1795,35 +1754,39 @@ def build_parser() -> argparse.ArgumentParser:
     add("--augment-action", "true", "controls of dynamics: other rows' labels, no change",
         "true shuffled zero")
     add("--class-weight", str, "cap on neg/pos weights of the mlp head (unset: 5)", "none 5 full")
-    add("--min-count", 50, "rarest label combination synthesised")
-    add("--total", int, "synthetic rows (unset: 2,000,000; laptop preset: 2.77 a real row)")
+    add("--min-count", 50, "rarest label combination synthesised", within=(1, 10**9))
+    add("--total", int, "synthetic rows (unset: 2,000,000; laptop preset: 2.77 a real row)",
+        within=(1, 10**9))
     group = parser.add_argument_group("loss")
     add("--reg", "sigreg", "against collapse", "sigreg vicreg")
-    add("--lam", float, "weight of SIGReg (papers: 0.1)")
-    add("--sigreg-ratio", float, "lam from lam N / (1 - lam) at the batch size N")
-    add("--slices", 256, "random directions of SIGReg")
-    add("--crop", float, "train on a random window of this part of each record")
-    add("--noise", float, "and on noise of this standard deviation")
-    add("--supervise", float, "weight of a linear head on h that learns the coded labels")
-    add("--decoys", float, "weight of telling the true action from those of other pairs")
+    add("--lam", float, "weight of SIGReg (papers: 0.1)", within=(0.0, 1.0))
+    add("--sigreg-ratio", float, "lam from lam N / (1 - lam) at the batch size N",
+        within=(0.0, 1e6))
+    add("--slices", 256, "random directions of SIGReg", within=(1, 1_000_000))
+    add("--crop", float, "train on a random window of this part of each record", within=(0.1, 1.0))
+    add("--noise", float, "and on noise of this standard deviation", within=(0.0, 100.0))
+    add("--supervise", float, "weight of a linear head on h that learns the coded labels",
+        within=(0.0, 1e6))
+    add("--decoys", float, "weight of telling the true action from those of other pairs",
+        within=(0.0, 1e6))
     group = parser.add_argument_group("optimisation (unset: the papers' recipe or the preset)")
-    add("--epochs", int, "passes over the training items: exactly so many")
-    add("--batch-size", int, "pairs (pretrain) or records a step")
-    add("--lr", float, "peak learning rate")
+    add("--epochs", int, "passes over the training items: exactly so many", within=(1, 1_000_000))
+    add("--batch-size", int, "pairs (pretrain) or records a step", within=(2, 10_000_000))
+    add("--lr", float, "peak learning rate", within=(1e-12, 100.0))
     add("--schedule", str, "learning-rate schedule", "cosine onecycle")
     add("--paper", False, "the papers' epochs and batch size, wherever it runs")
     add("--quick", False, "a smoke run: very few epochs")
     group = parser.add_argument_group("run")
     add("--run", str, "name under runs/, or a path (unset: made from the flags)")
     add("--seed", 0, "of patients, weights, batches and directions; reproduce takes several",
-        nargs="+", metavar="SEED")
+        within=(0, 2**31 - 1), nargs="+", metavar="SEED")
     add("--device", "auto", "auto, cpu, cuda, cuda:N, mps")
     add("--compile", False, argparse.SUPPRESS)  # of older commands, without effect
     add("--deterministic", False, "deterministic kernels only")
     add("--resume", False, "finished runs: say so and exit 0")
     add("--overwrite", False, "move an old run folder aside and start anew")
     add("--allow-tiny", False, f"pretrain on fewer than {MIN_PAIRS} pairs")
-    add("--checkpoint-minutes", 10.0, "between checkpoints in an epoch")
+    add("--checkpoint-minutes", 10.0, "between checkpoints in an epoch", within=(0.0, 1e6))
     return parser
 
 
@@ -1845,23 +1808,7 @@ def cohort_lines(cohort: Cohort, device: torch.device) -> str:
         *(f"note: {note}" for note in prepare_data.notes(cohort))])
 
 
-def pick_device(name: str) -> torch.device:
-    """evaluate.pick_device; under torchrun, each process takes the GPU of its local rank."""
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if ":" in name or name == "mps":
-            raise InputError(f"--device {name}: torchrun gives each process its own device; wanted "
-                             "auto, cuda or cpu")
-        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        name = "cpu" if name == "auto" else name
-    device = evaluate.pick_device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # for NCCL, and for the stream of a CUDA graph
-    return device
-
-
-def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
-            device: torch.device) -> tuple:
+def prepare(args: Namespace, parser: ArgumentParser, cohort: Cohort, device: torch.device) -> tuple:
     """Everything that can be wrong with the input, found before a run folder is touched."""
     patient = np.unique(np.stack([cohort.subject_id, cohort.split], axis=1), axis=0)[:, 0]
     refuse([
@@ -1876,7 +1823,7 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
     init = find_init(args, cohort)
     torch.manual_seed(args.seed)
     start = load_start(init, args, cohort)
-    rows, pairs, single, n = training_items(settle(args), cohort)
+    n = training_items(settle(args), cohort)[3]
     pretraining = args.mode == "pretrain"
     strict = pretraining and not args.allow_tiny
     least = MIN_PAIRS if strict else 2
@@ -1892,17 +1839,17 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: C
              "wanted at least 2 for each; raise it or start fewer processes"),
             (args.decoys > 0 and world_size() > 1,
              "--decoys: found several processes, and each has decoys of its own; start one")])
-    print_training(args, cohort, rows, pairs, single)
+    print_training(args, cohort)
     if passes is not None:
         print(f"compute of {args.compute_of} and its pretraining: {passes:,} records forward and "
               f"back, {args.epochs} epochs of {n}")
-    plan = plan_augmentation(args, cohort, rows) if args.augment != "none" else None
-    return path, init, start, recipe, rows, pairs, single, plan
+    plan = plan_augmentation(args, cohort) if args.augment != "none" else None
+    return path, init, start, recipe, plan
 
 
-def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
-                   pairs: np.ndarray, single: np.ndarray) -> None:
+def print_training(args: Namespace, cohort: Cohort) -> None:
     """Print what a resolved run is trained on, with which settings, and why."""
+    rows, pairs, single, n = training_items(args, cohort)
     found = training_rows(cohort, args.frac, args.seed, labelled_only=False)
     everyone = np.unique(cohort.subject_id[cohort.split == 0])
     print(f"training: {len(np.unique(cohort.subject_id[found]))} of {len(everyone)} patients, "
@@ -1913,11 +1860,11 @@ def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
         changed = int(cohort.action_of(pairs, told).any(axis=1).sum())
         print(f"pairs: {len(pairs)} for training, {changed} of them with an action"
               + f"; and {len(single)} single records" * args.self_pairs)
-        if usual := {name: getattr(args, name) for name, value in evaluate.PAPERS.items()
-                     if getattr(args, name) != value}:
-            print(f"recipe: {args.recipe}; other than the papers': "
-                  + ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else
-                              f"{name} {value}" for name, value in usual.items()))
+        val = judged_rows(cohort)["val"]
+        judged = len(select_pairs(cohort, val, args.pairs, args.labelled_only))
+        size = min(global_batch(args, n), judged)
+        print(f"validation: {len(val)} records, {judged} pairs, SIGReg at N = {size} (fixed)")
+        print(f"recipe: {evaluate.recipe_words(vars(args))[2:] or 'papers'}")
     positive = cohort.label[rows].sum(axis=0, dtype=np.int64)
     constant = np.flatnonzero((positive == 0) | (positive == len(rows)))
     if len(constant):
@@ -1933,21 +1880,20 @@ def print_training(args: argparse.Namespace, cohort: Cohort, rows: np.ndarray,
           f"batch size {args.batch_size}, lr {args.lr:g}, {args.schedule}")
 
 
-def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def train(args: Namespace, parser: ArgumentParser) -> None:
     """One run: config -> data -> run folder -> train -> predictions -> summary."""
     check_arguments(args, parser)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(args.deterministic)
-    device = pick_device(args.device)
-    join_ranks(device)
+    device = join_ranks(args.device)
     if world_size() > 1 and args.mode == "probe":
         raise InputError("torchrun: a probe trains on one device; run `python train.py` instead")
     on_first_rank(lambda: open_cohort(args.data).sha256)  # builds the demo cohort if there is none
     cohort = open_cohort(args.data)
     print(cohort_lines(cohort, device))
-    path, init, start, recipe, rows, pairs, single, plan = prepare(args, parser, cohort, device)
-    config = describe(args, cohort, rows, len(pairs) + len(single), init)
+    path, init, start, recipe, plan = prepare(args, parser, cohort, device)
+    config = describe(args, cohort, init)
     defaults = vars(settle(parser.parse_args(["--mode", args.mode])))
     with contextlib.ExitStack() as until:
         on_first_rank(lambda: hold(path, args.overwrite, until))
@@ -1961,11 +1907,13 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             until.callback(torch.set_num_threads, now)
             torch.set_num_threads(threads)
         if args.mode == "pretrain":
-            scores = pretrain(run, args, recipe, cohort, pairs, single, device)
+            task = Pretraining(args, cohort, device)
         elif args.mode == "finetune":
-            scores = finetune(run, args, recipe, cohort, rows, start, device)
+            task = Finetuning(args, cohort, device, start)
         else:
-            scores = probe(run, args, recipe, cohort, rows, start, plan, device)
+            task = Probing(args, cohort, device, start, plan, config["init"])
+        fit(run, args, recipe, task)
+        scores = {split: task.score(split) for split in task.judged}
         if rank() == 0:
             last = last_row(path)
             run.log({"step": last["step"], "epoch": last["epoch"], "run_seconds": run.seconds()})
@@ -1981,14 +1929,14 @@ BATCH_PAIRS = 512         # paper A's batch
 MIMIC_PAIRS = 638_683     # of MIMIC-IV-ECG
 MOVED_BYTES = 33_000      # that an eager bf16 training step moves per record and sample
 BENCH_COLUMNS = ("stage", "today", "today_seconds", "here", "here_seconds", "ratio", "wanted")
-Timed = tuple[str, Callable]  # what, and a call that does it
 
 
-def compare(stage: str, today: Timed, here: Timed, wanted: str, repeats: int, scale: float = 1.0,
+def compare(stage: str, today: tuple, here: tuple, wanted: str, repeats: int, scale: float = 1.0,
             clock: Callable = time.perf_counter) -> list[str]:
     """A row of the bench: median seconds of two calls that take turns, the first turn left out.
 
-    scale: today's call is only this part of what is done here, so its time is multiplied.
+    today, here: what it is, and a call that does it. scale: today's call is only this part of what
+    is done here, so its time is multiplied.
     """
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(repeats + 1):
@@ -2058,7 +2006,7 @@ def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
                   1 if quick else 25)
 
 
-def bench_encoder(args: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
+def bench_encoder(args: Namespace, device: torch.device) -> Iterator[list[str]]:
     """The encoder forward and back: as cardiowm.py has it, laid out anew, and in bf16."""
     pairs = 8 if args.quick else 64 if device.type == "cpu" else BATCH_PAIRS
     repeats = 1 if args.quick else 7
@@ -2099,30 +2047,24 @@ def complex_sigreg(z: Tensor, directions: Tensor) -> Tensor:
     return len(z) * (error.abs().square() * phi * weight).sum(dim=1).mean()
 
 
-def without_launches(call: Callable, device: torch.device) -> Callable:
-    """The call; on CUDA the replay of its graph, whose time is that of the kernels alone."""
-    if device.type != "cuda":
-        return call
-    call()
-    return record(call)[0].replay
-
-
-def bench_training(args: argparse.Namespace, cohort: Cohort,
-                   device: torch.device) -> Iterator[list[str]]:
+def bench_training(args: Namespace, cohort: Cohort, device: torch.device) -> Iterator[list[str]]:
     """SIGReg against its formula, and whole pretraining steps against the SIGReg in them; on CUDA
     the steps as a graph against the same steps launched kernel by kernel."""
-    pairs = np.flatnonzero((cohort.split[cohort.pair] == 0).all(axis=1))
     cuda = device.type == "cuda"
     batch, steps = (8, 2) if args.quick else (64, 5) if not cuda else (BATCH_PAIRS, 25)
-    task = Pretraining(args, cohort, pairs, device)
+    task = Pretraining(args, cohort, device)
     optimizer = make_optimizer(task.modules.values(), 1e-3, 5e-4)
-    order = np.random.default_rng(0).integers(0, len(pairs), (steps, batch))
+    order = np.random.default_rng(0).integers(0, len(task.rows), (steps, batch))
     directions = task.sigreg.draw_directions(256, None, device)
     z, part = (torch.randn(n, 256, device=device, requires_grad=True) for n in (BATCH_PAIRS, batch))
-    typed, ours, in_step = (without_launches(call, device) for call in (
-        lambda: complex_sigreg(z, directions).backward(),
-        lambda: task.sigreg(z, directions).backward(),
-        lambda: task.sigreg(part, directions).backward()))
+    calls = [lambda: complex_sigreg(z, directions).backward(),
+             lambda: task.sigreg(z, directions).backward(),
+             lambda: task.sigreg(part, directions).backward()]
+    if cuda:  # replays of their graphs, whose time is that of the kernels alone
+        for call in calls:
+            call()
+        calls = [record(call)[0].replay for call in calls]
+    typed, ours, in_step = calls
     repeats = 1 if args.quick else 5
     yield compare(f"SIGReg with gradient, N={BATCH_PAIRS}", ("complex exponential", typed),
                   ("SIGReg", ours), "≥ 3×" if cuda else "≥ 10×", 10 * repeats)
@@ -2174,7 +2116,7 @@ def bench_bootstrap(quick: bool) -> Iterator[list[str]]:
                   "≥ 150× roc_auc_score", 1 if quick else 3, scale=replicates)
 
 
-def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterator[list[str]]:
+def bench_augmentation(args: Namespace, device: torch.device) -> Iterator[list[str]]:
     """Paper B's 2,000,000 synthetic rows beside 721,002 real ones: making them, one probe epoch."""
     total, n = (20_000, 7210) if args.quick else SYNTHETIC_ROWS
     rng = np.random.default_rng(0)
@@ -2182,7 +2124,7 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
     plan = (torch.from_numpy(combinations), torch.from_numpy(rng.integers(50, 13_000, 300)),
             torch.from_numpy(rng.random(n) < 0.54), None)  # as many normal rows as MIMIC has
     model, head = cardiowm.WorldModel(76).to(device), cardiowm.MLPProbe(256, 76).to(device)
-    args = argparse.Namespace(**vars(args) | {"total": total, "augment": "dynamics"})
+    args = Namespace(**vars(args) | {"total": total, "augment": "dynamics"})
     inputs = torch.randn(n + total, 256, device=device).half()
     y = torch.zeros(n + total, 76, dtype=torch.uint8, device=device)
     loss_of = probe_loss(head, inputs, y, n, torch.ones(76, device=device))
@@ -2199,9 +2141,9 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> Iterat
                   "≥ 6.7× (15 % of an epoch)", 1, scale=len(y) / order.size)
 
 
-def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def bench(args: Namespace, parser: ArgumentParser) -> None:
     """--mode bench: print each row when it is there; write bench.md and bench.csv."""
-    device, quick = pick_device(args.device), settle(args).quick
+    device, quick = join_ranks(args.device), settle(args).quick
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -2209,23 +2151,22 @@ def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     title = (f"python train.py --mode bench{flags}: {hardware}; torch {torch.__version__}, numpy "
              f"{np.__version__}; medians of repeats that take turns, seed {args.seed}")
     print(title, flush=True)
-    rows, out = [], sys.stdout
-    with own_folder(args, "bench") as folder:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, \
-                contextlib.redirect_stdout(io.StringIO()):  # of the stages
-            root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
-            prepare_data.write_demo(root, 40 if quick else 920,
-                                    workers=prepare_data.available_cores())
-            prepare_data.build("mimic", root, data, 100, root / "records_w_diag_icd10.csv")
-            cohort = Cohort(data)
-            for row in itertools.chain(
-                    bench_reading(root, quick), bench_batches(cohort, quick),
-                    bench_encoder(args, device), bench_training(args, cohort, device),
-                    bench_bootstrap(quick), bench_augmentation(args, device)):
-                rows.append(row)
-                print("{}: {} {} s, {} {} s: {}, wanted {}".format(*row), file=out, flush=True)
-        evaluate.publish(folder, "bench", [title, "", *evaluate.markdown(BENCH_COLUMNS, rows)],
-                         {"bench.csv": [BENCH_COLUMNS, *rows]})
+    rows, out, folder = [], sys.stdout, folder_of(args.run or "bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, \
+            contextlib.redirect_stdout(io.StringIO()):  # of the stages
+        root, data = Path(scratch) / "demo", Path(scratch) / "cohort.h5"
+        prepare_data.write_demo(root, 40 if quick else 920, workers=prepare_data.available_cores())
+        prepare_data.build("mimic", root, data, 100, root / "records_w_diag_icd10.csv")
+        cohort = Cohort(data)
+        for row in itertools.chain(
+                bench_reading(root, quick), bench_batches(cohort, quick),
+                bench_encoder(args, device), bench_training(args, cohort, device),
+                bench_bootstrap(quick), bench_augmentation(args, device)):
+            rows.append(row)
+            print("{}: {} {} s, {} {} s: {}, wanted {}".format(*row), file=out, flush=True)
+    evaluate.publish(folder, "bench", [title, "", *evaluate.markdown(BENCH_COLUMNS, rows)],
+                     {"bench.csv": [BENCH_COLUMNS, *rows]})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2233,63 +2174,65 @@ def bench(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 # ----------------------------------------------------------------------------------------------
 
 
-def study_runs(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict[str, list[str]]:
-    """Name and command line of every run of a study, in order; all lie under `folder`.
+# Of both papers, what begins from the recommended recipe, and controls: a run's name, the fractions
+# at which it stands, its flags; --init and --compute-of name a run before it. Probes of one
+# pretraining share its embeddings, so they stand one after the other.
+MLP = "--mode probe --head mlp"
+STUDY = f"""
+pretrain-dynamics       | 1 0.1 0.01| --mode pretrain
+probe-dynamics          | 1 0.1 0.01| --mode probe --init pretrain-dynamics
+mlp-z                   | 1 0.1     | {MLP} --init pretrain-dynamics
+mlp-h                   | 1         | {MLP} --features h --init pretrain-dynamics
+mlp-full-weights        | 1         | {MLP} --class-weight full --init pretrain-dynamics
+mlp-dynamics            | 1 0.1     | {MLP} --augment dynamics --init pretrain-dynamics
+mlp-smote               | 1         | {MLP} --augment smote --init pretrain-dynamics
+mlp-oversample          | 1         | {MLP} --augment oversample --init pretrain-dynamics
+finetune-dynamics       | 1 0.1 0.01| --mode finetune --init pretrain-dynamics
+supervised-compute      | 1 0.1 0.01| --mode finetune --init scratch --compute-of finetune-dynamics
+supervised              | 1 0.1 0.01| --mode finetune --init scratch
+probe-untrained         | 1 0.1 0.01| --mode probe --init random
+probe-untrained-draw1   | 1 0.1 0.01| --mode probe --init random:1
+probe-untrained-draw2   | 1 0.1 0.01| --mode probe --init random:2
+pretrain-recommended    | 1 0.1     | --mode pretrain --recipe recommended
+probe-recommended       | 1 0.1     | --mode probe --init pretrain-recommended
+mlp-recommended         | 1 0.1     | {MLP} --init pretrain-recommended
+mlp-recommended-dynamics| 1 0.1     | {MLP} --augment dynamics --init pretrain-recommended
+finetune-recommended    | 1 0.1     | --mode finetune --init pretrain-recommended
+pretrain-invariance     | 1         | --mode pretrain --objective invariance
+probe-invariance        | 1         | --mode probe --init pretrain-invariance
+finetune-invariance     | 1         | --mode finetune --init pretrain-invariance
+pretrain-vicreg         | 1         | --mode pretrain --reg vicreg
+probe-vicreg            | 1         | --mode probe --init pretrain-vicreg
+finetune-vicreg         | 1         | --mode finetune --init pretrain-vicreg
+pretrain-state          | 1         | --mode pretrain --action state
+mlp-state               | 1         | {MLP} --augment dynamics --init pretrain-state
+"""
 
-    Paper A: five pretrainings, linear probe and finetuning of each, supervised at each fraction.
-    Paper B: the MLP probe on z and on h, with dynamics and with SMOTE-style rows. Beside each: what
-    begins from the recommended recipe, at 100 and 10 %. Controls: three
-    untrained encoders, supervised at the compute of a finetuned run and its pretraining,
-    oversampling, full class weights and, where it is known, the true state change as action.
-    """
-    every, few, whole, world = (1.0, 0.1, 0.01), (1.0, 0.1), (1.0,), "pretrain-dynamics"
-    mlp, supervised = "--mode probe --head mlp", "--mode finetune --init scratch"
-    rare = f"--min-count {args.min_count}" + (f" --total {args.total}" if args.total else "")
-    draws = [f":{draw}" * (draw > 0) for draw in range(-(-UNTRAINED_DRAWS // len(args.seed)))]
-    matrix = [  # name, flags, of which the last takes the run to start from, that run, fractions
-        (world, "--mode pretrain", None, every),
-        ("probe-dynamics", "--mode probe --init", world, every),
-        # one after the other: probes of one pretraining share its embeddings
-        ("mlp-z", f"{mlp} --init", world, few),
-        ("mlp-h", f"{mlp} --features h --init", world, whole),
-        ("mlp-full-weights", f"{mlp} --class-weight full --init", world, whole),
-        *((f"mlp-{kind}", f"{mlp} --augment {kind} {rare} --init", world, fracs)
-          for kind, fracs in (("dynamics", few), ("smote", whole), ("oversample", whole))),
-        ("finetune-dynamics", "--mode finetune --init", world, every),
-        ("supervised-compute", f"{supervised} --compute-of", "finetune-dynamics", every),
-        ("supervised", supervised, None, every),
-        *(("probe-untrained" + draw.replace(":", "-draw"), f"--mode probe --init random{draw}",
-           None, every) for draw in draws)]
-    better = "pretrain-recommended"
-    matrix += [
-        (better, "--mode pretrain --recipe recommended", None, few),
-        ("probe-recommended", "--mode probe --init", better, few),
-        ("mlp-recommended", f"{mlp} --init", better, few),
-        ("mlp-recommended-dynamics", f"{mlp} --augment dynamics {rare} --init", better, few),
-        ("finetune-recommended", "--mode finetune --init", better, few)]
-    for kind, flags in (("invariance", "--objective invariance"), ("vicreg", "--reg vicreg")):
-        matrix += [(f"pretrain-{kind}", f"--mode pretrain {flags}", None, whole),
-                   (f"probe-{kind}", "--mode probe --init", f"pretrain-{kind}", whole),
-                   (f"finetune-{kind}", "--mode finetune --init", f"pretrain-{kind}", whole)]
-    if cohort.state is not None:
-        matrix += [("pretrain-state", "--mode pretrain --action state", None, whole),
-                   ("mlp-state", f"{mlp} --augment dynamics {rare} --init", "pretrain-state",
-                    whole)]
+
+def study_runs(args: Namespace, cohort: Cohort, folder: Path) -> dict[str, list[str]]:
+    """Name and command line of every run of a study, in order; all lie under `folder`."""
+    rare = ["--min-count", str(args.min_count)] + ["--total", str(args.total)] * bool(args.total)
     shared = ["--data", str(cohort.path), "--device", args.device, "--cache", args.cache,
               "--checkpoint-minutes", f"{args.checkpoint_minutes:g}", "--resume"]
     for name in ("paper", "quick", "labelled_only", "deterministic"):
         shared += [flag_of(name)] * getattr(args, name)
-    runs = {}
-    for seed, frac, (name, flags, start, fracs) in itertools.product(args.seed, every, matrix):
-        if frac in fracs:
-            at = (f"-frac{frac:g}" if frac != 1 else "") + (f"-seed{seed}" if seed else "")
-            own = [*flags.split(), *([str(folder / (start + at))] if start else [])]
-            own += ["--frac", f"{frac:g}"] * (frac != 1) + ["--seed", str(seed)] * (seed > 0)
-            runs[name + at] = [*own, "--run", str(folder / (name + at)), *shared]
+    draws, runs = -(-UNTRAINED_DRAWS // len(args.seed)), {}
+    matrix = [line.split("|") for line in STUDY.strip().splitlines()]
+    for seed, frac, (name, fracs, flags) in itertools.product(
+            args.seed, ("1", "0.1", "0.01"), matrix):
+        name = name.strip()
+        if frac not in fracs.split() or int(name.partition("-draw")[2] or 0) >= draws \
+                or (name.endswith("-state") and cohort.state is None):
+            continue
+        at = f"-frac{frac}" * (frac != "1") + f"-seed{seed}" * (seed > 0)
+        words = [str(folder / (word + at)) if word.startswith(("pretrain-", "finetune-")) else word
+                 for word in flags.split()] + rare * ("--augment" in flags)
+        words += ["--frac", frac] * (frac != "1") + ["--seed", str(seed)] * (seed > 0)
+        runs[name + at] = [*words, "--run", str(folder / (name + at)), *shared]
     return runs
 
 
-def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, cohort: Cohort,
+def plan_study(runs: dict[str, list[str]], parser: ArgumentParser, cohort: Cohort,
                device: torch.device) -> dict[str, dict]:
     """What study.json says of each run before it is done.
 
@@ -2325,44 +2268,49 @@ def plan_study(runs: dict[str, list[str]], parser: argparse.ArgumentParser, coho
 def time_left(runs: list[dict]) -> float | None:
     """Seconds for the runs not yet done, at the speed of those done; None where that is unknown."""
     left = 0.0
-    for kind in {run["kind"] for run in runs if run["reason"]}:
-        same = [run for run in runs if run["kind"] == kind]
-        done = [run for run in same if run["seconds"] and not run["reason"]]
-        if not done:
+    for run in (run for run in runs if run["reason"]):
+        same = [other for other in runs if other["kind"] == run["kind"]
+                and other["seconds"] and not other["reason"]]
+        if not same:
             return None
-        speed = sum(run["seconds"] for run in done) / sum(run["work"] for run in done)
-        left += speed * sum(run["work"] for run in same if run["reason"])
+        speed = sum(other["seconds"] for other in same) / sum(other["work"] for other in same)
+        left += speed * run["work"]
     return left
 
 
-def open_study(args: argparse.Namespace, cohort: Cohort, folder: Path) -> dict:
-    """What study.json says of the study in a folder; InputError if it is of another kind."""
-    kept = ("paper", "quick", "labelled_only", "min_count", "total", "deterministic")
-    study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in kept}
-    old = study | {"runs": {}}
-    if (folder / "study.json").exists():
-        old = read_json(folder / "study.json", {"runs": {"*": {"frac": evaluate.NUMBER}}})[0]
-    refuse([(old.get(name) != value, f"--run {folder}: holds a study with {name} = {old.get(name)},"
-             f" asked for {value}; choose another --run") for name, value in study.items()])
-    return old
-
-
-def reproduce(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def reproduce(args: Namespace, parser: ArgumentParser) -> None:
     """--mode reproduce: one study in a folder of its own."""
-    device = pick_device(args.device)
+    device, began = join_ranks(args.device), time.monotonic()
     cohort = open_cohort(args.data)
     args.paper |= device.type == "cuda" and not args.quick
-    changed = [flag_of(name)[1:] for name in ("paper", "quick", "labelled_only")
-               if getattr(args, name)]
-    with own_folder(args, f"{cohort.name}-reproduce{''.join(changed)}") as folder:
-        run_study(args, parser, cohort, device, folder)
+    study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in (
+        "paper", "quick", "labelled_only", "min_count", "total", "deterministic")}
+    changed = [flag_of(name)[1:] for name in ("paper", "quick", "labelled_only") if study[name]]
+    folder = folder_of(args.run or f"{cohort.name}-reproduce{''.join(changed)}")
+    refuse([((folder / "config.json").exists(),
+             f"--run {folder}: found a training run there; choose another --run")])
+    with locked(folder, f"{folder}: another process works in that folder; wait until it ends, or "
+                "choose another --run"):
+        old = study | {"runs": {}}
+        if (folder / "study.json").exists():
+            old = read_json(folder / "study.json", {"runs": {"*": {"frac": evaluate.NUMBER}}})[0]
+        refuse([(old.get(name) != value, f"--run {folder}: holds a study with {name} = "
+                 f"{old.get(name)}, asked for {value}; choose another --run")
+                for name, value in study.items()])
+        run_study(args, parser, cohort, device, folder, old)
+        study_report(args, cohort, folder)
+    runs, took = old["runs"], timedelta(seconds=round(time.monotonic() - began))
+    failed = {name: run["reason"] for name, run in runs.items() if run["reason"]}
+    print(f"\n{folder}: {len(runs) - len(failed)} of {len(runs)} runs complete, in {took}; report: "
+          f"{folder / 'report' / 'report.md'}")
+    for name, reason in failed.items():
+        print(f"  {name}: {reason}")
 
 
-def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort: Cohort,
-              device: torch.device, folder: Path) -> None:
-    """Plan, every run that is not yet complete, then the report."""
-    study = open_study(args, cohort, folder)
-    commands, runs = study_runs(args, cohort, folder), study["runs"]
+def run_study(args: Namespace, parser: ArgumentParser, cohort: Cohort,
+              device: torch.device, folder: Path, study: dict) -> None:
+    """Plan, then every run that is not yet complete; study.json keeps what became of them."""
+    commands, runs, given_up = study_runs(args, cohort, folder), study["runs"], set()
     print(f"{cohort_lines(cohort, device)}\nstudy {folder}: {len(commands)} runs, seeds "
           f"{' '.join(map(str, args.seed))}")
     for name, entry in plan_study(commands, parser, cohort, device).items():
@@ -2370,7 +2318,6 @@ def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort:
         entry["reason"] = "" if is_finished(folder / name) else entry["reason"]
         runs[name] = entry
         print(f"  {name:<32} {'' if entry['reason'] else 'complete':>10}  {entry['what']}")
-    began, given_up = time.monotonic(), set()
     for i, (name, argv) in enumerate(commands.items(), 1):
         entry = runs[name]
         left = time_left([runs[n] for n in commands if n not in given_up])
@@ -2382,6 +2329,7 @@ def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort:
         if not entry["reason"]:
             try:
                 train(parser.parse_args(argv), parser)
+                entry["seconds"] = last_row(folder / name).get("run_seconds", entry["seconds"])
             except (InputError, torch.OutOfMemoryError) as error:
                 if isinstance(error.__cause__, OSError):  # a full disk: the next run fails as well
                     raise
@@ -2389,19 +2337,10 @@ def run_study(args: argparse.Namespace, parser: argparse.ArgumentParser, cohort:
         if entry["reason"]:
             given_up.add(name)
             print(f"not done: {entry['reason']}")
-        else:
-            entry["seconds"] = last_row(folder / name).get("run_seconds", entry["seconds"])
         replace_file(folder / "study.json", json.dumps(study, indent=1).encode())
-    study_report(args, cohort, folder)
-    failed = {name: run["reason"] for name, run in runs.items() if run["reason"]}
-    took = timedelta(seconds=round(time.monotonic() - began))
-    print(f"\n{folder}: {len(runs) - len(failed)} of {len(runs)} runs complete, in {took}; report: "
-          f"{folder / 'report' / 'report.md'}")
-    for name, reason in failed.items():
-        print(f"  {name}: {reason}")
 
 
-def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list[tuple]:
+def report_pages(args: Namespace, cohort: Cohort, folder: Path) -> list[tuple]:
     """(mode of evaluate.py, its flags) of every page of a study's report, in order."""
     models = {kind: [str(path) for seed in args.seed if is_finished(
         path := folder / (f"pretrain-{kind}" + f"-seed{seed}" * bool(seed)))]
@@ -2425,7 +2364,7 @@ def report_pages(args: argparse.Namespace, cohort: Cohort, folder: Path) -> list
     return pages + [("transitions", asked)] * bool(begins.any()) + [("cohort", [])]
 
 
-def study_report(args: argparse.Namespace, cohort: Cohort, folder: Path) -> None:
+def study_report(args: Namespace, cohort: Cohort, folder: Path) -> None:
     """Every table and figure of evaluate.py for a study, and report.md, which holds them all."""
     report = folder / "report"
     report.mkdir(exist_ok=True)
@@ -2466,7 +2405,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return prepare_data.run_script(
-            work, f"interrupted; {same_command(args.overwrite)} goes on from the last checkpoint")
+            work, "interrupted; the same command" + " without --overwrite" * args.overwrite
+            + " goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
