@@ -51,8 +51,7 @@ SEED = 0  # of every bootstrap, permutation and draw below: all models are judge
 TASKS = {"triage": "first_in_stay", "monitoring": None, "pairs": "pair_first"}
 UNDEFINED = {"triage": "the cohort has no stays", "monitoring": "no record in this fold",
              "pairs": "no patient of this fold has two records"}
-FOLD = {"val": {"mimic": 18, "demo": 18, "ptbxl": 9},
-        "test": {"mimic": 19, "demo": 19, "ptbxl": 10}}
+FOLD = {"mimic": (18, 19), "demo": (18, 19), "ptbxl": (9, 10)}  # of validation, test
 
 # ----------------------------------------------------------------------------------------------
 # AUROC by midranks (A and B report macro-AUROC)
@@ -330,15 +329,13 @@ def publish(out: str | Path, name: str, lines: list[str], files: dict[str, list 
     with system_errors(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.md": text.encode()} | files
-    older = [name for name in files if (out / name).exists()]
     for name, content in files.items():
         if isinstance(content, list):
             buffer = io.StringIO()
             csv.writer(buffer, lineterminator="\n").writerows(content)
             content = buffer.getvalue().encode()
         replace_file(out / name, content)
-    note = f" (replaced: {', '.join(older)})" if older else ""
-    print(f"written: {out}/{', '.join(files)}{note}")
+    print(f"written: {out}/{', '.join(files)}")
 
 
 def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all records",
@@ -353,8 +350,9 @@ def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all rec
 
 def fold_text(source: str, split: str) -> str:
     """`test fold 19`, or `test split` of a source whose folds have no number here."""
-    name = {"val": "validation", "test": "test"}[split]
-    return f"{name} fold {FOLD[split][source]}" if source in FOLD[split] else f"{name} split"
+    test = split == "test"
+    name = "test" if test else "validation"
+    return f"{name} fold {FOLD[source][test]}" if source in FOLD else f"{name} split"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -656,25 +654,29 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
         if fault := zip_fault(path):
             raise ValueError(fault)
         with np.load(path, allow_pickle=False) as file:
+            for member in file.zip.infolist():  # nothing is taken for what is not there
+                with file.zip.open(member) as part:
+                    np.lib.format.read_magic(part)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(part)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"{member.filename} claims the shape {shape}")
             found = {key: file[key] for key in kinds}
     except FileNotFoundError:
         raise InputError(f"run {path.parent}: unfinished, there is no {path.name}; repeat the "
                          "train.py command that began it with --resume (its flags are in "
                          "config.json)") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; predictions of train.py are wanted") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError,
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError, KeyError,
             NotImplementedError, RuntimeError) as error:  # whatever a bad zip file may cause
         raise InputError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); delete "
                          "it and repeat the train.py command with --resume") from None
     shape = found["y_true"].shape
     shapes = dict.fromkeys(kinds, shape[:1]) | {
         "y_true": shape, "y_score": shape, "class_name": shape[1:]}
-    if len(shape) != 2 or 0 in shape or any(found[k].shape != s for k, s in shapes.items()):
-        raise InputError(f"{path}: the arrays do not fit together: "
-                         + ", ".join(f"{key} {found[key].shape}" for key in shapes))
     wrong = [f"{key} holds {found[key].dtype}" for key, kind in kinds.items()
              if found[key].dtype.kind not in kind]
+    if len(shape) != 2 or 0 in shape or any(found[k].shape != s for k, s in shapes.items()):
+        wrong.append("the arrays do not fit together: "
+                     + ", ".join(f"{key} {found[key].shape}" for key in kinds))
     for key in ("y_true", "y_score") if not wrong else ():
         if n := np.count_nonzero(~((found[key] >= 0) & (found[key] <= 1))):  # NaN among them
             wrong.append(f"{key} holds {n:,} values outside 0 to 1")
@@ -2025,7 +2027,8 @@ GAINS = {  # name: (A, B, C): (sum of B's errors - sum of A's) / sum of C's
 AG = {"coded": "AG of the coded action", "state": "AG of the true state change"}
 OWN_ONSET = "own onset moves the logit further than others, {}"
 SAME_PATIENT = "same patient nearest in h (cosine)"
-SHOWN = "changed, labelled", "records", "all classes", "signature"  # part of a group on the page
+# Groups of the page begin so; all are in the CSV
+SHOWN = "changed", "state changed", "test", "records", "all classes", "with ", "without "
 MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
     "1 Does the action matter?", "2 One-step error", "3 Retrieval of the true next state",
     "4 Reversal", "5 Onset read-out", "6 Latent space and re-identification",
@@ -2455,9 +2458,8 @@ def scorecard_lines(entries: list[dict], title: str, args: argparse.Namespace) -
              "trained on. Models have a z each: compare gains, not errors. -: no such pair, or a "
              "model that has learnt no action.", ""]
     for table, words in about.items():
-        lines += pivot([e for e in entries if e["table"] == table and any(
-            part in e["group"] for part in SHOWN)], "quantity (group)", ("n", "patients"), table,
-            words)
+        lines += pivot([e for e in entries if e["table"] == table and e["group"].startswith(SHOWN)],
+                       "quantity (group)", ("n", "patients"), table, words)
     return lines
 
 
@@ -2721,30 +2723,31 @@ def truth_lines(entries: list[dict], title: str, left_out: list[str],
     """counterfactual.md: the methods against the controls, then the codes of the first method."""
     methods = list(dict.fromkeys(e["method"] for e in entries))
 
-    def table(name: str, corner: str, method: str = "", beside: tuple = (), title: str = ""):
+    def table(name: str, corner: str, title: str, method: str = "", note: str = "", beside=()):
         return pivot([e for e in entries if e["table"] == name and method in ("", e["method"])],
-                     corner, beside, title)
+                     corner, beside, title, note)
 
     lines = [f"## Counterfactual onsets against their simulation: {title}", "",
              "Truth: the change of z when the simulator adds a code to the same patient and "
              "recording. Means over the cases of a code, then over codes; "
              f"[95 % interval of {args.n_boot:,} bootstraps over patients, seed {SEED}].", "",
-             *table("difference", "method", title="Cosine of the model less that of other rows"),
-             *table(DIFFERENCE, "method", title="The same, less the first method's, paired"),
-             "- models are compared by these columns, never by cosine: each has its own z.",
-             f"- p: codes permuted within each record, among its cases, {args.permutations:,} "
-             "times.", *(f"- left out, {reason}." for reason in left_out), ""]
+             *(f"- left out, {reason}." for reason in left_out), ""]
+    lines += table("difference", "method", "Cosine of the model less that of other rows", note=(
+        "Models are compared by these columns, never by cosine: each has its own z. p: codes "
+        f"permuted within each record, among its cases, {args.permutations:,} times."))
+    lines += table(DIFFERENCE, "method", "The same, less the first method's, paired")
     for method in methods:
-        lines += table("truth", "change of z", method, title=method)
-    return lines + [
-        "- wrong codes: the model's changes for the record's other codes, against this truth.",
-        "- left-out constant: the code's mean true change in other patients. Class vector, ridge: "
-        "of all training records. Another recording: same patient and state, other noise.", "",
-        *table("cosine by code", "code", methods[0], ("cases",), f"Cosine by code: {methods[0]}"),
-        *table("negative control", "code", methods[0], ("cases",), "Negative control: length of "
-               "the change predicted for codes without signature (true change 0), relative to the "
-               f"mean of codes with one: {methods[0]}"),
-        "- other methods by code: counterfactual.csv.", ""]
+        lines += table("truth", "change of z", method, method, (
+            "Wrong codes: the model's changes for the record's other codes, against this truth. "
+            "Left-out constant: the code's mean true change in other patients. Vector, ridge: "
+            "of all training records. Another recording: same patient and state, other noise."
+            ) * (method == methods[0]))
+    return lines + table(
+        "cosine by code", "code", f"Cosine by code: {methods[0]}", methods[0],
+        "Other methods: counterfactual.csv.", ("cases",)) + table(
+        "negative control", "code", f"Negative control: {methods[0]}", methods[0], "Length of the "
+        "change predicted for codes without signature (true change 0), relative to the mean of "
+        "codes with one.", ("cases",))
 
 
 # One patient: the predicted next state, its nearest real ECG, and what a read-out says
