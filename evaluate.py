@@ -2805,7 +2805,8 @@ def run_one_patient(args: argparse.Namespace) -> None:
                      x[1]))
         words.append(f"true state {codes_of(cohort, states[0])}; true change: |z_true - z| "
                      f"{true.norm():.1f}, cosine of r(z, a) - r(z, 0) to it "
-                     + (f"{cosine:.2f}" if true.any() else "not defined: nothing changes"))
+                     + (f"{cosine:.2f}" if (x[0] != x[1]).any() else
+                        "not defined: the action changes nothing in this ECG"))
     like = (cohort.subject_id[train] != cohort.subject_id[row]) \
         & (label[:, action > 0] > 0).all(axis=1) & (label[:, action < 0] == 0).all(axis=1)
     if like.any():
@@ -2814,6 +2815,8 @@ def run_one_patient(args: argparse.Namespace) -> None:
         ecgs.append((f"Nearest to r(z, a) of {like.sum():,} training records of other patients with"
                      f" the resulting label: distance {distance[found]:.1f}, "
                      f"{record_words(cohort, train[found])}", cohort.signal[train[found]]))
+    else:
+        words.append("no training record used here has the resulting label: none is shown")
 
     parts = [part for word, names in (("onset", args.onset), ("resolve", args.resolve)) if names
              for part in (word, *dict.fromkeys(names))]
