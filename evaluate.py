@@ -23,7 +23,6 @@ from __future__ import annotations  # an older Python shall reach the line that 
 import argparse
 import csv
 import difflib
-import hashlib
 import io
 import itertools
 import math
@@ -52,8 +51,7 @@ SEED = 0  # of every bootstrap, permutation and draw below: all models are judge
 TASKS = {"triage": "first_in_stay", "monitoring": None, "pairs": "pair_first"}
 UNDEFINED = {"triage": "the cohort has no stays", "monitoring": "no record in this fold",
              "pairs": "no patient of this fold has two records"}
-FOLD = {"val": {"mimic": 18, "demo": 18, "ptbxl": 9},
-        "test": {"mimic": 19, "demo": 19, "ptbxl": 10}}
+FOLD = {"mimic": (18, 19), "demo": (18, 19), "ptbxl": (9, 10)}  # of validation, test
 
 # ----------------------------------------------------------------------------------------------
 # AUROC by midranks (A and B report macro-AUROC)
@@ -66,12 +64,9 @@ def _checked(y_true, y_score) -> tuple[np.ndarray, np.ndarray]:
     if y_true.shape != y_score.shape or y_true.ndim not in (1, 2) or y_true.size == 0:
         raise ValueError("y_true and y_score must be two non-empty arrays of one shape (N, K) or "
                          f"(N,), found {y_true.shape} and {y_score.shape}")
-    if not ((y_true == 0) | (y_true == 1)).all():
-        raise ValueError("y_true must hold 0 and 1 only")
-    if y_score.dtype.kind not in "fiub":
-        raise ValueError(f"y_score must be real numbers, found dtype {y_score.dtype}")
-    if np.isnan(y_score).any():
-        raise ValueError(f"y_score holds {np.isnan(y_score).sum():,} NaN")
+    if y_score.dtype.kind not in "fiub" or np.isnan(y_score).any() \
+            or not ((y_true == 0) | (y_true == 1)).all():
+        raise ValueError("y_true must hold 0 and 1 only, y_score real numbers without NaN")
     n = len(y_true)
     return y_true.reshape(n, -1).astype(bool), y_score.reshape(n, -1)
 
@@ -252,7 +247,7 @@ def bootstrap_auroc(y_true: np.ndarray, y_score: np.ndarray, n_boot: int = 1000,
 # ----------------------------------------------------------------------------------------------
 
 
-def entry(table: str, row: str, column: str, value=np.nan, why: str = "0 / 0", **more) -> dict:
+def entry(table: str, row: str, column: str, value=np.nan, why: str = "", **more) -> dict:
     """One cell of one table: value, 95 % interval, and what stands beside.
 
     value: replicates (1 + n_boot,) with the value itself first, a number, or (value, low, high).
@@ -265,7 +260,7 @@ def entry(table: str, row: str, column: str, value=np.nan, why: str = "0 / 0", *
         replicates = np.atleast_1d(np.asarray(value, np.float64))
         value, (low, high) = float(replicates[0]), interval(replicates[1:])
     return {"table": table, "row": row, "column": column, "value": value, "low": low, "high": high,
-            "why": why if np.isnan(value) and "text" not in more else ""} | more
+            "why": why if np.isnan(value) else ""} | more
 
 
 def value_text(value: float, low: float = np.nan, high: float = np.nan) -> str:
@@ -283,11 +278,12 @@ def markdown(head: list[str], body: list[list[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:], ""]
 
 
-def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str = "") -> list[str]:
+def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str = "",
+          note: str = "") -> list[str]:
     """One table as Markdown: rows down, columns across, both in order of appearance.
 
-    beside: keys whose values stand between a row's name and its cells (different ones by `/`). What
-    is not defined is said below the table, once for each reason. No entries, no lines.
+    beside: keys whose values, alike in a row, stand between its name and its cells.
+    What is not defined is said below the table, once for each reason. No entries, no lines.
     """
     if not entries:
         return []
@@ -295,17 +291,16 @@ def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str 
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
 
     def told(line: list[dict], key: str) -> str:
-        values = [e[key] for e in line if key in e and e[key] == e[key]]  # no NaN
-        return " / ".join(dict.fromkeys(
-            f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else str(v)
-            for v in values if v != ""))
+        v = next((e[key] for e in line if e.get(key, "") == e.get(key, "") != ""), "")  # no NaN
+        return f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else str(v)
 
     body = []
     for row in rows:
         line = [cells.get((row, column), {"text": "-"}) for column in columns]
         body.append([row, *(told(line, key) for key in beside), *(
             e.get("text") or value_text(e["value"], e["low"], e["high"]) for e in line)])
-    lines = [f"### {title}", ""] * bool(title) + markdown([corner, *beside, *columns], body)
+    lines = [f"### {title}", ""] * bool(title) + [note, ""] * bool(note) \
+        + markdown([corner, *beside, *columns], body)
     reasons: dict[str, list[str]] = {}
     for e in entries:
         if e["why"]:
@@ -334,15 +329,13 @@ def publish(out: str | Path, name: str, lines: list[str], files: dict[str, list 
     with system_errors(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.md": text.encode()} | files
-    older = [name for name in files if (out / name).exists()]
     for name, content in files.items():
         if isinstance(content, list):
             buffer = io.StringIO()
             csv.writer(buffer, lineterminator="\n").writerows(content)
             content = buffer.getvalue().encode()
         replace_file(out / name, content)
-    note = f" (replaced: {', '.join(older)})" if older else ""
-    print(f"written: {out}/{', '.join(files)}{note}")
+    print(f"written: {out}/{', '.join(files)}")
 
 
 def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all records",
@@ -357,8 +350,9 @@ def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all rec
 
 def fold_text(source: str, split: str) -> str:
     """`test fold 19`, or `test split` of a source whose folds have no number here."""
-    name = {"val": "validation", "test": "test"}[split]
-    return f"{name} fold {FOLD[split][source]}" if source in FOLD[split] else f"{name} split"
+    test = split == "test"
+    name = "test" if test else "validation"
+    return f"{name} fold {FOLD[source][test]}" if source in FOLD else f"{name} split"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -382,12 +376,14 @@ def png(figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def draw_intervals(axes, entries: list[dict], rule: float, marked: tuple = ()) -> None:
+def intervals_figure(entries: list[dict], rule: float, title: str) -> bytes:
     """Dots with 95 % intervals: rows of the entries down, their columns side by side in colour.
 
-    rule: where nothing is gained; marked: rows written in red (negative controls).
+    rule: where nothing is gained. Returns: a PNG.
     """
     rows, columns = (list(dict.fromkeys(e[key] for e in entries)) for key in ("row", "column"))
+    figure, axes = plotter().subplots(
+        figsize=(10, 1.6 + len(rows) * max(0.32, 0.11 * len(columns))), layout="constrained")
     for c, column in enumerate(columns):
         shown = [e for e in entries if e["column"] == column and not np.isnan(e["value"])]
         y = [rows.index(e["row"]) + 0.7 * ((c + 0.5) / len(columns) - 0.5) for e in shown]
@@ -395,8 +391,6 @@ def draw_intervals(axes, entries: list[dict], rule: float, marked: tuple = ()) -
         axes.hlines(y, low, high, color=f"C{c}", linewidth=1.3)
         axes.plot(value, y, "osD^v<>PX*ph"[c % 12], color=f"C{c}", markersize=4.5, label=column)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    for tick, row in zip(axes.get_yticklabels(), rows):  # none where the axis is shared
-        tick.set_color("C3" if row in marked else "black")
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
@@ -404,14 +398,6 @@ def draw_intervals(axes, entries: list[dict], rule: float, marked: tuple = ()) -
     if len(columns) > 1:
         axes.legend(fontsize=8, frameon=False, ncols=min(3, len(columns)), loc="lower left",
                     bbox_to_anchor=(0, 1), borderaxespad=0.2)
-
-
-def intervals_figure(entries: list[dict], rule: float, title: str, marked: tuple = ()) -> bytes:
-    """A figure of `draw_intervals` alone, as PNG."""
-    rows, columns = (len({e[key] for e in entries}) for key in ("row", "column"))
-    figure, axes = plotter().subplots(figsize=(10, 1.6 + rows * max(0.32, 0.11 * columns)),
-                                      layout="constrained")
-    draw_intervals(axes, entries, rule, marked)
     figure.suptitle(textwrap.fill(title, 140), fontsize=8)
     return png(figure)
 
@@ -433,8 +419,7 @@ def file_kind(path: str | Path) -> str:
             names = " ".join(zipfile.ZipFile(path).namelist())
         except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):  # of a damaged directory
             return "a truncated or damaged zip file (checkpoint or npz)"
-        return "a PyTorch file" if "data.pkl" in names else \
-            "an npz file" if ".npy" in names else "a zip file"
+        return "a PyTorch file" if "data.pkl" in names else "a zip file, e.g. npz"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "an HDF5 file, as cohorts are"
     return "a binary file of another kind" if b"\0" in head else \
@@ -543,18 +528,17 @@ def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
         if study is None:
             folders.append(find_run(name))
             continue
-        chosen = []
+        before = len(folders)
         (told,) = read_json(study / "study.json", {"runs": {"*": {"frac": NUMBER}}})
         for n, run in told["runs"].items():
             if not (study / n / "predictions_test.npz").is_file():
                 if "method" in run:
                     reasons[run["method"], run["frac"]] = run.get("reason") or "not finished"
             elif mode in ("", read_json(study / n / "config.json", CONFIG)[0]["args"]["mode"]):
-                chosen.append(study / n)
-        if not chosen:
+                folders.append(study / n)
+        if len(folders) == before:
             raise InputError(f"--runs {name}: no {mode or 'run'} of that study is finished; go on "
                              "with the command that began it")
-        folders += chosen
     resolved = [folder.resolve() for folder in folders]
     if twice := [f for f, real in zip(folders, resolved) if resolved.count(real) > 1]:
         raise InputError(f"--runs: {twice[0]} is given twice; name each run once")
@@ -593,27 +577,29 @@ def method(args: dict, init: dict | None) -> str:
     Args: args, the arguments of config.json; init, its `init`: the pretraining that the run began
         from, with `args` and `cohort`, to which objective, regulariser and the like belong.
     """
-    source = init["args"] if init else args
-    mlp = args["mode"] == "probe" and args.get("head") == "mlp"
-    words = {"pretrain": "supervised head" if args.get("objective") == "labels" else "online probe",
-             "finetune": "finetuned", "probe": "mlp probe" if mlp else "linear probe"}[args["mode"]]
-    if args["mode"] == "probe":
-        features, augment = args.get("features") or "h", args.get("augment") or "none"
-        words += " on z" if features == "z" else " on h" if mlp else ""  # A probes h, B probes z
-        words += "" if augment == "none" else f" + {augment} augmentation"
+    source, mode = init["args"] if init else args, args["mode"]
+    mlp, start = mode == "probe" and args.get("head") == "mlp", str(args.get("init") or "")
     usual = {"normalize": "zscore", "labelled_only": False}
-    # B: pos_weight = min(negatives / positives, 5)
-    usual |= {"class_weight": "5", "augment_action": "true"} if mlp else {}
-    usual |= {} if args["mode"] == "pretrain" else {"crop": 1.0, "noise": 0.0}
+    if mode == "pretrain":
+        start = ""
+        words = "supervised head" if args.get("objective") == "labels" else "online probe"
+    else:
+        usual |= {"crop": 1.0, "noise": 0.0}
+        words = "finetuned" if mode == "finetune" else "mlp probe" if mlp else "linear probe"
+    if mlp:  # B: pos_weight = min(negatives / positives, 5)
+        usual |= {"class_weight": "5", "augment_action": "true"}
+    if mode == "probe":  # A probes h, B probes z
+        features, augment = args.get("features") or "h", args.get("augment") or "none"
+        words += " on z" if features == "z" else " on h" * mlp
+        words += f" + {augment} augmentation" * (augment != "none")
     changed = [(key, args.get(key), value) for key, value in usual.items()]
-    start = str(args.get("init") or "") if args["mode"] != "pretrain" else ""
     if start == "scratch":
         words = "supervised" + ", equal compute" * bool(args.get("compute_of"))
     elif start.startswith("random"):
         words += ", untrained encoder"
     else:
         objective, reg = source.get("objective", "dynamics"), source.get("reg", "sigreg")
-        words += f", {objective}" + ("" if reg == "sigreg" else f", {reg}") + recipe_words(source)
+        words += f", {objective}" + f", {reg}" * (reg != "sigreg") + recipe_words(source)
         usual = {"residual": False, "z_dim": 256, "pairs": "all"}
         usual |= {"slices": 256} if reg == "sigreg" else {}
         usual |= {"lam": 0.1} if reg == "sigreg" and source.get("sigreg_ratio") is None else {}
@@ -649,8 +635,8 @@ def load_run(folder: Path, split: str = "test") -> dict:
     try:
         words = config.get("method") or method(args, init)
         return {"name": folder.name, "path": folder, "config": config, "args": args, "init": init,
-                "mode": args["mode"], "method": words, "frac": float(args["frac"]),
-                "seed": args["seed"], "sha256": cohort["sha256"], "cohort": cohort["name"],
+                "method": words, "frac": float(args["frac"]), "seed": args["seed"],
+                "sha256": cohort["sha256"], "cohort": cohort["name"],
                 "source": cohort["source"], "synthetic": cohort["synthetic"], "log": rows,
                 "steps": rows[-1]["step"] if rows else "",
                 "minutes": "" if None in seconds else f"{sum(seconds) / 60:.1f}"
@@ -662,43 +648,38 @@ def load_run(folder: Path, split: str = "test") -> dict:
 
 def load_predictions(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a predictions_*.npz of train.py; InputError where they cannot be scored."""
-    vectors = {"study_id": "iu", "subject_id": "iu"} | dict.fromkeys(
-        ("first_in_stay", "pair_first", "has_label"), "bui")
+    kinds = {"y_true": "bui", "y_score": "f", "class_name": "U", "study_id": "iu",
+             "subject_id": "iu", "first_in_stay": "bui", "pair_first": "bui", "has_label": "bui"}
     try:
         if fault := zip_fault(path):
             raise ValueError(fault)
         with np.load(path, allow_pickle=False) as file:
             for member in file.zip.infolist():  # nothing is taken for what is not there
                 with file.zip.open(member) as part:
-                    version = np.lib.format.read_magic(part)
-                    shape, _, dtype = np.lib.format.read_array_header_1_0(part) \
-                        if version == (1, 0) else np.lib.format.read_array_header_2_0(part)
+                    np.lib.format.read_magic(part)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(part)
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise ValueError(f"{member.filename} claims the shape {shape}")
-            found = {key: file[key] for key in ("y_true", "y_score", "class_name", *vectors)}
+            found = {key: file[key] for key in kinds}
     except FileNotFoundError:
         raise InputError(f"run {path.parent}: unfinished, there is no {path.name}; repeat the "
                          "train.py command that began it with --resume (its flags are in "
                          "config.json)") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; predictions of train.py are wanted") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError,
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError, KeyError,
             NotImplementedError, RuntimeError) as error:  # whatever a bad zip file may cause
         raise InputError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); delete "
                          "it and repeat the train.py command with --resume") from None
     shape = found["y_true"].shape
-    shapes = {"y_score": shape, "class_name": shape[1:]} | dict.fromkeys(vectors, shape[:1])
+    shapes = dict.fromkeys(kinds, shape[:1]) | {
+        "y_true": shape, "y_score": shape, "class_name": shape[1:]}
+    wrong = [f"{key} holds {found[key].dtype}" for key, kind in kinds.items()
+             if found[key].dtype.kind not in kind]
     if len(shape) != 2 or 0 in shape or any(found[k].shape != s for k, s in shapes.items()):
-        raise InputError(f"{path}: the arrays do not fit together: y_true {shape}, "
-                         + ", ".join(f"{key} {found[key].shape}" for key in shapes))
-    kinds = {"y_true": "bui", "y_score": "f", "class_name": "U"} | vectors
-    wrong = [f"{key} holds {found[key].dtype}" for key in kinds
-             if found[key].dtype.kind not in kinds[key]]
-    score = found["y_score"]
-    for key, limit in (("y_true", 1), ("y_score", 1)) if not wrong else ():
-        if n := np.count_nonzero(~((found[key] >= 0) & (found[key] <= limit))):
-            nan = f", {np.isnan(score).sum():,} of them NaN" * (key == "y_score")
-            wrong.append(f"{key} holds {n:,} values outside 0 to {limit}{nan}")
+        wrong.append("the arrays do not fit together: "
+                     + ", ".join(f"{key} {found[key].shape}" for key in kinds))
+    for key in ("y_true", "y_score") if not wrong else ():
+        if n := np.count_nonzero(~((found[key] >= 0) & (found[key] <= 1))):  # NaN among them
+            wrong.append(f"{key} holds {n:,} values outside 0 to 1")
     wrong += [f"{key} holds one twice" for key in ("study_id", "class_name")
               if len(np.unique(found[key])) < len(found[key])]
     if wrong:
@@ -762,6 +743,12 @@ def action_input(form: str, y, y_next, known, known_next):
         return y_next - y
     return cardiowm.action_sets(y, y_next, *(torch.from_numpy(np.array(of, bool))
                                              for of in (known, known_next)))
+
+
+def predict(run: dict, z, y, y_next, known, known_next):
+    """r(z, y -> y_next) of one of `world_models`; z (N, D), the rest as `action_input`."""
+    return run["model"].predict(
+        z, action_input(run["form"], y, y_next, known, known_next).to(z))
 
 
 def cohort_of(runs: list[dict], data: str | None) -> Cohort:
@@ -897,60 +884,42 @@ def distance_ranks(query, keys, own, allowed, k: int = 0, block: int = 1024) -> 
 # Score: macro-AUROC of runs on triage, monitoring and pairs (A, Tables 1-3; B, Table 1)
 # ----------------------------------------------------------------------------------------------
 
-# Macro-AUROC (value, low, high) as printed in the papers, all on MIMIC-IV-ECG, fold 19. Key: the
-# words of `method` and the fraction of training patients. A: Tables 1 (100 %), 2 (1 %), 3 (VICReg)
-# and Figure 4 (10 %, read off the plot). B: Table 1, no intervals given.
-PAPER = {
-    ("supervised", 1.0): {"triage A": (0.735, 0.727, 0.751), "monitoring A": (0.786, 0.776, 0.797),
-                          "monitoring B": (0.772,)},
-    ("linear probe, invariance", 1.0): {
-        "triage A": (0.666, 0.656, 0.682), "monitoring A": (0.698, 0.689, 0.709)},
-    ("finetuned, invariance", 1.0): {
-        "triage A": (0.679, 0.668, 0.697), "monitoring A": (0.726, 0.715, 0.737)},
-    ("linear probe, dynamics", 1.0): {
-        "triage A": (0.725, 0.714, 0.742), "monitoring A": (0.744, 0.734, 0.755)},
-    ("finetuned, dynamics", 1.0): {
-        "triage A": (0.742, 0.733, 0.756), "monitoring A": (0.786, 0.777, 0.794),
-        "monitoring B": (0.789,)},
-    ("finetuned, dynamics, vicreg", 1.0): {
-        "triage A": (0.720, 0.710, 0.738), "monitoring A": (0.770, 0.759, 0.780)},
-    ("supervised", 0.01): {
-        "triage A": (0.515, 0.500, 0.526), "monitoring A": (0.503, 0.491, 0.514)},
-    ("linear probe, dynamics", 0.01): {
-        "triage A": (0.563, 0.551, 0.575), "monitoring A": (0.575, 0.560, 0.591)},
-    ("finetuned, dynamics", 0.01): {
-        "triage A": (0.510, 0.498, 0.525), "monitoring A": (0.507, 0.497, 0.519)},
-    ("supervised", 0.1): {"triage A": (0.64,)},
-    ("finetuned, dynamics", 0.1): {"triage A": (0.69,)},
-    ("mlp probe on z, dynamics", 1.0): {"monitoring B": (0.687,)},
-    ("mlp probe on z + dynamics augmentation, dynamics", 1.0): {"monitoring B": (0.743,)},
-}
+# The words of `method` for what the papers compare
+SUPERVISED, PROBE, FINETUNED = "supervised", "linear probe, dynamics", "finetuned, dynamics"
+VICREG, MLP = "finetuned, dynamics, vicreg", "mlp probe on z, dynamics"
+AUGMENTED = "mlp probe on z + dynamics augmentation, dynamics"
+OVERSAMPLED = "mlp probe on z + oversample augmentation, dynamics"
+EQUAL, UNTRAINED, OURS = "supervised, equal compute", "linear probe, untrained encoder", \
+    ", recommended"  # appended to a method
 
-# Tables of the papers: title, fraction, tasks, rows by the words of `method`
+# Tables of the papers: title, fraction of the training patients, tasks, and of each method the
+# macro-AUROC (value, low, high) printed for these tasks, all on MIMIC-IV-ECG, fold 19. Figure 4 is
+# read off the plot; B gives no intervals.
+BOTH = "triage", "monitoring"
 PAPER_TABLES = (
-    ("Paper A, Table 1: all patients", 1.0, ("triage", "monitoring"), (
-        "supervised", "linear probe, invariance", "finetuned, invariance",
-        "linear probe, dynamics", "finetuned, dynamics")),
-    ("Paper A, Figure 4: 10 % of the patients", 0.1, ("triage", "monitoring"), (
-        "supervised", "linear probe, dynamics", "finetuned, dynamics")),
-    ("Paper A, Table 2: 1 % of the patients", 0.01, ("triage", "monitoring"), (
-        "supervised", "linear probe, dynamics", "finetuned, dynamics")),
-    ("Paper A, Table 3: SIGReg or VICReg", 1.0, ("triage", "monitoring"), (
-        "finetuned, dynamics", "finetuned, dynamics, vicreg", "linear probe, dynamics",
-        "linear probe, dynamics, vicreg")),
-    ("Paper B, Table 1: augmentation by the world model", 1.0, ("monitoring",), (
-        "supervised", "finetuned, dynamics", "mlp probe on z, dynamics",
-        "mlp probe on z + dynamics augmentation, dynamics",
-        "mlp probe on z + smote augmentation, dynamics", "mlp probe on h, dynamics")))
-CONTROL_METHODS = ("supervised, equal compute", "linear probe, untrained encoder",  # in every table
-                   "linear probe, dynamics, recommended", "finetuned, dynamics, recommended")
-EXTRA_METHODS = (                                           # and in B's, beside any augmentation
-    "mlp probe on z + oversample augmentation, dynamics",
-    "mlp probe on z, dynamics, --class-weight full",
-    "mlp probe on z + dynamics augmentation, dynamics, --action state",
-    "mlp probe on z, dynamics, recommended",
-    "mlp probe on z + dynamics augmentation, dynamics, recommended")
-GAP_FROM, GAP_TO = "mlp probe on z, dynamics", "finetuned, dynamics"  # B recovers 55 % of this gap
+    ("Paper A, Table 1: all patients", 1.0, BOTH, {
+        SUPERVISED: ((0.735, 0.727, 0.751), (0.786, 0.776, 0.797)),
+        "linear probe, invariance": ((0.666, 0.656, 0.682), (0.698, 0.689, 0.709)),
+        "finetuned, invariance": ((0.679, 0.668, 0.697), (0.726, 0.715, 0.737)),
+        PROBE: ((0.725, 0.714, 0.742), (0.744, 0.734, 0.755)),
+        FINETUNED: ((0.742, 0.733, 0.756), (0.786, 0.777, 0.794))}),
+    ("Paper A, Figure 4: 10 % of the patients", 0.1, BOTH, {
+        SUPERVISED: ((0.64,),), PROBE: (), FINETUNED: ((0.69,),)}),
+    ("Paper A, Table 2: 1 % of the patients", 0.01, BOTH, {
+        SUPERVISED: ((0.515, 0.500, 0.526), (0.503, 0.491, 0.514)),
+        PROBE: ((0.563, 0.551, 0.575), (0.575, 0.560, 0.591)),
+        FINETUNED: ((0.510, 0.498, 0.525), (0.507, 0.497, 0.519))}),
+    ("Paper A, Table 3: SIGReg or VICReg", 1.0, BOTH, {
+        FINETUNED: ((0.742, 0.733, 0.756), (0.786, 0.777, 0.794)),
+        VICREG: ((0.720, 0.710, 0.738), (0.770, 0.759, 0.780)),
+        PROBE: ((0.725, 0.714, 0.742), (0.744, 0.734, 0.755)), f"{PROBE}, vicreg": ()}),
+    ("Paper B, Table 1: augmentation by the world model", 1.0, ("monitoring",), {
+        SUPERVISED: ((0.772,),), FINETUNED: ((0.789,),), MLP: ((0.687,),), AUGMENTED: ((0.743,),),
+        "mlp probe on z + smote augmentation, dynamics": (), "mlp probe on h, dynamics": ()}))
+CONTROL_METHODS = EQUAL, UNTRAINED, PROBE + OURS, FINETUNED + OURS  # in every table
+EXTRA_METHODS = (OVERSAMPLED, f"{MLP}, --class-weight full",  # and in B's, beside any augmentation
+                 f"{AUGMENTED}, --action state", MLP + OURS, AUGMENTED + OURS)
+MAIN_METHODS = SUPERVISED, FINETUNED, PROBE, PROBE + OURS, UNTRAINED  # by class, sub-group, plotted
 RARE = 0.05         # of the scored records; a class below it is rare
 LEAST_PATIENTS = 2  # with a class, and without it, that its AUROC needs to enter a macro mean
 
@@ -965,8 +934,8 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
     """What a task asks of every run judged on these records: chosen once, from the truth alone.
 
     among: mask of a sub-group. Returns: rows of the predictions, y_true, counts of records and
-    patients, positives (K,), eligible (K,) the classes of the macro mean, and boot, the Bootstrap
-    over `--unit`; None without a record.
+    patients, positives (K,), eligible (K,) the classes of the macro mean, boot, the Bootstrap over
+    `--unit` (no draws of one unit alone), and why there is no record, if so.
     """
     labelled = run["has_label"] > 0
     mask = among & (run[TASKS[task]] > 0 if TASKS[task] else np.ones(len(labelled), bool))
@@ -982,26 +951,16 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
             "unit": args.unit, "patients": both.shape[1],
             "positives": y_true.sum(axis=0, dtype=np.int64),
             "eligible": (both.sum(axis=1) >= LEAST_PATIENTS).all(axis=0),
-            "boot": Bootstrap(unit, args.n_boot) if len(rows) else None}
-
-
-def no_score(task: str, chosen: dict) -> str:
-    """Why a task has no record to score; "" where it has."""
-    return "" if chosen["scored"] else "no record is labelled" if chosen["records"] else \
-        UNDEFINED[task]
+            "boot": Bootstrap(unit, args.n_boot if len(np.unique(unit)) > 1 else 0),
+            "why": "" if len(rows) else "no record is labelled" if mask.any() else UNDEFINED[task]}
 
 
 def class_replicates(run: dict, chosen: dict) -> np.ndarray:
     """(1 + n_boot, K) float32 AUROC of a run on a task; one row where there is one unit alone."""
-    if chosen["boot"] is None:
+    if not chosen["scored"]:
         return np.full((1, run["y_true"].shape[1]), np.nan, np.float32)
-    classes = chosen["boot"].auroc(chosen["y_true"], run["y_score"][chosen["rows"]])
-    return classes[:None if len(chosen["boot"].size) > 1 else 1].astype(np.float32)
-
-
-def macro(classes: np.ndarray, chosen: dict) -> np.ndarray:
-    """(1 + n_boot, K) -> (1 + n_boot,): the mean over the classes of the task's macro mean."""
-    return mean_defined(classes[:, chosen["eligible"]].astype(np.float64))
+    scores = run["y_score"][chosen["rows"]]
+    return chosen["boot"].auroc(chosen["y_true"], scores).astype(np.float32)
 
 
 def by_method(runs: list[dict]) -> tuple[dict[tuple, dict], dict[tuple, str]]:
@@ -1026,13 +985,12 @@ def by_method(runs: list[dict]) -> tuple[dict[tuple, dict], dict[tuple, str]]:
         found.setdefault((run["method"], run["frac"]), []).append(run)
     rows, ambiguous = {}, {}
     for (name, frac), group in found.items():
-        starts = [str(run["args"].get("init")) for run in group]
-        draws = {(run["seed"], start if start.startswith("random") else "")
-                 for run, start in zip(group, starts)}
-        one = len(draws) == len(group) and all(version(r) == version(group[0]) for r in group)
+        draws = {(run["seed"], run["args"].get("init") if "untrained" in name else "")
+                 for run in group}
+        one = len(draws) == len(group) and all(version(run) == version(group[0]) for run in group)
         for part in [group] if one else [[run] for run in group]:
             key, seeds = name if one else f"{name} ({part[0]['name']})", {}
-            for run in sorted(part, key=lambda run: run["seed"] or 0):
+            for run in part:
                 seeds.setdefault(run["seed"], []).append(run)
             rows[key, frac] = {"method": key, "frac": frac, "runs": part, "seeds": seeds}
         if not one:
@@ -1050,14 +1008,19 @@ def row_replicates(row: dict, task: str, seeds=None) -> np.ndarray:
                     for seed in (row["seeds"] if seeds is None else seeds)], axis=0)
 
 
+def macro(row: dict, task: str, chosen: dict, seeds=None) -> np.ndarray:
+    """(1 + n_boot,) `row_replicates`, averaged over the classes of the task's macro mean."""
+    classes = row_replicates(row, task, seeds)
+    return mean_defined(classes[:, chosen["eligible"]].astype(np.float64))
+
+
 def paired(a: dict, b: dict, task: str, chosen: dict) -> np.ndarray:
     """(1 + n_boot,) macro-AUROC of row a less that of row b, over the seeds they share.
 
     Where they share none, and a control has none, over all of each.
     """
     shared = [seed for seed in a["seeds"] if seed in b["seeds"]] or None
-    return macro(row_replicates(a, task, shared), chosen) \
-        - macro(row_replicates(b, task, shared), chosen)
+    return macro(a, task, chosen, shared) - macro(b, task, chosen, shared)
 
 
 def row_name(row: dict, count: bool = False) -> str:
@@ -1067,68 +1030,61 @@ def row_name(row: dict, count: bool = False) -> str:
     return row["method"] + part + f", {len(row['seeds'])} seeds" * several
 
 
-def row_entry(table: str, row: dict, task: str, chosen: dict, replicates=None, column="") -> dict:
-    """The score of a method on a task, with everything that it rests on."""
-    seeds = [str(seed) for seed in row["seeds"] if seed is not None]
+def row_entry(table: str, row: dict, task: str, chosen: dict, column: str = "", value=None,
+              **more) -> dict:
+    """The score of a method on a task, or another value, with everything that it rests on."""
     minutes = [float(run["minutes"]) for run in row["runs"] if run["minutes"]]
-    classes = row_replicates(row, task)
     return entry(table, row_name(row), column or task,
-                 macro(classes, chosen) if replicates is None else replicates,
-                 no_score(task, chosen) or "no class with enough patients", task=task,
-                 seeds=" ".join(seeds), frac="" if row["frac"] is None else f"{row['frac']:g}",
-                 minutes=f"{np.mean(minutes):.1f}" if minutes else "",
-                 steps=" / ".join(dict.fromkeys(str(run["steps"]) for run in row["runs"])),
-                 records=chosen["scored"], patients=chosen["patients"],
-                 classes=int(chosen["eligible"].sum()),
-                 all_class_value=float(mean_defined(classes[0].astype(np.float64))))
+                 macro(row, task, chosen) if value is None else value, **{
+                     "why": chosen["why"] or "no class with enough patients", "task": task,
+                     "seeds": " ".join(str(seed) for seed in row["seeds"] if seed is not None),
+                     "frac": "" if row["frac"] is None else f"{row['frac']:g}",
+                     "minutes": f"{np.mean(minutes):.1f}" if minutes else "",
+                     "steps": " / ".join(dict.fromkeys(str(run["steps"]) for run in row["runs"])),
+                     "records": chosen["scored"], "patients": chosen["patients"],
+                     "classes": int(chosen["eligible"].sum()), "all_class_value": float(
+                         mean_defined(row_replicates(row, task)[0].astype(np.float64)))} | more)
 
 
-def paper_tables(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[tuple]:
-    """A's Tables 1-3 and Figure 4, B's Table 1, beside what was found: (entries, note) of each.
+def paper_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[dict]:
+    """A's Tables 1-3 and Figure 4, B's Table 1, beside what was found.
 
     A table appears when one of its own rows was run; a row when it was run, or when `reasons`
     {(method, frac): text} says why it was not.
     """
-    tables = []
+    entries = []
     for title, frac, wanted, methods in PAPER_TABLES:
-        wanted, paper = [task for task in wanted if task in tasks], title[6]
-        if not wanted or not any((name, frac) in rows for name in methods):
+        if not any((name, frac) in rows for name in methods):
             continue
-        named = methods + CONTROL_METHODS + EXTRA_METHODS * (paper == "B")
-        keys = [(name, frac) for name in named if (name, frac) in rows or (name, frac) in reasons]
+        keys = [(name, frac) for name in (
+            *methods, *CONTROL_METHODS, *EXTRA_METHODS * (title[6] == "B"))]
         keys += [key for key in rows if key[1] is None]  # controls without training patients
-        entries = []
-        for key in keys:
-            for task in wanted:
-                printed = PAPER.get(key, {}).get(f"{task} {paper}")
-                entries.append(entry(title, key[0], f"{task}: paper {paper}", printed or np.nan,
-                                     **({} if printed else {"text": "-"})))
-                here = f"{task}: here"
-                entries.append(row_entry(title, rows[key], task, tasks[task], column=here)
-                               | {"row": key[0]} if key in rows else  # the title has the fraction
-                               entry(title, key[0], here, text="not run") | {
-                                   "why": reasons[key]})
-        more, note = [], ""
-        if paper == "B":
-            more, note = gap_shares(title, rows, keys, tasks["monitoring"])
-        tables.append((entries + more, note))
-    return tables
+        for i, task in enumerate(wanted):
+            for key in keys if task in tasks else ():
+                printed, here = methods.get(key[0], ())[i:i + 1], f"{task}: here"
+                if printed and (key in rows or key in reasons):
+                    entries.append(entry(title, key[0], f"{task}: paper {title[6]}", *printed))
+                if key in rows:
+                    entries.append(row_entry(title, rows[key], task, tasks[task], here)
+                                   | {"row": key[0]})  # the title has the fraction
+                elif key in reasons:
+                    entries.append(entry(title, key[0], here, why=reasons[key], text="not run"))
+        if title[6] == "B" and "monitoring" in tasks:
+            entries += gap_shares(title, rows, keys, tasks["monitoring"])
+    return entries
 
 
-def gap_shares(title: str, rows: dict, keys: list[tuple], chosen: dict) -> tuple[list[dict], str]:
+def gap_shares(title: str, rows: dict, keys: list[tuple], chosen: dict) -> list[dict]:
     """B: how much of the gap from the probe on real rows to the finetuned model each row closes."""
-    ends = [rows.get((name, 1.0)) for name in (GAP_FROM, GAP_TO)]
-    if None in ends:
-        return [], ""
-    low, high = ends
+    low, high = (rows.get((name, 1.0)) for name in (MLP, FINETUNED))
+    if low is None or high is None:
+        return []
     gap = paired(high, low, "monitoring", chosen)
-    note = f"Share of the gap from {GAP_FROM!r} to {GAP_TO!r}, " \
-        f"{value_text(gap[0], *interval(gap[1:]))}; paper B 55 %."
-    if not interval(gap[1:])[0] > 0:
-        return [], note + " Not defined here: the gap is not above 0."
-    return [row_entry(title, rows[key], "monitoring", chosen,
-                      paired(rows[key], low, "monitoring", chosen) / gap, "share of the gap")
-        for key in keys if key in rows and key[0].startswith("mlp") and key[0] != GAP_FROM], note
+    gap = gap if interval(gap[1:])[0] > 0 else gap * np.nan
+    return [row_entry(title, rows[key], "monitoring", chosen, "share of the gap; paper B: 55 %",
+                      paired(rows[key], low, "monitoring", chosen) / gap,
+                      why=f"the gap from {MLP!r} to {FINETUNED!r} is not above 0")
+            for key in keys if key in rows and key[0].startswith("mlp") and key[0] != MLP]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1139,15 +1095,6 @@ MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # ECG paper
 MARGIN_MM, PAGE_MM = 5, 280
 PULSE_MM, NAME_MM = 10, 4.5  # left of the traces the calibration pulse, above them the lead's name
 MM_DPI = 254  # 10 pixels to the mm, so that every grid line lies on a pixel
-ICD_NAME = {
-    "I10": "hypertension", "I12": "hypertensive kidney disease", "I21": "acute infarction",
-    "I25": "chronic ischaemic heart disease", "I26": "pulmonary embolism",
-    "I27": "pulmonary heart disease", "I30": "acute pericarditis", "I31": "pericardial disease",
-    "I34": "mitral valve disorder", "I35": "aortic valve disorder", "I42": "cardiomyopathy",
-    "I44": "AV or left bundle branch block", "I45": "other conduction disorder",
-    "I47": "paroxysmal tachycardia", "I48": "atrial fibrillation or flutter",
-    "I49": "other arrhythmia", "I50": "heart failure", "I63": "cerebral infarction",
-    "I73": "peripheral vascular disease", "I82": "venous thrombosis", "I95": "hypotension"}
 
 
 def class_columns(cohort: Cohort, names: list[str] | None, flag: str) -> list[int]:
@@ -1244,19 +1191,16 @@ def ecg_figure(cohort: Cohort, ecgs: list[tuple], head: list[str]):
         y = y_mm[:, [cohort.leads.index(name) for name in names]]
         limits.append((5 * max(3, int(np.ceil((y.max() + NAME_MM) / 5))),
                        5 * max(1, int(np.ceil((0.5 - y.min()) / 5)))))
-    lines = [(line, 11, 6, "bold") for line in textwrap.wrap(head[0], 125)]
-    lines += [(line, 9.5, 5, "normal") for text in head[1:] for line in textwrap.wrap(text, 140)]
-    each = 8 + float(np.sum(limits))
-    height = MARGIN_MM + sum(step for _, _, step, _ in lines) + 2 + len(ecgs) * each + 10
+    lines = [line for text in head for line in textwrap.wrap(text, 130)]
+    each, top = 8 + float(np.sum(limits)), MARGIN_MM + 5 * len(lines) + 2
+    height = top + len(ecgs) * each + 10
     figure = plotter().figure(figsize=(PAGE_MM / MM_PER_INCH, height / MM_PER_INCH))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, PAGE_MM), ylim=(0, height))
     axes.axis("off")
-    y = height - MARGIN_MM
-    for line, size, step, weight in lines:
-        axes.text(MARGIN_MM, y, line, fontsize=size, va="top", weight=weight)
-        y -= step
-    y -= 2
+    for i, line in enumerate(lines):
+        axes.text(MARGIN_MM, height - MARGIN_MM - 5 * i, line, fontsize=10, va="top")
+    y = height - top
     for (heading, _), traces in zip(ecgs, y_mm, strict=True):
         axes.text(MARGIN_MM, y - 2.5, heading, fontsize=10, va="top")
         draw_ecg(axes, traces, cohort, limits, y - 8)
@@ -1268,10 +1212,11 @@ def ecg_figure(cohort: Cohort, ecgs: list[tuple], head: list[str]):
 
 def publish_ecgs(out: str, parts: list[str], cohort: Cohort, ecgs: list[tuple], head: list[str],
                  lines: list[str]) -> None:
-    """A page of ECGs: `head`, a title and lines, stands in the PNG, `lines` in the Markdown."""
+    """A page of ECGs: a title and lines, `head`, and the headings; more `lines` in the Markdown."""
     # a class may hold what has no place in a file's name (LAO/LAE)
     name = "-".join(re.sub(r"\W", "", part) for part in parts)
-    publish(out, name, [f"## {head[0]}", "", f"![]({name}.png)", "", *lines],
+    told = [f"- {line}" for line in (*head[1:], *(heading for heading, _ in ecgs))]
+    publish(out, name, [f"## {head[0]}", "", f"![]({name}.png)", "", *told, "", *lines],
             {f"{name}.png": png(ecg_figure(cohort, ecgs, head), MM_DPI)})
 
 
@@ -1280,16 +1225,13 @@ def run_transitions(args: argparse.Namespace) -> None:
     cohort = Cohort(args.data or "data/cohort.h5")
     asked = {"onset": args.onset or [], "resolve": args.resolve or [], "stable": args.stable or []}
     index, meets = find_transition(cohort, **asked, study_id=args.study_id)
-    (source, target), action, words = cohort.pair[index], cohort.action[index], []
-    for word, mask in (("began", action > 0), ("ended", action < 0),
-                       ("stayed", (cohort.label[source] > 0) & (action == 0))):
-        codes = [cohort.class_name[k] for k in np.flatnonzero(mask)]
-        named = [f"{code} {ICD_NAME.get(code, '')}".strip() for code in codes]
-        words.append(f"{word}: " + (", ".join(named if len(codes) <= 3 else codes) or "none"))
+    (source, target), action = cohort.pair[index], cohort.action[index]
+    head = " · ".join(f"{word}: {codes_of(cohort, mask)}" for word, mask in (
+        ("began", action > 0), ("ended", action < 0),
+        ("stayed", (cohort.label[source] > 0) & (action == 0))))
     gap = known_gap_days(cohort)[index]
     between = "time between them unknown" if np.isnan(gap) else f"{gap:,.2f} days apart"
-    head = [" · ".join(words),
-            f"{caption(cohort)}; subject_id {cohort.subject_id[source]}, {between}",
+    head = [head, f"{caption(cohort)}; subject_id {cohort.subject_id[source]}, {between}",
             "Labels are the SCP statements of each record's report." if cohort.source == "ptbxl"
             else "Codes belong to a stay and were assigned after it: when anything began or ended "
             "they do not say."]
@@ -1298,9 +1240,8 @@ def run_transitions(args: argparse.Namespace) -> None:
     parts = [text for word, names in asked.items() if names for text in (word, *names)]
     parts += [] if args.study_id is None else ["study", str(args.study_id)]
     publish_ecgs(args.out, ["transitions", *parts], cohort, ecgs, head, [
-        f"- {line}" for line in (*head[1:], *(heading for heading, _ in ecgs), f"{meets}; this one "
-                                 "comes first by: no quality flag, both labelled, fewest changes, "
-                                 "shortest gap")])
+        f"{meets}; this one comes first by: no quality flag, both labelled, fewest changes, "
+        "shortest gap."])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1455,8 +1396,7 @@ def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     """What B's Figure 2 shows: normal, abnormal and synthetic records, POINTS // 3 of each at most.
 
     Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, y (N, K) label sets, rows of the real
-        records, combinations (M, K) of all training records, counts (M,), min_count (B: 50, halved
-        until one is found).
+        records, number of sets to synthesise, min_count (B: 50, halved until one is found).
     """
     import torch
     import cardiowm
@@ -1491,34 +1431,21 @@ def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     return {"z": torch.cat([z, z_new]), "rows": real, "min_count": min_count,
             "kind": np.repeat([0, 1, 2], [n, len(real) - n, len(z_new)]),
             "y": np.concatenate([cohort.label[real], y_new.cpu().numpy().astype(np.uint8)]),
-            "combinations": combinations.numpy(), "counts": counts.numpy()}
+            "sets": len(counts)}
 
 
 def embedding_entries(points: dict, cohort: Cohort) -> list[dict]:
     """The 10 nearest neighbours in z, other patients' only; a synthetic row is of no patient."""
     import torch
-    z, kind, y, n = points["z"], points["kind"], points["y"], len(points["rows"])
+    z, kind, n = points["z"], points["kind"], len(points["rows"])
     patient = torch.from_numpy(cohort.subject_id[points["rows"]])
     group = torch.cat([patient, -1 - torch.arange(len(z) - n)]).to(z.device)
-
-    def nearest(keys: int) -> np.ndarray:  # (N, 10), of the first `keys` points
-        return distance_ranks(z, z[:keys], lambda rows: group[rows, None] == group[:keys],
-                              lambda rows: group[rows, None] != group[:keys],
-                              min(10, keys))[2].cpu().numpy()
-
-    same, real = (kind[nearest(len(z))] == kind[:, None]).mean(axis=1), nearest(n)
-    entries = [entry("kind", name, column, value, points=int((kind == i).sum()))
-               for i, name in enumerate(POINT_COLOUR) for column, value in (
-                   ("of the same kind", same[kind == i].mean()), ("chance", (kind == i).mean()))]
-    for combination, times in list(zip(points["combinations"], points["counts"], strict=True))[:12]:
-        has, row = (y == combination).all(axis=1), codes_of(cohort, combination)
-        share = has[real].mean(axis=1)                                          # (N,)
-        parts = {"from synthetic": has & (kind == 2), "from real of this set": has & (kind == 1),
-                 "from real normal": kind == 0}
-        entries += [entry("set", row, column, share[mask].mean(), training_records=int(times))
-                    for column, mask in parts.items() if mask.any()]
-        entries.append(entry("set", row, "chance", has[:n].mean()))
-    return entries
+    nearest = distance_ranks(z, z, lambda rows: group[rows, None] == group,
+                             lambda rows: group[rows, None] != group, min(10, len(z)))[2]
+    same = (kind[nearest.cpu().numpy()] == kind[:, None]).mean(axis=1)
+    return [entry("kind", name, column, value, points=int((kind == i).sum()))
+            for i, name in enumerate(POINT_COLOUR) for column, value in (
+                ("of the same kind", same[kind == i].mean()), ("chance", (kind == i).mean()))]
 
 
 def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
@@ -1541,10 +1468,8 @@ def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
     return by_method(runs)[0], runs, cohort_of(runs, args.data)
 
 
-def with_actions(runs: list[dict], alone: bool) -> tuple[list[dict], list[str]]:
+def with_actions(runs: list[dict]) -> tuple[list[dict], list[str]]:
     """Those that have learnt what an action does, why the others are left out; else InputError."""
-    if alone and len(runs) > 1:
-        raise InputError(f"--runs: {len(runs)} given; one pretraining is wanted")
     left_out = [f"{run['name']}: {run['no_action']}" for run in runs if run["no_action"]]
     if len(left_out) == len(runs):
         raise InputError(f"--runs: {'; '.join(left_out)}; a pretraining with --objective dynamics "
@@ -1552,18 +1477,25 @@ def with_actions(runs: list[dict], alone: bool) -> tuple[list[dict], list[str]]:
     return [run for run in runs if not run["no_action"]], left_out
 
 
+def one_model(args: argparse.Namespace) -> tuple[dict, Cohort]:
+    """The one pretraining of --runs, with actions, and its cohort; else InputError."""
+    _, runs, cohort = world_models(args)
+    if len(runs) > 1:
+        raise InputError(f"--runs: {len(runs)} given; one pretraining is wanted")
+    return with_actions(runs)[0][0], cohort
+
+
 def run_embedding(args: argparse.Namespace) -> None:
     """`--mode embedding`: B's Figure 2 for one pretraining: embedding.png and embedding.md."""
-    _, runs, cohort = world_models(args)
-    with_actions(runs, alone=True)
-    points = embedding_points(runs[0]["model"], cohort, runs[0]["normalize"], runs[0]["form"])
+    run, cohort = one_model(args)
+    points = embedding_points(run["model"], cohort, run["normalize"], run["form"])
     kind, rows, n = points["kind"], points["rows"], len(points["kind"])
     perplexity = min(30, (n - 1) / 3)
     progress = Progress(500, "iterations", f"t-SNE of {n:,} points")
     y_plot = tsne(points["z"], perplexity, progress=progress).cpu().numpy()
     progress.close()
     head = (f"{caption(cohort, rows, 'training folds', [SEED])}, and {n - len(rows):,} "
-            f"synthetic embeddings; z of {runs[0]['name']}")
+            f"synthetic embeddings; z of {run['name']}")
     figure, axes = plotter().subplots(figsize=(9, 9), layout="constrained")
     colours, order = np.array([*POINT_COLOUR.values()]), np.random.default_rng(SEED).permutation(n)
     axes.scatter(*y_plot[order].T, s=6, c=colours[kind[order]], linewidths=0, alpha=0.7)
@@ -1573,16 +1505,15 @@ def run_embedding(args: argparse.Namespace) -> None:
     axes.set_aspect("equal", "datalim")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(textwrap.fill(f"{head}; t-SNE, perplexity {perplexity:.3g}", 100), fontsize=10)
-    normal, entries = rows[kind[:len(rows)] == 0], embedding_entries(points, cohort)
+    normal = rows[kind[:len(rows)] == 0]
     publish(args.out, "embedding", [
         f"## {head}", "", "![](embedding.png)", "",
-        "Shares of the 10 nearest neighbours in z (not in the plot), other patients' only: of the "
-        "same kind; real ones of exactly this label set. Chance: the share of all such points.", "",
-        *pivot([e for e in entries if e["table"] == "kind"], "kind", ("points",)),
-        *pivot([e for e in entries if e["table"] == "set"], "label set", ("training_records",)),
+        "Share of the 10 nearest neighbours in z (not in the plot), other patients' only, that are "
+        "of the same kind. Chance: the share of all such points.", "",
+        *pivot(embedding_entries(points, cohort), "kind", ("points",)),
         f"- normal: no label but {' '.join(cohort.normal_codes) or 'none'}; of the {len(normal):,} "
         f"shown {(~cohort.has_label[normal]).sum():,} have no code at all, and may be ill.",
-        f"- synthetic: r(z, y -> y_C) of the normal records shown; {len(points['counts'])} "
+        f"- synthetic: r(z, y -> y_C) of the normal records shown; {points['sets']} "
         f"label sets C of 1 to 4 classes seen at least {points['min_count']} times in training "
         "(B: 50), rows in proportion to 1/count.",
         f"- plot: exact t-SNE, perplexity {perplexity:.3g}, 500 iterations; its distances between "
@@ -1597,36 +1528,26 @@ def run_embedding(args: argparse.Namespace) -> None:
 # text, where from, task, the method said to be better, the other, fraction, margin of a ">="
 CLAIMS = (
     *((f"dynamics >= naive, {how}", "A, Table 1", task, f"{how}, dynamics", f"{how}, invariance",
-       1.0, 0.01) for how in ("linear probe", "finetuned") for task in ("triage", "monitoring")),
-    ("finetuned > supervised", "A, Table 1", "triage", "finetuned, dynamics", "supervised", 1.0, 0),
-    ("finetuned > supervised", "A, Figure 4", "triage", "finetuned, dynamics", "supervised", 0.1,
-     0),
-    *(("SIGReg > VICReg", "A, Table 3", task, "finetuned, dynamics", "finetuned, dynamics, vicreg",
-       1.0, 0) for task in ("triage", "monitoring")),
-    *(("probe > finetuned", "A, Table 2", task, "linear probe, dynamics", "finetuned, dynamics",
-       0.01, 0) for task in ("triage", "monitoring")),
-    ("augmented > real rows only", "B, Table 1", "monitoring",
-     "mlp probe on z + dynamics augmentation, dynamics", "mlp probe on z, dynamics", 1.0, 0),
-    ("finetuned > supervised", "B, Table 1", "monitoring", "finetuned, dynamics", "supervised",
-     1.0, 0),
+       1.0, 0.01) for how in ("linear probe", "finetuned") for task in BOTH),
+    ("finetuned > supervised", "A, Table 1", "triage", FINETUNED, SUPERVISED, 1.0, 0),
+    ("finetuned > supervised", "A, Figure 4", "triage", FINETUNED, SUPERVISED, 0.1, 0),
+    *(("SIGReg > VICReg", "A, Table 3", task, FINETUNED, VICREG, 1.0, 0) for task in BOTH),
+    *(("probe > finetuned", "A, Table 2", task, PROBE, FINETUNED, 0.01, 0) for task in BOTH),
+    ("augmented > real rows only", "B, Table 1", "monitoring", AUGMENTED, MLP, 1.0, 0),
+    ("finetuned > supervised", "B, Table 1", "monitoring", FINETUNED, SUPERVISED, 1.0, 0),
     # asked by us: is it the world model, or only more steps?
-    ("augmented > oversampled, equal steps", "control", "monitoring",
-     "mlp probe on z + dynamics augmentation, dynamics",
-     "mlp probe on z + oversample augmentation, dynamics", 1.0, 0),
-    *(("finetuned > supervised, equal compute", "control", "monitoring", "finetuned, dynamics",
-       "supervised, equal compute", frac, 0) for frac in (1.0, 0.1)),
-    # and: does the recipe under which the action counts (SWITCHES) score better?
-    *((f"{how}, recommended > papers", "ours", "monitoring", f"{how}, dynamics, recommended",
-       f"{how}, dynamics", frac, 0) for how in ("linear probe", "finetuned")
+    ("augmented > oversampled, equal steps", "control", "monitoring", AUGMENTED, OVERSAMPLED, 1.0,
+     0),
+    *(("finetuned > supervised, equal compute", "control", "monitoring", FINETUNED, EQUAL, frac, 0)
       for frac in (1.0, 0.1)),
-    ("finetuned, recommended > supervised, equal compute", "ours", "monitoring",
-     "finetuned, dynamics, recommended", "supervised, equal compute", 0.1, 0),
-    ("recommended, augmented > real rows only", "ours", "monitoring",
-     "mlp probe on z + dynamics augmentation, dynamics, recommended",
-     "mlp probe on z, dynamics, recommended", 1.0, 0),
-    ("augmented, recommended > papers", "ours", "monitoring",
-     "mlp probe on z + dynamics augmentation, dynamics, recommended",
-     "mlp probe on z + dynamics augmentation, dynamics", 1.0, 0))
+    # and: does the recipe under which the action counts (SWITCHES) score better?
+    *((f"{how.partition(',')[0]}, recommended > papers", "ours", "monitoring", how + OURS, how,
+       frac, 0) for how in (PROBE, FINETUNED) for frac in (1.0, 0.1)),
+    ("finetuned, recommended > supervised, equal compute", "ours", "monitoring", FINETUNED + OURS,
+     EQUAL, 0.1, 0),
+    ("recommended, augmented > real rows only", "ours", "monitoring", AUGMENTED + OURS, MLP + OURS,
+     1.0, 0),
+    ("augmented, recommended > papers", "ours", "monitoring", AUGMENTED + OURS, AUGMENTED, 1.0, 0))
 LEAST_SEEDS = 3
 
 
@@ -1682,34 +1603,30 @@ def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[di
         keys = [(better, frac), (worse, frac)]
         if task not in tasks or not any(key in rows or key in reasons for key in keys):
             continue
-        chosen, missing = tasks[task], [key for key in keys if key not in rows]
+        chosen, missing = tasks[task], [name for name, _ in keys if (name, frac) not in rows]
         a, b = (rows.get(key, {"seeds": ()}) for key in keys)
-        each = {seed: macro(row_replicates(a, task, [seed]), chosen)
-                - macro(row_replicates(b, task, [seed]), chosen)
+        each = {seed: macro(a, task, chosen, [seed]) - macro(b, task, chosen, [seed])
                 for seed in a["seeds"] if seed in b["seeds"]}
         mean = np.mean(list(each.values()), axis=0) if each else np.array([np.nan])
-        t, df, p = (np.nan,) * 3
-        if missing:
-            verdict = f"not run: {missing[0][0]}"
-        elif not chosen["scored"]:
-            verdict = UNDEFINED[task]
-        elif any(len({run["init"]["sha256"] for seed in each for run in row["seeds"][seed]
-                      if run.get("init")}) not in (0, len(each)) for row in (a, b)):
-            verdict = "undecided: seeds of one pretraining, each wants its own"
-        elif chosen["unit"] != "patient":  # resampled records would make V_p too small
-            verdict = "undecided: asked of patients alone, --unit patient"
-        elif len(each) < LEAST_SEEDS:
-            verdict = f"undecided: {len(each)} seed{'s' * (len(each) != 1)}, at least " \
-                f"{LEAST_SEEDS} are wanted"
-        else:
-            t, df, p = seed_test(np.array([d[0] for d in each.values()]), mean[1:],
-                                 chosen["patients"], margin)
-            verdict = "undecided: no spread to judge by" if np.isnan(p) else ""
+        t, df, p = seed_test(np.array([d[0] for d in each.values()]), mean[1:],
+                             chosen["patients"], margin)
+        starts = [{run["init"]["sha256"] for seed in each for run in row["seeds"][seed]
+                   if run.get("init")} for row in (a, b)]
+        verdict = next((words for met, words in (
+            (missing, f"not run: {', '.join(missing[:1])}"),
+            (chosen["why"], chosen["why"]),
+            (any(len(found) not in (0, len(each)) for found in starts),
+             "undecided: seeds of one pretraining, each wants its own"),
+            (chosen["unit"] != "patient",  # resampled records would make V_p too small
+             "undecided: asked of patients alone, --unit patient"),
+            (len(each) < LEAST_SEEDS, f"undecided: {len(each)} seed{'s' * (len(each) != 1)}, at "
+                                      f"least {LEAST_SEEDS} are wanted"),
+            (np.isnan(p), "undecided: no spread to judge by")) if met), "")
+        t, df, p = (np.nan,) * 3 if verdict else (t, df, p)
         entries.append(entry(
             "claims", f"{text} ({source}), {task}" + f", {100 * frac:g} %" * (frac != 1),
-            "difference", mean, **({"text": "-"} if np.isnan(mean[0]) else {}), verdict=verdict,
-            seeds=" ".join(f"{seed}: {d[0]:+.3f}" for seed, d in each.items()), margin=margin,
-            t=t, df=df, p=p))
+            "difference", mean, verdict=verdict, margin=margin, t=t, df=df, p=p,
+            seeds=" ".join(f"{seed}: {d[0]:+.3f}" for seed, d in each.items())))
     return entries
 
 
@@ -1772,12 +1689,6 @@ def cohort_rows(run: dict, cohort: Cohort) -> np.ndarray:
 
 # Differences of all rows, classes, sub-groups of the test records
 
-# Rows of the class table, the sub-groups and the plots, where they are among the runs
-MAIN_METHODS = ("supervised", "finetuned, dynamics", "linear probe, dynamics",
-                "linear probe, dynamics, recommended",
-                "linear probe, untrained encoder")
-
-
 def with_rare(tasks: dict) -> list[tuple]:
     """(task, column, chosen): each task over its classes, and over the rare ones among them."""
     result = [(task, task, chosen) for task, chosen in tasks.items()]
@@ -1790,8 +1701,8 @@ def with_rare(tasks: dict) -> list[tuple]:
 
 def difference_entries(rows: dict, tasks: dict) -> list[dict]:
     """Any two rows on each task, paired on the same draws; seeds are averaged, not tested."""
-    return [row_entry("differences", rows[a], task, chosen, paired(
-        rows[a], rows[b], task, chosen), column) | {"against": row_name(rows[b])}
+    return [row_entry("differences", rows[a], task, chosen, column, paired(
+        rows[a], rows[b], task, chosen), against=row_name(rows[b]))
             for b, a in itertools.combinations(rows, 2)
             for task, column, chosen in with_rare(tasks)]
 
@@ -1841,28 +1752,25 @@ def subgroup_entries(rows: list[dict], cohort: Cohort, args: argparse.Namespace)
     return entries
 
 
-# Figures of the score: fewer patients (A, Figure 4), classes, training curves
-
-
-def draw_fractions(rows: dict, tasks: dict, title: str):
+def fractions_figure(rows: dict, tasks: dict, title: str):
     """A, Figure 4: macro-AUROC against the fraction of the training patients; None if all is 1."""
     methods = [m for m in MAIN_METHODS if sum(m == row["method"] for row in rows.values()) > 1]
-    wanted = [task for task in ("triage", "monitoring") if task in tasks]
+    wanted = [task for task in BOTH if task in tasks]
     if not methods or not wanted:
         return None
     figure, axes = plotter().subplots(1, len(wanted), figsize=(4.6 * len(wanted), 4.2),
                                       sharey=True, squeeze=False)
     for axis, task in zip(axes[0], wanted, strict=True):
         for i, name in enumerate(methods):
-            found = {frac: macro(row_replicates(rows[name, frac], task), tasks[task])
+            found = {frac: macro(rows[name, frac], task, tasks[task])
                      for frac in sorted(frac for method, frac in rows if method == name)}
             x = np.array(list(found)) * 1.06 ** (i - (len(methods) - 1) / 2)
             low, high = zip(*(interval(m[1:]) for m in found.values()))
             axis.plot(x, [m[0] for m in found.values()], "o-", color=f"C{i}", label=name)
             axis.vlines(x, low, high, color=f"C{i}")
-            paper = {frac: PAPER[name, frac][f"{task} A"][0] for frac in (0.01, 0.1, 1.0)
-                     if f"{task} A" in PAPER.get((name, frac), ())}
-            axis.plot([*paper], [*paper.values()], "D", color=f"C{i}", markerfacecolor="none")
+            for _, frac, of, printed in PAPER_TABLES[:-1]:  # paper A's
+                for value, *_ in printed.get(name, ())[of.index(task):of.index(task) + 1]:
+                    axis.plot(frac, value, "D", color=f"C{i}", markerfacecolor="none")
         axis.plot([], [], "kD", markerfacecolor="none", label="paper A (MIMIC-IV-ECG)")
         axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="fraction of the training patients", title=task)
@@ -1874,26 +1782,7 @@ def draw_fractions(rows: dict, tasks: dict, title: str):
                   frameon=False)
     figure.suptitle(title, fontsize=8, wrap=True)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
-    return figure
-
-
-def draw_forest(entries: list[dict], shown: list[str], title: str):
-    """Per-class AUROC of the rows `shown`, and the second less the first beside it."""
-    entries = [e | {"row": f"{e['row']} ({e['positives']:,})"} for e in entries if e["in_macro"]]
-    rows = [e for e in entries if e["column"] in shown]
-    difference = [e for e in entries if " less ".join(shown[1::-1]) == e["column"] and shown[1:]]
-    if not rows:
-        return None
-    figure, axes = plotter().subplots(
-        1, 2 if difference else 1, figsize=(11, 2 + 0.28 * len({e["row"] for e in rows})),
-        sharey=True, squeeze=False, layout="constrained")
-    draw_intervals(axes[0][0], rows, 0.5)
-    axes[0][0].set_xlabel("AUROC [95 %]")
-    if difference:
-        draw_intervals(axes[0][1], difference, 0)
-        axes[0][1].set_xlabel(f"{shown[1]}\nless {shown[0]}, paired")
-    figure.suptitle(f"{title}; classes by number of positives", fontsize=8)
-    return figure
+    return png(figure)
 
 
 # The mode, in the order in which it runs
@@ -1902,24 +1791,23 @@ def draw_forest(entries: list[dict], shown: list[str], title: str):
 def run_score(args: argparse.Namespace) -> None:
     """`--mode score`: tables and figures of each cohort and test set, on stdout and in --out."""
     folders, reasons = find_runs(args.runs)
-    runs = [load_run(folder, args.split) for folder in folders]
-    groups = {}  # runs share a table only when the truth they are judged by is the same
-    for run in runs:
+    runs, groups = [load_run(folder, args.split) for folder in folders], {}
+    for run in runs:  # they share a table only when the truth they are judged by is the same
         if sum(folder.name == run["path"].name for folder in folders) > 1:
             run["name"] = str(run["path"])  # two studies name their runs alike
-        digest = hashlib.sha256(repr(run["class_name"].tolist()).encode())
-        for key in ("study_id", "subject_id", "y_true", "first_in_stay", "pair_first", "has_label"):
-            digest.update(np.ascontiguousarray(run[key]).tobytes())
-        groups.setdefault((run["sha256"], digest.hexdigest()), []).append(run)
+        truth = tuple(run[key].tobytes() for key in (
+            "class_name", "study_id", "subject_id", "y_true", "first_in_stay", "pair_first",
+            "has_label"))
+        groups.setdefault((run["sha256"], truth), []).append(run)
     data = Cohort(args.data) if args.data else None
-    if data and data.sha256 not in [sha256 for sha256, _ in groups]:
+    if data and data.sha256 not in [run["sha256"] for run in runs]:
         wanted = sorted({f"{run['cohort']} ({run['sha256'][:8]})" for run in runs})
         raise InputError(f"--data: {args.data} is the cohort {data.name} ({data.sha256[:8]}), the "
                          f"runs are of {', '.join(wanted)}; give the cohort they were trained on")
-    parts = []  # of each test set: what its tables are made of, its claims among it
-    for (sha256, _), group in groups.items():
+    lines, entries, files, claims = [], [], {}, []
+    for i, group in enumerate(groups.values()):
         cohort, left_out = data, ""
-        if data is None or data.sha256 != sha256:
+        if data is None or data.sha256 != group[0]["sha256"]:
             try:
                 cohort = cohort_of(group[:1], None)
             except InputError as error:
@@ -1940,17 +1828,25 @@ def run_score(args: argparse.Namespace) -> None:
         title = f"{group[0]['cohort']}: {'SYNTHETIC' if group[0]['synthetic'] else 'real'} " \
             f"records, {fold_text(group[0]['source'], args.split)}, {chosen['scored']:,} " \
             f"records of {chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
-        why = reasons | ambiguous
-        parts.append((group[0], score_head(title, group[0], tasks, left_out, args),
-                      (rows, tasks, title, cohort, args, why, claim_entries(rows, tasks, why))))
-    decide([claim for _, _, (*_, claims) in parts for claim in claims])
-    lines, entries, files = [], [], {}
-    for i, (run, head, tables) in enumerate(parts):
-        found, text, figures = score_tables(*tables)
-        lines += [*head, *text, ""]
-        entries += [{"cohort": run["cohort"], "synthetic": run["synthetic"]} | e for e in found]
-        files |= {name if i == 0 else name.replace(".png", f"-{i + 1}.png"): png(figure)
-                  for name, figure in figures.items() if figure is not None}
+        lines += score_head(title, group[0], tasks, left_out, args)
+        found, text, figures = score_tables(rows, tasks, title, cohort, args, reasons | ambiguous)
+        asked = claim_entries(rows, tasks, reasons | ambiguous)
+        for e in (*found, *asked):
+            e |= {"cohort": group[0]["cohort"], "synthetic": group[0]["synthetic"]}
+        lines += text
+        entries += found
+        claims.append((title, asked))
+        files |= {name if i == 0 else name.replace(".png", f"-{i + 1}.png"): content
+                  for name, content in figures.items() if content}
+    decide([e for _, asked in claims for e in asked])
+    for title, asked in claims:
+        tested = sum(not np.isnan(e["p"]) for e in asked)
+        lines += pivot(asked, "claim", ("seeds", "t", "df", "p_holm", "verdict"),
+                       f"Claims, {title}",
+                       "t and Satterthwaite's df join the variances over patients and over seeds; "
+                       f"Holm at .05 over all claims tested in this call, {tested} of them here; a "
+                       ">= asks for no more than 0.01 below.")
+        entries += asked
     publish(args.out, "score", lines, {"score.csv": csv_lines(entries)} | files)
 
 
@@ -1971,7 +1867,7 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
     for task, chosen in tasks.items():
         out = [name for name, kept in zip(names, chosen["eligible"], strict=True) if not kept]
         lines.append(f"- {task}: " + (
-            f"not defined, {why}." if (why := no_score(task, chosen)) else
+            f"not defined, {chosen['why']}." if chosen["why"] else
             f"left out of the macro mean: {', '.join(out) or 'none'}."))
     if left_out:
         lines.append(f"- left out, carry-forward, age and sex and the sub-groups: {left_out}.")
@@ -1979,48 +1875,41 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
 
 
 def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
-                 args: argparse.Namespace, reasons: dict,
-                 claims: list[dict]) -> tuple[list[dict], list[str], dict]:
-    """Entries, Markdown and figures of the rows of one test set, its claims already judged."""
+                 args: argparse.Namespace, reasons: dict) -> tuple[list[dict], list[str], dict]:
+    """Entries, Markdown and figures of the rows of one test set."""
     run = next(iter(rows.values()))["runs"][0]
-    lines, entries = [], []
     main = [rows[name, 1.0] for name in MAIN_METHODS if (name, 1.0) in rows]
     if len(main) < 2:
         main = [row for row in rows.values() if row["frac"]][:4]  # all would be too wide
     shown = [row_name(row) for row in main]
-
-    def add(found: list[dict], title: str, corner: str, beside=(), note: str = "", show=None):
-        entries.extend(found)
-        lines.extend(pivot(found if show is None else show, corner, beside, title))
-        lines.extend([note, ""] * bool(note and found))
-
-    for found, note in paper_tables(rows, tasks, reasons):
-        add(found, found[0]["table"], "method", ("seeds", "minutes"), note)
-    tested = sum(not np.isnan(e["p"]) for e in claims)
-    add(claims, "Claims", "claim", ("seeds", "t", "df", "p_holm", "verdict"),
-        f"t and Satterthwaite's df join the variances over patients and over seeds; Holm at "
-        f".05 over all claims tested in this call, {tested} of them here; a >= asks for no more "
-        "than 0.01 below.")
-    add([row_entry("all methods", row, task, chosen, column=column) for row in rows.values()
-         for task, column, chosen in with_rare(tasks)], "All methods", "method",
-        ("seeds", "steps", "minutes"))
-    entries += [row_entry("all runs", row | {"method": run["name"], "runs": [run],
-                                             "seeds": {run["seed"]: [run]}}, task, chosen,
-                          column=column) | {"method": run["method"]} for row in rows.values()
-                for run in row["runs"] for task, column, chosen in with_rare(tasks)]
-    first, differences = row_name(next(iter(rows.values()))), difference_entries(rows, tasks)
-    add(differences, "Paired differences", f"less {first}",
-        show=[e for e in differences if e["against"] == first])
+    entries = paper_entries(rows, tasks, reasons)
+    lines = [line for title in dict.fromkeys(e["table"] for e in entries) for line in pivot(
+        [e for e in entries if e["table"] == title], "method", ("seeds", "minutes"), title)]
+    methods = [row_entry("all methods", row, task, chosen, column) for row in rows.values()
+               for task, column, chosen in with_rare(tasks)]
+    single = [row_entry("all runs", row | {"method": run["name"], "runs": [run],
+                                           "seeds": {run["seed"]: [run]}}, task, chosen, column)
+              | {"method": run["method"]} for row in rows.values()
+              for run in row["runs"] for task, column, chosen in with_rare(tasks)]
+    differences, first = difference_entries(rows, tasks), row_name(next(iter(rows.values())))
     task = "monitoring" if "monitoring" in tasks else next(iter(tasks))
     classes = class_entries(rows, shown[:2], task, tasks[task], run["class_name"].tolist())
-    add(classes, f"Classes, {task}", "class", ("positives",), show=[
-        e for e in classes if e["column"] in (*shown[:2], " less ".join(shown[1::-1]))])
+    columns, groups = (*shown[:2], " less ".join(shown[1::-1])), []
     if cohort is not None and "monitoring" in tasks and not args.labelled_only:
-        add(subgroup_entries(main, cohort, args),
-            "Sub-groups of all test records", "sub-group", ("records", "patients", "classes"),
-            "Sub-groups differ in their classes: compare methods within a line, not lines.")
-    return entries, lines, {"figure4.png": draw_fractions(rows, tasks, title),
-                            "forest.png": draw_forest(classes, shown, f"{title}, {task}")}
+        groups = subgroup_entries(main, cohort, args)
+    lines += pivot(methods, "method", ("seeds", "steps", "minutes"), "All methods")
+    lines += pivot([e for e in differences if e["against"] == first], f"less {first}",
+                   title="Paired differences")
+    lines += pivot([e for e in classes if e["column"] in columns], "class", ("positives",),
+                   f"Classes, {task}")
+    lines += pivot(groups, "sub-group", ("records", "patients", "classes"),
+                   "Sub-groups of all test records",
+                   "They differ in their classes: compare methods within a line, not lines.")
+    forest = [e | {"row": f"{e['row']} ({e['positives']:,})"} for e in classes
+              if e["in_macro"] and e["column"] in shown]
+    return [*entries, *methods, *single, *differences, *classes, *groups], lines, {
+        "figure4.png": fractions_figure(rows, tasks, title), "forest.png": forest and
+        intervals_figure(forest, 0.5, f"{title}, {task}: AUROC by class (positives)")}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2137,8 +2026,9 @@ GAINS = {  # name: (A, B, C): (sum of B's errors - sum of A's) / sum of C's
     "gain of the model over shuffled actions": ("model", "shuffled actions", "shuffled actions")}
 AG = {"coded": "AG of the coded action", "state": "AG of the true state change"}
 OWN_ONSET = "own onset moves the logit further than others, {}"
-GAINS_ON_TRAINING = "skill of the model against persistence, in sample"
 SAME_PATIENT = "same patient nearest in h (cosine)"
+# Groups of the page begin so; all are in the CSV
+SHOWN = "changed", "state changed", "test", "records", "all classes", "with ", "without "
 MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
     "1 Does the action matter?", "2 One-step error", "3 Retrieval of the true next state",
     "4 Reversal", "5 Onset read-out", "6 Latent space and re-identification",
@@ -2217,26 +2107,26 @@ class Embedded:
         return (self.y[source], self.y[source if self.run["told"] == "none" else target],
                 known[source], known[target])
 
-    def predict(self, z, y, y_next, known, known_next):
-        """r(z, y -> y_next); no gradient, as `load_world_model` freezes."""
-        return self.run["model"].predict(
-            z, action_input(self.run["form"], y, y_next, known, known_next).to(z))
+    def predict(self, z, *change):
+        """r(z, change), a `change` as above."""
+        return predict(self.run, z, *change)
 
 
 def by_group(table: str, name: str, boot: Bootstrap, groups: dict, above, below=1.0) -> dict:
-    """{(table, name, group): sum(above) / sum(below), (P,), over its pairs, or a text: why not}."""
+    """{(table, name, group): sum(above) / sum(below), (P,), over its pairs}, of groups with any."""
     mask = np.stack(list(groups.values()), axis=1)                              # (P, G)
-    why = next((value for value in (above, below) if isinstance(value, str)), "")
-    values = None if why else boot.ratio(np.where(mask, above[:, None], np.nan),
-                                         np.broadcast_to(below, len(mask))[:, None])
-    return {(table, name, group): why or (values[:, g] if mask[:, g].any() else "no such pair")
-            for g, group in enumerate(groups)}
+    values = boot.ratio(np.where(mask, above[:, None], np.nan),
+                        np.broadcast_to(below, len(mask))[:, None])
+    return {(table, name, group): values[:, g] for g, group in enumerate(groups)
+            if mask[:, g].any()}
 
 
 def matter_results(e: Embedded, boot: Bootstrap, group: np.ndarray, permutations: int) -> dict:
     """AG of the coded action and of the true state change on the pairs of `group` (P,)."""
     cohort, result, parts = e.cohort, {}, {}
     pairs = {"train": e.used["train pairs"], "test": e.used["test pairs"][group]}
+    if not group.any() or len(pairs["train"]) < 2:
+        return {}
     for part, p in pairs.items():
         z, z_next = (e.z[e.at(rows)].double().cpu().numpy() for rows in cohort.pair[p].T)
         known = known_without_action(cohort, p)
@@ -2244,18 +2134,17 @@ def matter_results(e: Embedded, boot: Bootstrap, group: np.ndarray, permutations
                        "patient": cohort.subject_id[cohort.pair[p, 0]],
                        "stratum": 2 * cohort.pair_kind[p].astype(int) + known[:, 0].astype(int)}
     for which, name in AG.items() if cohort.state is not None else [*AG.items()][:1]:
-        key = MATTER, name, HEADLINE
-        if not group.any() or len(pairs["train"]) < 2:
-            result[key] = "no such pair"
-            continue
         for part, p in pairs.items():
             parts[part]["a"] = cohort.action_of(p, which).astype(np.float64)
         errors = np.full((2, len(group)), np.nan)  # outside the group: no part of any sum
         errors[0, group], errors[1, group], null = action_gain(
             parts["train"], parts["test"], permutations)
-        result[key] = 1 - boot.ratio(*errors)
-        result["p", (MATTER, f"p of {name}, {len(null)} permutations", HEADLINE)] = np.append(
-            result[key][0], null)
+        gain = result[MATTER, name, HEADLINE] = 1 - boot.ratio(*errors)
+        result[MATTER, f"p of {name}, {len(null)} permutations", HEADLINE] = \
+            permutation_p, np.append(gain[0], null)
+    if cohort.state is not None:
+        result[MATTER, "share of AG, coded of true state", HEADLINE] = share_of_second, np.stack(
+            [result[MATTER, name, HEADLINE] for name in AG.values()])
     return result
 
 
@@ -2266,35 +2155,31 @@ def error_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -
     z, z_next = (e.z[e.at(rows)].double().cpu().numpy() for rows in cohort.pair[train].T)
     source = e.source.double().cpu().numpy()
     alone = ridge(z, z_next - z, cohort.subject_id[cohort.pair[train, 0]]).predict(source)
-    zero = shuffled = e.no_action
     y, y_next, *known = e.change(e.used["test pairs"])
+    predicted = {"model": e.predict(e.source, y, y_next, *known)}
     if not e.no_action:
-        zero = e.predict(e.source, y, y, *known)
+        predicted["zero action"] = e.predict(e.source, y, y, *known)
         dealt = shuffled_actions(y_next.astype(np.int8) - y, y)  # the source's half is kept
-        shuffled = sum(e.predict(e.source, y, y + a, *known) for a in dealt) / len(dealt)
-    predicted = {"model": e.predict(e.source, y, y_next, *known), "zero action": zero,
-                 "shuffled actions": shuffled,
-                 "ridge on z alone": torch.from_numpy(source + alone).to(e.z),
-                 "persistence": e.source,
-                 "mean": torch.from_numpy(z_next.mean(axis=0)).to(e.z).expand_as(e.source)}
-    errors = {name: p if isinstance(p, str) else pair_error(p, e.target)
-              for name, p in predicted.items()}
+        predicted["shuffled actions"] = sum(
+            e.predict(e.source, y, y + a, *known) for a in dealt) / len(dealt)
+    predicted |= {"ridge on z alone": torch.from_numpy(source + alone).to(e.z),
+                  "persistence": e.source,
+                  "mean": torch.from_numpy(z_next.mean(axis=0)).to(e.z).expand_as(e.source)}
+    errors = {name: pair_error(p, e.target) for name, p in predicted.items()}
     for name, error in errors.items():
         result |= by_group(ERRORS, name, boot, groups, error)
     for name, (better, base, below) in GAINS.items():
-        a, b = errors[better], errors[base]
-        why = next((x for x in (a, b) if isinstance(x, str)), "")
-        result |= by_group(MATTER, name, boot, groups, why or b - a, why or errors[below])
-    if e.run["frac"] == 1 and not e.no_action:  # far below the test error: learnt by heart
-        z, z_next = (torch.from_numpy(part).to(e.z) for part in (z, z_next))
-        fit, stay = (pair_error(p, z_next).sum() for p in (e.predict(z, *e.change(train)), z))
-        result[MATTER, GAINS_ON_TRAINING, "training pairs"] = 1 - fit / stay
+        if base in errors:
+            result |= by_group(MATTER, name, boot, groups, errors[base] - errors[better],
+                               errors[below])
     return result
 
 
 def retrieval_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -> dict:
     """Part 3: is the true next state nearer to r(z, a) than to r(z, 0), among other states?"""
     import torch
+    if e.no_action:
+        return {}
     z, subject, result = e.z[e.at(e.used["test"])], e.cohort.subject_id[e.used["test"]], {}
     some = {name: groups[name] for name in (HEADLINE, "state changed, labelled") if name in groups}
     judged = np.logical_or.reduce(list(some.values()))
@@ -2306,9 +2191,6 @@ def retrieval_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray
     every = torch.arange(len(z), device=z.device)
     for among in ("other patients", "the same patient's"):
         name = f"reciprocal rank, {{}}, among {among}".format
-        if e.no_action:
-            result[RETRIEVAL, name("model - zero action"), HEADLINE] = e.no_action
-            continue
 
         def allowed(rows: slice):
             same = patient[source[rows], None] == patient
@@ -2327,17 +2209,16 @@ def retrieval_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray
 
 def reversal_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -> dict:
     """Part 4: from z_next, does the undone action lead nearer to z than no action does?"""
+    if e.no_action:
+        return {}
     fixed = [c for c, name in enumerate(e.cohort.class_name) if name in IRREVERSIBLE]
     without = " ".join([", without", *(e.cohort.class_name[c] for c in fixed)]) * bool(fixed)
     y, y_next, known, known_next = e.change(e.used["test pairs"])
     use = {HEADLINE: groups[HEADLINE] & (y == y_next)[:, fixed].all(axis=1)}
-    gain = none = e.no_action
-    if not e.no_action:
-        back, none = (pair_error(e.predict(e.target, y_next, then, known_next, known), e.source)
-                      for then in (y, y_next))
-        gain = none - back
+    back, none = (pair_error(e.predict(e.target, y_next, then, known_next, known), e.source)
+                  for then in (y, y_next))
     return by_group(REVERSAL, f"gain of r(z_next, -a) over r(z_next, 0) towards z{without}", boot,
-                    use, gain, none)
+                    use, none - back, none)
 
 
 def onset_results(e: Embedded, boot: Bootstrap) -> dict:
@@ -2352,7 +2233,7 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
     positives = y.sum(axis=0, dtype=np.int64)
     classes = np.flatnonzero((positives >= MIN_POSITIVES) & (positives < len(y)))
     if not len(classes):
-        return {(ONSET, OWN_ONSET.format("model"), "all classes"): "no class has a read-out"}
+        return {}
     result, shown = {}, ~np.isin(names[classes], silent)                        # (C,)
     for space, of in (("h", e.h), ("z", e.z)):  # a z that forgot the ECG could have a large AG
         weight, bias = fit_logistic(of[e.at(train)], y[:, classes], READOUT_L2)  # (D, C), (C,)
@@ -2388,11 +2269,9 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
 def onset_means(name: str, values: np.ndarray, codes: np.ndarray, silent: list[str]) -> dict:
     """Values (1 + R, C) by code, and their means: of all, with and without signature."""
     result = {(ONSET, name, "all classes"): mean_defined(values)}
-    control, rng, drawn = np.isin(codes, silent), np.random.default_rng(SEED), []
-    for group, mask in (("with", ~control), ("without", control)):
-        columns = np.flatnonzero(mask)
-        if mask.all() or not mask.any():
-            continue
+    rng, drawn, control = np.random.default_rng(SEED), [], np.isin(codes, silent)
+    groups = {"with": np.flatnonzero(~control), "without": np.flatnonzero(control)}
+    for group, columns in groups.items() if all(map(len, groups.values())) else ():
         result[ONSET, name, f"{group} signature"] = mean_defined(values[:, columns])
         # the control codes are few, so the contrast resamples codes as well as patients
         pick = rng.choice(columns, (len(values), len(columns)))
@@ -2412,9 +2291,7 @@ def latent_results(h, z, subject: np.ndarray, boot: Bootstrap) -> dict:
     some = z[torch.randperm(len(z), generator=generator)[:512].to(z.device)].float().cpu()
     values = {"effective rank of z": cardiowm.effective_rank(z), "std of z, min": std.min(),
               "std of z, median": std.median(), "std of z, max": std.max(),
-              "SIGReg of z": cardiowm.SIGReg()(some, generator=generator),
-              "mean length of z": z.norm(dim=1).mean(),
-              "effective rank of h": cardiowm.effective_rank(h)}
+              "SIGReg of z": cardiowm.SIGReg()(some, generator=generator)}
     result = {(LATENT, name, "test records"): float(value) for name, value in values.items()}
     unit = torch.nn.functional.normalize(h.double(), dim=1)  # nearest in distance: in cosine
     patient = torch.from_numpy(np.unique(subject, return_inverse=True)[1]).to(h.device)
@@ -2425,7 +2302,7 @@ def latent_results(h, z, subject: np.ndarray, boot: Bootstrap) -> dict:
     several = np.bincount(patient.cpu().numpy())[patient.cpu().numpy()] - 1      # (N,)
     group = "records with another of the patient"
     if not several.any():
-        return result | {(LATENT, SAME_PATIENT, group): "no patient has two test records"}
+        return result
     found = np.where(several > 0, (rank <= 1) * 1.0, np.nan)
     result[LATENT, SAME_PATIENT, group] = boot.ratio(found)
     result[LATENT, "chance of that", group] = float((several / (len(h) - 1))[several > 0].mean())
@@ -2450,82 +2327,78 @@ def untrained_model(run: dict, cohort: Cohort, draw: int):
 # The mode: embed each model, call the parts, mean over seeds, write
 
 
-def mean_over_seeds(seeds: dict) -> dict:
-    """{seed: {key: replicates, or a text: why not}} -> {key: mean, or the first text}."""
-    return {key: next((one[key] for one in seeds.values() if isinstance(one[key], str)), None)
-            or np.mean([one[key] for one in seeds.values()], axis=0)
-            for key in next(iter(seeds.values()))}
+def permutation_p(values: np.ndarray) -> float:
+    """p of a statistic that stands before those of permuted data, (1 + permutations,)."""
+    return (1 + (values[1:] >= values[0] - 1e-12).sum()) / len(values)
 
 
-def study_entries(results: dict[str, dict], means: dict[str, dict], cell, compared,
-                  patients: int) -> list[dict]:
+def share_of_second(values: np.ndarray) -> np.ndarray:
+    """The first of two, (2, 1 + n_boot), by the second; NaN where that is not clearly above 0."""
+    return values[0] / values[1] if interval(values[1, 1:])[0] > 0 else np.array([np.nan])
+
+
+def study_entries(results: dict[str, dict], cell, compared, patients: int) -> list[dict]:
     """Means over seeds, every seed's own values, and each method less the first of the call.
 
-    Args: results: {label: {seed: {key: replicates or a text}}}; means: {label: `mean_over_seeds`};
-        cell: (key, label, value) -> entry; compared: keys whose values do not depend on a model's
-        own z. Under ("p", key) stands a statistic before those of permuted actions: its p is told.
+    Args: results: {label: {seed: {key: replicates}}}; (function, values) in their place tell the
+        function of the values' mean over seeds; cell: (key, label, value) -> entry; compared:
+        whether a key's values do not depend on a model's own z.
     Returns: entries of the tables NAME, "NAME, by seed", DIFFERENCE (means over the seeds that both
         have, on the same draws, with t, df, p of `seed_test`), and "DIFFERENCE, by seed".
     """
+    def told(key: tuple, label: str, values: dict, **more) -> list[dict]:
+        cells = [cell(key, label, of) | more for of in (
+            np.mean(list(values.values()), axis=0), *values.values())]
+        for seed, e in zip(values, cells[1:], strict=True):
+            e |= {"table": f"{e['table']}, by seed", "seed": seed}
+        return cells
+
     entries, first = [], next(iter(results))
-    for label, mean in means.items():
-        for key, value in mean.items():
-            if key[0] == "p":
-                key, value = key[1], (1 + (value[1:] >= value[0] - 1e-12).sum()) / len(value)
-            entries.append(cell(key, label, value))
     for label, seeds in results.items():
-        for seed, one in seeds.items():
-            found = [cell(key, label, value) for key, value in one.items() if key[0] != "p"]
-            entries += [e | {"table": f"{e['table']}, by seed", "seed": seed} for e in found]
-        shared = [seed for seed in seeds if seed in results[first]] if label != first else []
-        for key in compared if shared else ():
-            pairs = [[of[seed].get(key, "") for of in (seeds, results[first])] for seed in shared]
-            if any(isinstance(value, str) for pair in pairs for value in pair):
+        for key, value in next(iter(seeds.values())).items():
+            values = {seed: one[key] for seed, one in seeds.items()}
+            if isinstance(value, tuple):
+                mean = np.mean([of for _, of in values.values()], axis=0)
+                entries.append(cell(key, label, value[0](mean)))
                 continue
-            each = np.array([np.atleast_1d(b - a) for b, a in pairs])           # (S, 1 + n_boot)
-            t, df, p = seed_test(each[:, 0], each.mean(axis=0)[1:], patients)
-            more = {"against": first, "seeds": len(shared)}
-            entries.append(cell(key, label, each.mean(axis=0)) | more | {
-                "table": DIFFERENCE, "t": t, "df": df, "p": p})
-            entries += [cell(key, label, d) | more | {
-                "table": f"{DIFFERENCE}, by seed", "seed": seed} for seed, d in zip(shared, each)]
+            entries += told(key, label, values)
+            less = {seed: of - results[first][seed][key] for seed, of in values.items()
+                    if key in results[first].get(seed, ())}
+            if label != first and compared(key) and less:
+                each = np.array(list(less.values()))                            # (S, 1 + n_boot)
+                cells = told(key, label, less, table=DIFFERENCE, against=first, seeds=len(less))
+                cells[0] |= zip(("t", "df", "p"), seed_test(
+                    each[:, 0], each.mean(axis=0)[1:], patients))
+                entries += cells
     return entries
 
 
 def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> list[dict]:
     """worldmodel.csv, of {label: {seed: results}}; counts: {group: (what, how many, patients)}."""
     def cell(key: tuple, label: str, value) -> dict:
-        (table, name, group), why = key, value if isinstance(value, str) else ""  # not defined
+        table, name, group = key
         counted, n, patients = counts.get(group, ("records", "", ""))
-        return entry(table, f"{name} ({group})", label, np.nan if why else value, why, run=label,
-                     quantity=name, group=group, n=n, counted=counted, patients=patients,
-                     seeds=len(results[label]))
+        return entry(table, f"{name} ({group})", label, value, "a share of what is not above 0",
+                     run=label, quantity=name, group=group, n=n, counted=counted,
+                     patients=patients, seeds=len(results[label]))
 
-    means = {label: mean_over_seeds(seeds) for label, seeds in results.items()}
-    for mean in means.values():
-        coded, state = (mean.get((MATTER, name, HEADLINE), "") for name in AG.values())
-        if not isinstance(coded, str) and not isinstance(state, str):
-            mean[MATTER, "share of AG, coded of true state", HEADLINE] = coded / state \
-                if interval(state[1:])[0] > 0 else "AG of the true state is not above 0"
-    compared = [key for key in next(iter(next(iter(results.values())).values())) if key[0] != "p"
-                and (key[0] == MATTER and key[2] in (HEADLINE, "test records")
-                     or key[1] == SAME_PATIENT)]
-    return study_entries(results, means, cell, compared, counts.get(HEADLINE, (0, 0, 0))[2])
+    return study_entries(results, cell, lambda key: key[1] == SAME_PATIENT or (
+        key[0] == MATTER and key[2] in (HEADLINE, "test records")),
+        counts.get(HEADLINE, (0, 0, 0))[2])
 
 
 def run_worldmodel(args: argparse.Namespace) -> None:
-    """`--mode worldmodel`: worldmodel.md, .csv, .png and onset.png under --out."""
+    """`--mode worldmodel`: worldmodel.md, .csv and .png under --out."""
     rows, runs, cohort = world_models(args)
-    split, pair_split = cohort.split, cohort.split[cohort.pair[:, 0]]
-    judged = SPLITS.index(args.split)  # "test" below is the fold that is judged
-    used = {f"{part} pairs": np.flatnonzero(pair_split == i) for part, i in (("train", 0),
-                                                                             ("test", judged))}
-    if not all(map(len, used.values())):
+    used, pair_split = {}, cohort.split[cohort.pair[:, 0]]
+    for part, fold in (("train", 0), ("test", SPLITS.index(args.split))):  # "test": what is judged
+        used[part] = np.flatnonzero(cohort.split == fold)
+        used[f"{part} pairs"] = np.flatnonzero(pair_split == fold)
+    if not (len(used["train pairs"]) and len(used["test pairs"])):
         raise InputError(f"{cohort.path}: found {len(used['train pairs'])} training and "
                          f"{len(used['test pairs'])} {args.split} pairs; a cohort with both is "
                          "wanted")
-    train = np.random.default_rng(SEED).permutation(np.flatnonzero(split == 0))
-    used |= {"test": np.flatnonzero(split == judged), "train": np.sort(train[:FIT_LIMIT])}
+    used["train"] = np.sort(np.random.default_rng(SEED).permutation(used["train"])[:FIT_LIMIT])
     used["rows"] = np.unique(np.concatenate([used["test"], used["train"],
                                              cohort.pair[used["train pairs"]].ravel()]))
     subject = cohort.subject_id[used["test"]]
@@ -2552,15 +2425,16 @@ def run_worldmodel(args: argparse.Namespace) -> None:
     counts = {name: ("pairs", int(mask.sum()), len(np.unique(patient[mask])))
               for name, mask in groups.items()}
     counts["test records"] = ("records", len(subject), len(np.unique(subject)))
-    learnt = cohort.subject_id[cohort.pair[used["train pairs"], 0]]
-    counts["training pairs"] = ("pairs", len(learnt), len(np.unique(learnt)))
     entries = scorecard_entries(results, counts)
     title = caption(cohort, used["test"], fold_text(cohort.source, args.split),
                     {run["seed"] for run in runs}) \
         + f"; {len(patient):,} pairs of {len(np.unique(patient)):,} patients"
-    publish(args.out, "worldmodel", scorecard_lines(entries, title, args),
-            {"worldmodel.csv": csv_lines(entries)}
-            | scorecard_figures(entries, title, without_signature(cohort)))
+    shown = [e | {"row": e["quantity"]} for e in entries if e["group"] == HEADLINE
+             and e["table"] in (MATTER, RETRIEVAL, REVERSAL) and ", model, " not in e["quantity"]
+             and not e["quantity"].startswith(("p of", "share of"))]
+    publish(args.out, "worldmodel", scorecard_lines(entries, title, args), {
+        "worldmodel.csv": csv_lines(entries), "worldmodel.png": intervals_figure(
+            shown, 0, f"World-model scorecard, AG, skill and gain; {HEADLINE}; {title}")})
 
 
 def scorecard_lines(entries: list[dict], title: str, args: argparse.Namespace) -> list[str]:
@@ -2581,43 +2455,12 @@ def scorecard_lines(entries: list[dict], title: str, args: argparse.Namespace) -
              f"[95 % percentile interval of {args.n_boot:,} bootstraps over patients, seed {SEED}];"
              f" means over seeds. Headline group: {HEADLINE}, i.e. the label set changes and both "
              "records carry a code. Fits are on all training pairs, whatever fraction a run was "
-             "trained on. Models have a z each: compare gains, not errors.", ""]
+             "trained on. Models have a z each: compare gains, not errors. -: no such pair, or a "
+             "model that has learnt no action.", ""]
     for table, words in about.items():
-        lines += [f"### {table}", "", words, ""] if table != DIFFERENCE or any(
-            e["table"] == table for e in entries) else []
-        of = [e for e in entries if e["table"] == table and (
-            table not in (MATTER, ONSET) or e["group"] in (
-                HEADLINE, "state changed, labelled", "test records", "training pairs",
-                "all classes") or "signature" in e["group"])]
-        if table != ERRORS:
-            lines += pivot(of, "quantity (group)", ("n", "patients"))
-            continue
-        for run in dict.fromkeys(e["run"] for e in of):
-            lines += [f"**{run}**", "", *pivot(
-                [e | {"row": e["group"], "column": e["quantity"], "low": np.nan} for e in of
-                 if e["run"] == run], "group", ("n", "patients"))]
+        lines += pivot([e for e in entries if e["table"] == table and e["group"].startswith(SHOWN)],
+                       "quantity (group)", ("n", "patients"), table, words)
     return lines
-
-
-def scorecard_figures(entries: list[dict], title: str, silent: list[str]) -> dict[str, bytes]:
-    """worldmodel.png: AG and gains of the headline group; onset.png: the read-out by class."""
-    gains = [e | {"row": e["quantity"]} for e in entries if e["group"] == HEADLINE
-             and e["table"] in (MATTER, RETRIEVAL, REVERSAL) and ", model, " not in e["quantity"]
-             and not e["quantity"].startswith(("p of", "share of"))]
-    onset = [e | {"row": e["group"], "column": f"{e['run']}, {e['quantity'].split(', ')[1]}"}
-             for e in entries if e["table"] == ONSET and "class" not in e["group"]
-             and "signature" not in e["group"]]
-    columns = sorted(dict.fromkeys(e["column"] for e in onset), key=lambda c: "vector" in c)[:4]
-    onset = sorted((e for e in onset if e["column"] in columns),
-                   key=lambda e: (e["row"] in silent, e["row"]))
-    files = {"worldmodel.png": intervals_figure(
-        gains, 0, f"World-model scorecard, AG, skill and gain; {HEADLINE}; {title}")}
-    if onset:
-        files["onset.png"] = intervals_figure(
-            onset, 0.5, "World-model scorecard, onset read-out: share of records in which a "
-            "class's own onset moves its logit further than others; red: codes without "
-            f"signature; {title}", marked=tuple(silent))
-    return files
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2632,9 +2475,9 @@ CLASS_VECTOR, RIDGE = "mean class vector", "joint ridge of z on all codes"
 LEFT_OUT, MODEL = "left-out constant of the code", "model, r(z, a) - r(z, 0)"
 STATE = "model, its source told by the true state"
 WRONG, CEILING = "model, the record's wrong codes", "another recording of the truth"
+BY_CODE = MODEL, STATE, CLASS_VECTOR, RIDGE, CEILING
 MEASURES = {"cosine": "cosine to the true change", "length_ratio": "length ratio (median)",
-            "right_code": "right code by cosine", "chance": "its chance",
-            "error": "squared error / D"}
+            "right_code": "right code by cosine", "chance": "its chance"}
 
 
 def choose_records(cohort: Cohort, columns: list[int], split: str = "test",
@@ -2668,28 +2511,27 @@ def simulate_cases(models: list[dict], cohort: Cohort, rows: np.ndarray,
     cases = (cohort.state[rows] == 0) & np.isin(np.arange(len(names)), columns)
     changed, same = np.zeros_like(cases), np.ones(len(rows), bool)
     for model in models:
-        model |= {"z": [], "change": [], "other": []}
+        model |= {"z": [], "change": []}
     progress = Progress(len(rows), "records", "simulate and embed")
     for i, row in enumerate(rows):
         state, absent = {names[k] for k in np.flatnonzero(cohort.state[row])}, cases[i].nonzero()[0]
-        for recording, seed in (("change", 0), ("other", OTHER_RECORDING)):
+        for seed in (0, OTHER_RECORDING):
             x = np.stack([resimulate(cohort, row, codes, seed) for codes in
                           (state, *(state | {names[k]} for k in absent))])      # (1 + k, 12, T)
             for model in models:
                 z = embed(model["model"], x, np.arange(len(x)), model["normalize"])[1].cpu().numpy()
-                change = np.full((len(names), z.shape[1]), np.nan)
-                change[absent] = z[1:] - z[0]
-                model[recording].append(change)
-                if recording == "change":
-                    model["z"].append(z[0])
-            if recording == "change":
+                model["z"].append(z[0])
+                model["change"].append(np.full((len(names), z.shape[1]), np.nan))
+                model["change"][-1][absent] = z[1:] - z[0]
+            if seed == 0:
                 changed[i, absent] = (x[1:] != x[0]).any(axis=(1, 2))
                 gap = np.abs(x[0].astype(np.float32) - cohort.signal[row]).max()
                 same[i] = cohort.quality[row] != 0 or gap <= REPRODUCED_MV
         progress.update()
     progress.close()
-    for model in models:
-        model |= {key: np.stack(model[key]) for key in ("z", "change", "other")}
+    for model in models:  # the two recordings take turns
+        z, change = np.stack(model["z"]), np.stack(model["change"])
+        model |= {"z": z[::2], "change": change[::2], "other": change[1::2]}
     return cases & same[:, None], changed & same[:, None], same
 
 
@@ -2701,22 +2543,21 @@ def left_out_constants(change: np.ndarray, changed: np.ndarray, patient: np.ndar
                 / (others @ changed)[..., None])
 
 
-def model_changes(model, form: str, z: np.ndarray, y: np.ndarray,
-                  known: np.ndarray) -> np.ndarray:
+def model_changes(run: dict, z: np.ndarray, y: np.ndarray, known: np.ndarray) -> np.ndarray:
     """r(z, y without c -> y with c) - r(z, y without c), (R, K, D), of each class c alone.
 
     The difference of two predictions isolates the action: r(z, e_c) - z also holds whatever the
     predictor does without one, e.g. regression to the mean. The next record is coded in both.
-    Args: form: see `action_input`; z (R, D); y (R, K), known (R,) of the records.
+    Args: z (R, D); y (R, K), known (R,) of the records.
     """
     import torch
-    z, changes = torch.from_numpy(z).float().to(next(model.parameters()).device), []
+    z, changes = torch.from_numpy(z).float().to(next(run["model"].parameters()).device), []
     for k in range(y.shape[1]):
         without, begun = y.copy(), y.copy()
         without[:, k], begun[:, k] = 0, 1  # a code that is not in the true state may be coded
-        zero, onset = (model.predict(z, action_input(form, without, y_next, known, known | True
-                                                     ).to(z)) for y_next in (without, begun))
-        changes.append((onset.double() - zero.double()).cpu().numpy())
+        zero, onset = (predict(run, z, without, y_next, known, known | True).double()
+                       for y_next in (without, begun))
+        changes.append((onset - zero).cpu().numpy())
     return np.stack(changes, axis=1)
 
 
@@ -2729,8 +2570,8 @@ def judge_change(change: np.ndarray, candidate: np.ndarray,
     Returns: (R, K) each, NaN where there is no case or no candidate: cosine to the true change, 0
         for a candidate of length 0; length_ratio; right_code, 1 where among the record's cases it
         is this class's candidate that has the largest cosine to the true change, and its chance, 1
-        / number of them (both take two cases, and candidates that differ by class); error
-        |candidate - change|^2 / D; and cosines (R, K true, K candidate), NaN where either is none.
+        / number of them (both take two cases, and candidates that differ by class); and cosines
+        (R, K true, K candidate), NaN where either is none.
     """
     case = changed & ~np.isnan(candidate).any(axis=2)                           # (R, K)
     true, full = (np.where(case[..., None], values, 0) for values in (change, candidate))
@@ -2746,8 +2587,7 @@ def judge_change(change: np.ndarray, candidate: np.ndarray,
         return {"cosine": np.einsum("rkk->rk", cosines), "cosines": cosines,
                 "length_ratio": np.where(case, length / true_length, np.nan),
                 "right_code": np.where(differ, chosen == column, np.nan),
-                "chance": np.where(differ, 1 / options, np.nan),
-                "error": np.where(case, ((full - true)**2).mean(axis=2), np.nan)}
+                "chance": np.where(differ, 1 / options, np.nan)}
 
 
 def code_permutations(cosines: np.ndarray, permutations: int) -> np.ndarray:
@@ -2781,14 +2621,14 @@ def judge_model(model: dict, cohort: Cohort, rows: np.ndarray, changed: np.ndarr
     y = (cohort.state if model["told"] == "state" else cohort.label)[train].astype(np.float64)
     vectors = class_vectors(z_train, y)                                         # (K, D)
     weight = ridge(y, z_train, cohort.subject_id[train]).weight                 # (K, D)
-    candidates = {"no change": np.zeros((len(rows), 1, z.shape[1])), CLASS_VECTOR: vectors[None],
-                  RIDGE: np.where(np.isnan(vectors), np.nan, weight)[None],
-                  LEFT_OUT: left_out_constants(change, changed, cohort.subject_id[rows]),
-                  CEILING: model["other"], MODEL: model_changes(
-                      model["model"], model["form"], z, cohort.label[rows], cohort.has_label[rows])}
+    told = {MODEL: (cohort.label[rows], cohort.has_label[rows])}
     if model["form"] == "sets":
-        candidates[STATE] = model_changes(model["model"], "sets", z, cohort.state[rows],
-                                          np.ones(len(rows), bool))
+        told[STATE] = cohort.state[rows], np.ones(len(rows), bool)
+    candidates = {name: model_changes(model, z, *of) for name, of in told.items()}
+    candidates |= {CLASS_VECTOR: vectors[None],
+                   RIDGE: np.where(np.isnan(vectors), np.nan, weight)[None],
+                   LEFT_OUT: left_out_constants(change, changed, cohort.subject_id[rows]),
+                   CEILING: model["other"], "no change": np.zeros((len(rows), 1, z.shape[1]))}
     judged = {name: judge_change(change, candidate, changed)
               for name, candidate in candidates.items()}
     wrong = judged[MODEL]["cosines"].copy()
@@ -2803,65 +2643,52 @@ def judge_model(model: dict, cohort: Cohort, rows: np.ndarray, changed: np.ndarr
 def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np.ndarray,
                   boot: Bootstrap, permutations: int) -> dict:
     """{(table, row, column): replicates} of one model, `judged` by `judge_model`."""
-    result = {}
+    result, silent = {}, cases & ~changed.any(axis=0)
     for row, values in judged.items():
         for measure, column in MEASURES.items():
             if measure not in values or np.isnan(values[measure]).all():
                 continue
             mean = mean_defined(boot.ratio(values[measure]))
             if measure == "length_ratio":
-                ratios = [of_code[~np.isnan(of_code)] for of_code in values[measure].T]
-                mean = np.array([np.mean([np.median(ratio) for ratio in ratios if len(ratio)])])
+                of = values[measure][:, ~np.isnan(values[measure]).all(axis=0)]
+                mean = np.nanmedian(of, axis=0).mean(keepdims=True)
             result["truth", row, column] = mean[:1] if measure == "chance" else mean
-    for source in (source for source in (MODEL, STATE) if source in judged):
-        for row in (CLASS_VECTOR, RIDGE, LEFT_OUT, WRONG):
-            less = judged[source]["cosine"] - judged[row]["cosine"]
+        for table, key, mask in (("cosine by code", "cosine", changed),
+                                 ("negative control", "length", silent)):
+            if key in values and row in BY_CODE:
+                of_code = boot.ratio(np.where(mask, values[key], np.nan))
+                result |= {(table, names[k], row): of_code[:, k]
+                           for k in np.flatnonzero(mask.any(axis=0))}
+        for other in (CLASS_VECTOR, RIDGE, LEFT_OUT, WRONG) if row in (MODEL, STATE) else ():
+            less = values["cosine"] - judged[other]["cosine"]
             if not np.isnan(less).all():
-                result["difference", source, f"less {row}"] = mean_defined(boot.ratio(less))
-        if changed.sum(axis=1).max() > 1:  # else there is nothing to permute
-            result["p", ("difference", source, "p of permuted codes")] = code_permutations(
-                judged[source]["cosines"], permutations)
-    silent = cases & ~changed.any(axis=0)
-    for table, key, mask, shown in (
-            ("cosine by code", "cosine", changed, (MODEL, STATE, CLASS_VECTOR, RIDGE, CEILING)),
-            ("negative control", "length", silent, (MODEL, CLASS_VECTOR, RIDGE))):
-        for row in (row for row in shown if row in judged):
-            values = boot.ratio(np.where(mask, judged[row][key], np.nan))
-            result |= {(table, names[k], row): values[:, k]
-                       for k in np.flatnonzero(mask.any(axis=0))}
+                result["difference", row, f"less {other}"] = mean_defined(boot.ratio(less))
+        if row in (MODEL, STATE) and changed.sum(axis=1).max() > 1:  # else nothing to permute
+            result["difference", row, "p of permuted codes"] = permutation_p, code_permutations(
+                values["cosines"], permutations)
     return result
 
 
-def truth_entries(results: dict[str, dict], names: list[str], cases: np.ndarray,
-                  changed: np.ndarray, patients: int) -> list[dict]:
-    """counterfactual.csv, of {method: {seed: `truth_results`}}."""
-    counted = {"cosine by code": changed.sum(axis=0), "negative control": cases.sum(axis=0)}
-
+def truth_entries(results: dict[str, dict], counted: dict[str, int], patients: int) -> list[dict]:
+    """counterfactual.csv, of {method: {seed: `truth_results`}}; counted: {code: its cases}."""
     def cell(key: tuple, method: str, value) -> dict:
-        (table, row, column), more = key, {}
-        if table in counted:
-            more = {"cases": int(counted[table][names.index(row)])}
+        table, row, column = key
+        more = {"cases": counted[row]} if row in counted else {}
         if table == "difference":
-            row = method + f", {STATE.removeprefix('model, ')}" * (row == STATE)
+            row = method + row.removeprefix("model") * (row == STATE)
         return entry(table, row, column, value, "too few records with it", method=method,
                      patients=patients, **more)
 
-    compared = [key for key in next(iter(next(iter(results.values())).values()))
-                if key[:2] == ("difference", MODEL)]
-    means = {method: mean_over_seeds(seeds) for method, seeds in results.items()}
-    return study_entries(results, means, cell, compared, patients)
+    return study_entries(results, cell, lambda key: key[:2] == ("difference", MODEL), patients)
 
 
 def run_counterfactual(args: argparse.Namespace) -> None:
-    """`--mode counterfactual`: one record's page with --study-id, else the demo's ground truth."""
+    """`--mode counterfactual`: onsets against the demo's ground truth."""
     methods, runs, cohort = world_models(args)
-    models, left_out = with_actions(runs, args.study_id is not None)
-    if args.study_id is not None:
-        return run_one_patient(args, models[0], cohort)
-    if cohort.state is None or args.resolve:
-        raise InputError(f"cohort {cohort.name}: a known counterfactual is the onset of a code, in "
-                         "a demo cohort; give --study-id for the page of one patient, or leave "
-                         "--resolve out")
+    models, left_out = with_actions(runs)
+    if cohort.state is None:
+        raise InputError(f"cohort {cohort.name}: counterfactuals are known of a demo cohort alone; "
+                         "give --study-id for the page of one patient")
     columns = class_columns(cohort, args.onset, "--onset") or [
         k for k, name in enumerate(cohort.class_name) if name in SIGNATURE]
     rows = choose_records(cohort, columns, args.split)
@@ -2870,24 +2697,25 @@ def run_counterfactual(args: argparse.Namespace) -> None:
         raise InputError(f"cohort {cohort.name}: no {args.split} record that the onset of "
                          f"{' '.join(cohort.class_name[k] for k in columns)} changes; name other "
                          "--onset, or build a larger cohort")
-    patients, results = len(np.unique(cohort.subject_id[rows])), {}
+    patients, names = len(np.unique(cohort.subject_id[rows])), cohort.class_name
     boot = Bootstrap(cohort.subject_id[rows], args.n_boot if patients > 1 else 0)
-    for method in methods.values():
-        for run in method["runs"]:
-            if not run["no_action"]:
-                results.setdefault(row_name(method, count=True), {})[run["seed"]] = truth_results(
-                    judge_model(run, cohort, rows, changed), cohort.class_name, cases, changed,
-                    boot, args.permutations)
-    entries = truth_entries(results, cohort.class_name, cases, changed, patients)
+    results = {row_name(method, count=True): {run["seed"]: truth_results(
+        judge_model(run, cohort, rows, changed), names, cases, changed, boot, args.permutations)
+        for run in method["runs"]} for method in methods.values()
+        if not method["runs"][0]["no_action"]}
+    counts = np.where(changed.any(axis=0), changed.sum(axis=0), cases.sum(axis=0))
+    entries = truth_entries(results, dict(zip(names, counts.tolist())), patients)
     fold, seeds = fold_text(cohort.source, args.split), {m["seed"] for m in models}
     title = (f"{caption(cohort, rows[same], fold, seeds)}; {cases.sum():,} cases (record, code not "
              f"in its true state), {changed.sum():,} of them with a signal that the code changes")
     if not same.all():
         left_out.append(f"{(~same).sum():,} records that the simulator does not reproduce from "
                         "their state (a code that is no class, or another version)")
-    publish(args.out, "counterfactual", truth_lines(entries, title, left_out, args),
-            {"counterfactual.csv": csv_lines(entries),
-             "counterfactual.png": truth_figure(entries, title)})
+    by_code = [e for e in entries if e["table"] == "cosine by code"
+               and e["method"] == entries[0]["method"]]
+    publish(args.out, "counterfactual", truth_lines(entries, title, left_out, args), {
+        "counterfactual.csv": csv_lines(entries), "counterfactual.png": intervals_figure(
+            by_code, 0, f"Cosine to the true change of z: {entries[0]['method']}; {title}")})
 
 
 def truth_lines(entries: list[dict], title: str, left_out: list[str],
@@ -2895,44 +2723,31 @@ def truth_lines(entries: list[dict], title: str, left_out: list[str],
     """counterfactual.md: the methods against the controls, then the codes of the first method."""
     methods = list(dict.fromkeys(e["method"] for e in entries))
 
-    def table(name: str, corner: str, method: str = "", beside: tuple = (), title: str = ""):
+    def table(name: str, corner: str, title: str, method: str = "", note: str = "", beside=()):
         return pivot([e for e in entries if e["table"] == name and method in ("", e["method"])],
-                     corner, beside, title)
+                     corner, beside, title, note)
 
     lines = [f"## Counterfactual onsets against their simulation: {title}", "",
              "Truth: the change of z when the simulator adds a code to the same patient and "
              "recording. Means over the cases of a code, then over codes; "
              f"[95 % interval of {args.n_boot:,} bootstraps over patients, seed {SEED}].", "",
-             *table("difference", "method", title="Cosine of the model less that of other rows"),
-             *table(DIFFERENCE, "method", title="The same, less the first method's, paired"),
-             "- models are compared by these columns, never by cosine: each has its own z.",
-             f"- p: codes permuted within each record, among its cases, {args.permutations:,} "
-             "times.", *(f"- left out, {reason}." for reason in left_out), ""]
+             *(f"- left out, {reason}." for reason in left_out), ""]
+    lines += table("difference", "method", "Cosine of the model less that of other rows", note=(
+        "Models are compared by these columns, never by cosine: each has its own z. p: codes "
+        f"permuted within each record, among its cases, {args.permutations:,} times."))
+    lines += table(DIFFERENCE, "method", "The same, less the first method's, paired")
     for method in methods:
-        lines += table("truth", "change of z", method, title=method)
-    return lines + [
-        "- wrong codes: the model's changes for the record's other codes, against this truth.",
-        "- left-out constant: the code's mean true change in other patients. Class vector, ridge: "
-        "of all training records. Another recording: same patient and state, other noise.", "",
-        *table("cosine by code", "code", methods[0], ("cases",), f"Cosine by code: {methods[0]}"),
-        *table("negative control", "code", methods[0], ("cases",), "Negative control: length of "
-               "the change predicted for codes without signature (true change 0), relative to the "
-               f"mean of codes with one: {methods[0]}"),
-        "- other methods by code: counterfactual.csv.", ""]
-
-
-def truth_figure(entries: list[dict], title: str) -> bytes:
-    """The cosine by code of the first method, its mean over codes on top."""
-    method = entries[0]["method"]
-    codes = [e for e in entries if e["table"] == "cosine by code" and e["method"] == method]
-    of_model = {e["row"]: e["value"] for e in codes if e["column"] == MODEL}
-    mean = [e | {"row": "mean over codes", "column": e["row"]} for e in entries
-            if (e["table"], e["method"], e["column"]) == ("truth", method, MEASURES["cosine"])]
-    shown = mean + sorted(codes, key=lambda e: -of_model[e["row"]])
-    columns = [e["column"] for e in codes]
-    return intervals_figure(
-        sorted((e for e in shown if e["column"] in columns), key=lambda e: columns.index(
-            e["column"])), 0, f"Cosine to the true change of z: {method}; {title}")
+        lines += table("truth", "change of z", method, method, (
+            "Wrong codes: the model's changes for the record's other codes, against this truth. "
+            "Left-out constant: the code's mean true change in other patients. Vector, ridge: "
+            "of all training records. Another recording: same patient and state, other noise."
+            ) * (method == methods[0]))
+    return lines + table(
+        "cosine by code", "code", f"Cosine by code: {methods[0]}", methods[0],
+        "Other methods: counterfactual.csv.", ("cases",)) + table(
+        "negative control", "code", f"Negative control: {methods[0]}", methods[0], "Length of the "
+        "change predicted for codes without signature (true change 0), relative to the mean of "
+        "codes with one.", ("cases",))
 
 
 # One patient: the predicted next state, its nearest real ECG, and what a read-out says
@@ -2946,13 +2761,11 @@ def patient_action(cohort: Cohort, args: argparse.Namespace) -> tuple[int, np.nd
         raise InputError(f"--study-id {args.study_id}: no record of the cohort {cohort.name}; "
                          f"known are, of the test split, {known}, ...")
     action, label = np.zeros(len(cohort.class_name), np.int8), cohort.label[rows[0]]
-    for flag, names, sign, held in (("--onset", args.onset, 1, "already there"),
-                                    ("--resolve", args.resolve, -1, "not there")):
+    for flag, names, sign in (("--onset", args.onset, 1), ("--resolve", args.resolve, -1)):
         for k in class_columns(cohort, names, flag):
             if action[k] or (label[k] > 0) == (sign > 0):
-                why = "named by --onset too" if action[k] else \
-                    f"{held}, the record carries {codes_of(cohort, label)}"
-                raise InputError(f"{flag} {cohort.class_name[k]}: {why}; name others")
+                raise InputError(f"{flag} {cohort.class_name[k]}: the record carries "
+                                 f"{codes_of(cohort, label)}; begin what is not there, end what is")
             action[k] = sign
     if not action.any():
         raise InputError("--study-id: an action is wanted; give --onset or --resolve with classes "
@@ -2960,56 +2773,51 @@ def patient_action(cohort: Cohort, args: argparse.Namespace) -> tuple[int, np.nd
     return int(rows[0]), action
 
 
-def page_ecgs(run: dict, cohort: Cohort, row: int, action: np.ndarray, train: np.ndarray, z_train,
-              predicted) -> tuple[list[tuple], list[str]]:
-    """ECGs (heading, signal) of a page, and lines on them: the record, its simulation, the nearest.
+def run_one_patient(args: argparse.Namespace) -> None:
+    """`--mode counterfactual --study-id`: a page, counterfactual-STUDY-ACTION.png and .md.
 
-    Args: train, z_train (n, D): rows that may be shown; predicted: r(z, 0), r(z, a), (2, D).
+    The record; on the demo its true counterfactual, simulated; of other patients' training records
+    with the resulting label that nearest to the prediction; what a read-out says.
     """
     import torch
-    ecgs, lines = [(f"The record, {record_words(cohort, row)}", cohort.signal[row])], []
-    if cohort.state is not None:
-        states = cohort.state[row], np.where(action == 0, cohort.state[row], action > 0)
-        x = np.stack([resimulate(cohort, row, set(np.array(cohort.class_name)[state > 0].tolist()))
-                      for state in states])
-        z, z_true = embed(run["model"], x, np.arange(2), run["normalize"])[1]
-        cosine = torch.cosine_similarity(predicted[1] - predicted[0], z_true - z, dim=0)
-        ecgs.append((f"The true counterfactual, simulated: state {codes_of(cohort, states[1])}",
-                     x[1]))
-        lines.append(f"true state {codes_of(cohort, states[0])}; true change: |z_true - z| "
-                     f"{(z_true - z).norm():.1f}, cosine of r(z, a) - r(z, 0) to it " + (
-                         f"{cosine:.2f}" if (x[0] != x[1]).any() else
-                         "not defined: the action changes nothing in this ECG"))
-    label = cohort.label[train]
-    like = (cohort.subject_id[train] != cohort.subject_id[row]) \
-        & (label[:, action > 0] > 0).all(axis=1) & (label[:, action < 0] == 0).all(axis=1)
-    if not like.any():
-        return ecgs, [*lines, "no training record used here has the resulting label: none is shown"]
-    distance = (z_train - predicted[1]).norm(dim=1).cpu().numpy()
-    found = np.where(like, distance, np.inf).argmin()
-    ecgs.append((f"Nearest to r(z, a) of {like.sum():,} training records of other patients with the"
-                 f" resulting label: distance {distance[found]:.1f}, "
-                 f"{record_words(cohort, train[found])}", cohort.signal[train[found]]))
-    return ecgs, lines
-
-
-def run_one_patient(args: argparse.Namespace, run: dict, cohort: Cohort) -> None:
-    """The page of one record under an action: counterfactual-STUDY-ACTION.png and .md."""
-    import torch
+    run, cohort = one_model(args)
     row, action = patient_action(cohort, args)
     train = np.random.default_rng(SEED).permutation(np.flatnonzero(cohort.split == 0))
     train = np.sort(train[:PAGE_RECORDS])
     progress = Progress(1 + len(train), "records", "embedding")
     z = embed(run["model"], cohort.signal, np.append(row, train), run["normalize"], progress)[1]
     progress.close()
-    y, known = cohort.label[[row, row]], cohort.has_label[[row, row]]
-    predicted = run["model"].predict(z[[0, 0]], action_input(                   # (2, D)
-        run["form"], y, y + np.stack([0 * action, action]), known, known | True).to(z))
-    weight, bias = fit_logistic(z[1:], cohort.label[train], READOUT_L2)
+    y, known, label = cohort.label[[row, row]], cohort.has_label[[row, row]], cohort.label[train]
+    predicted = predict(run, z[[0, 0]], y, y + np.stack([0 * action, action]), known, known | True)
+    weight, bias = fit_logistic(z[1:], label, READOUT_L2)
     scores = torch.sigmoid(torch.cat([z[:1], predicted]) @ weight + bias).cpu().numpy()
-    ecgs, words = page_ecgs(run, cohort, row, action, train, z[1:], predicted)
-    zero, onset, effect = (predicted[[0, 1, 1]] - torch.stack([z[0], z[0], predicted[0]])).norm(
-        dim=1).tolist()
+    change = predicted[1] - predicted[0]
+    onset, zero, effect = torch.stack([*(predicted.flip(0) - z[0]), change]).norm(dim=1).tolist()
+
+    ecgs, words = [(f"The record, {record_words(cohort, row)}", cohort.signal[row])], []
+    if cohort.state is not None:
+        states = cohort.state[row], np.where(action == 0, cohort.state[row], action > 0)
+        x = np.stack([resimulate(cohort, row, set(np.array(cohort.class_name)[state > 0].tolist()))
+                      for state in states])
+        true = embed(run["model"], x, np.arange(2), run["normalize"])[1].diff(dim=0)[0]
+        cosine = torch.cosine_similarity(change, true, dim=0)
+        ecgs.append((f"The true counterfactual, simulated: state {codes_of(cohort, states[1])}",
+                     x[1]))
+        words.append(f"true state {codes_of(cohort, states[0])}; true change: |z_true - z| "
+                     f"{true.norm():.1f}, cosine of r(z, a) - r(z, 0) to it "
+                     + (f"{cosine:.2f}" if (x[0] != x[1]).any() else
+                        "not defined: the action changes nothing in this ECG"))
+    like = (cohort.subject_id[train] != cohort.subject_id[row]) \
+        & (label[:, action > 0] > 0).all(axis=1) & (label[:, action < 0] == 0).all(axis=1)
+    if like.any():
+        distance = (z[1:] - predicted[1]).norm(dim=1).cpu().numpy()
+        found = np.where(like, distance, np.inf).argmin()
+        ecgs.append((f"Nearest to r(z, a) of {like.sum():,} training records of other patients with"
+                     f" the resulting label: distance {distance[found]:.1f}, "
+                     f"{record_words(cohort, train[found])}", cohort.signal[train[found]]))
+    else:
+        words.append("no training record used here has the resulting label: none is shown")
+
     parts = [part for word, names in (("onset", args.onset), ("resolve", args.resolve)) if names
              for part in (word, *dict.fromkeys(names))]
     head = [f"Study {args.study_id}, {' '.join(parts)}: predicted by the model, not observed",
@@ -3023,9 +2831,8 @@ def run_one_patient(args: argparse.Namespace, run: dict, cohort: Cohort) -> None
         [cohort.class_name[k], *(f"{score:.3f}" for score in scores[:, k]),
          f"{scores[2, k] - scores[1, k]:+.3f}"] for k in order])
     publish_ecgs(args.out, ["counterfactual", str(args.study_id), *parts], cohort, ecgs, head, [
-        *(f"- {line}" for line in head[1:]), *(f"- {heading}" for heading, _ in ecgs), "", *table,
-        f"Scores: logistic regression on frozen z, l2 {READOUT_L2:g}; it and the nearest ECG are "
-        f"of at most {PAGE_RECORDS:,} training records, drawn."])
+        *table, f"Scores: logistic regression on frozen z, l2 {READOUT_L2:g}; it and the nearest "
+        f"ECG are of at most {PAGE_RECORDS:,} training records, drawn."])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3036,8 +2843,8 @@ def run_one_patient(args: argparse.Namespace, run: dict, cohort: Cohort) -> None
 MODES = {  # what runs, and the flags with a meaning there; elsewhere they are refused, not ignored
     "score": (run_score, {"runs", "split", "task", "labelled_only", "unit", "n_boot"}),
     "worldmodel": (run_worldmodel, {"runs", "split", "n_boot", "permutations"}),
-    "counterfactual": (run_counterfactual, {"runs", "split", "n_boot", "permutations", "study_id",
-                                            "onset", "resolve"}),
+    "counterfactual": (run_counterfactual, {"runs", "split", "n_boot", "permutations", "onset"}),
+    "counterfactual --study-id": (run_one_patient, {"runs", "study_id", "onset", "resolve"}),
     "embedding": (run_embedding, {"runs"}),
     "transitions": (run_transitions, {"study_id", "onset", "resolve", "stable"}),
     "cohort": (run_cohort, set())}
@@ -3048,7 +2855,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="evaluate.py", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--mode", default="score", choices=tuple(MODES), help="(default: %(default)s)")
+    p.add_argument("--mode", default="score", choices=[mode for mode in MODES if " " not in mode],
+                   help="(default: %(default)s)")
     group = p.add_argument_group("what is evaluated")
     group.add_argument("--runs", nargs="+", metavar="RUN", help="names under runs/, or folders")
     group.add_argument("--data", metavar="FILE.h5", help="the cohort (default: the runs' own, "
@@ -3078,18 +2886,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
-    """Raises InputError for a flag out of range or of no use in this mode, and a bad --out."""
-    for name in sorted(set.union(*(flags for _, flags in MODES.values())) - MODES[args.mode][1]):
+def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> str:
+    """The key in MODES; InputError for a flag out of range or of no use there, and a bad --out."""
+    page = args.mode == "counterfactual" and args.study_id is not None
+    mode = args.mode + " --study-id" * page
+    for name in sorted(set.union(*(flags for _, flags in MODES.values())) - MODES[mode][1]):
         if getattr(args, name) != p.get_default(name):
             modes = " or ".join(m for m, (_, flags) in MODES.items() if name in flags)
-            raise InputError(f"--{name.replace('_', '-')}: of no use to --mode {args.mode}; it "
-                             f"belongs to --mode {modes}")
-    for name in ("n_boot", "split") if args.study_id is not None else ():
-        if getattr(args, name) != p.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')}: of no use to the page of one patient; "
-                             "leave it out")
-    if "runs" in MODES[args.mode][1] and not args.runs:
+            raise InputError(f"--{name.replace('_', '-')}: of no use to --mode {mode}; it belongs "
+                             f"to --mode {modes}")
+    if "runs" in MODES[mode][1] and not args.runs:
         raise InputError("--runs: none given; name at least one finished run of train.py")
     for name, least in (("n_boot", 2), ("permutations", 1)):
         if getattr(args, name) < least:
@@ -3102,18 +2908,15 @@ def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> Non
         "" if os.access(parent, os.W_OK) else f"{parent} cannot be written to"
     if wrong:
         raise InputError(f"--out {args.out}: {wrong}; name another folder")
+    return mode
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code of `run_script`."""
     p = parser()
     args = p.parse_args(argv)
-
-    def work() -> None:
-        check_arguments(args, p)
-        MODES[args.mode][0](args)
-
-    return run_script(work, "interrupted; no file is half-written: run the same command again")
+    return run_script(lambda: MODES[check_arguments(args, p)][0](args),
+                      "interrupted; no file is half-written: run the same command again")
 
 
 if __name__ == "__main__":

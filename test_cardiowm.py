@@ -2247,7 +2247,7 @@ def test_score_refuses_bad_input_in_one_line_and_writes_nothing(runs_root, capsy
             (["--runs", "good", "--onset", "I44"], "--onset"),
             (["--runs", "good", "--permutations", "7"], "--permutations"),
             (["--runs", "good", "--mode", "counterfactual", "--study-id", "7", "--onset", "I10",
-              "--n-boot", "9"], "--n-boot: of no use to the page"),
+              "--n-boot", "9"], "--n-boot: of no use to --mode counterfactual --study-id"),
             (["--runs", "good", "--mode", "worldmodel"], "pretraining"),
             (["--runs", "good", "--n-boot", "0"], "--n-boot"),
             (["--runs", "good", "--data", "runs/absent.h5"], "absent.h5"),
@@ -2283,7 +2283,7 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, c
 
 
 def claim_of(rows, reasons=None, tasks=("triage",), unit="patient"):
-    chosen = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": unit}
+    chosen = {"eligible": np.ones(1, bool), "patients": 90, "unit": unit, "why": ""}
     found = evaluate.decide(evaluate.claim_entries(rows, dict.fromkeys(tasks, chosen),
                                                    reasons or {}))
     return next(e for e in found if e["row"].startswith(
@@ -2320,7 +2320,7 @@ def test_verdicts_name_what_was_not_run_and_a_non_inferiority_claim_has_its_marg
     assert found["verdict"] == "not run: supervised" and np.isnan(found["p"])
     rows = rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
                       "linear probe, invariance": [0.0, 0.0, 0.0]})
-    chosen = {"eligible": np.ones(1, bool), "patients": 900, "scored": 5000, "unit": "patient"}
+    chosen = {"eligible": np.ones(1, bool), "patients": 900, "unit": "patient", "why": ""}
     entries = evaluate.decide(evaluate.claim_entries(rows, {"triage": chosen}, {}))
     claim = next(e for e in entries if "naive" in e["row"])
     assert claim["margin"] == 0.01 and claim["verdict"] == "holds"  # 0 is above -0.01
@@ -2346,14 +2346,14 @@ def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
         rows = {(name, 1.0): {
             "method": name, "frac": 1.0, "runs": [{"minutes": "", "steps": 1}],
             "seeds": {0: [{"classes": {"monitoring": np.full((9, 1), value)}}]}}
-            for name, value in ((evaluate.GAP_FROM, probe), (evaluate.GAP_TO, finetuned),
+            for name, value in ((evaluate.MLP, probe), (evaluate.FINETUNED, finetuned),
                                 ("mlp probe on z + x", augmented))}
-        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3}
+        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3, "why": ""}
         return evaluate.gap_shares("t", rows, list(rows), chosen)
-    (entry,), note = shares(0.687, 0.789, 0.743)
-    assert entry["value"] == pytest.approx(0.056 / 0.102) and "0.102" in note
-    assert shares(0.7, 0.69, 0.743) == ([], shares(0.7, 0.69, 0.743)[1])
-    assert "Not defined" in shares(0.7, 0.69, 0.743)[1]
+    (entry,) = shares(0.687, 0.789, 0.743)
+    assert entry["value"] == pytest.approx(0.056 / 0.102)
+    (entry,) = shares(0.7, 0.69, 0.743)
+    assert np.isnan(entry["value"]) and "is not above 0" in entry["why"]
 
 
 def toy_cohort():
@@ -2598,7 +2598,7 @@ def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
     noise, step = world.s**2, (world.a @ world.effect).square().mean(dim=1).numpy()
     for group, mask in world.groups.items():
         if not mask.any():
-            assert got[evaluate.ERRORS, "model", group] == "no such pair"
+            assert (evaluate.ERRORS, "model", group) not in got
             continue
         for name, wanted in (("model", noise), ("zero action", noise + step[mask].mean()),
                              ("persistence", noise + step[mask].mean())):
@@ -2610,11 +2610,9 @@ def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
     # z tells nothing of what will change: its ridge is no better than persistence
     alone = got[evaluate.MATTER, "skill of ridge on z alone against persistence", "all"]
     assert abs(alone[0]) < 0.05
-    fit = got[evaluate.MATTER, evaluate.GAINS_ON_TRAINING, "training pairs"]
-    assert fit == pytest.approx(1 - noise / (noise + step.mean()), abs=0.02)
     world.no_action = "no action here"
-    assert evaluate.error_results(world, world.boot, world.groups)[
-        evaluate.ERRORS, "zero action", "all"] == "no action here"
+    names = {name for _, name, _ in evaluate.error_results(world, world.boot, world.groups)}
+    assert "persistence" in names and not any("zero action" in name for name in names)
 
 
 def test_retrieval_and_reversal_of_a_linear_world_need_the_action():
@@ -2629,8 +2627,8 @@ def test_retrieval_and_reversal_of_a_linear_world_need_the_action():
     (key, back), = evaluate.reversal_results(world, world.boot, world.groups).items()
     assert "without I21" in key[1] and back[0] > 0.99
     world.no_action = "none"
-    assert set(evaluate.retrieval_results(world, world.boot, world.groups).values()) == {"none"}
-    assert set(evaluate.reversal_results(world, world.boot, world.groups).values()) == {"none"}
+    assert not evaluate.retrieval_results(world, world.boot, world.groups)
+    assert not evaluate.reversal_results(world, world.boot, world.groups)
 
 
 def test_ag_of_a_linear_world_is_what_its_action_moves():
@@ -2640,11 +2638,11 @@ def test_ag_of_a_linear_world_is_what_its_action_moves():
     name = "AG of the coded action"
     step = (world.a @ world.effect).square().mean(dim=1).numpy()[group].mean()
     gain = got[evaluate.MATTER, name, evaluate.HEADLINE]
-    null = got["p", (evaluate.MATTER, f"p of {name}, 19 permutations", evaluate.HEADLINE)]
+    p, null = got[evaluate.MATTER, f"p of {name}, 19 permutations", evaluate.HEADLINE]
     assert gain[0] == pytest.approx(step / (step + 1), abs=0.03) and len(null) == 20
+    assert p(null) == 0.05
     assert gain[0] == null[0] > max(null[1:])
-    assert evaluate.matter_results(world, world.boot, group & False, 19)[
-        evaluate.MATTER, name, evaluate.HEADLINE] == "no such pair"
+    assert not evaluate.matter_results(world, world.boot, group & False, 19)
 
 
 def test_onset_of_a_linear_world_moves_its_own_class_and_a_silent_code_moves_nothing():
@@ -2664,7 +2662,7 @@ def test_onset_of_a_linear_world_moves_its_own_class_and_a_silent_code_moves_not
     assert contrast[0] == pytest.approx(1 - got[evaluate.ONSET, model, "I63"][0])
     assert got[evaluate.MATTER, "macro-AUROC of a read-out of z, codes", "test records"][0] > 0.7
     world.y = np.zeros_like(world.y)
-    assert set(evaluate.onset_results(world, boot).values()) == {"no class has a read-out"}
+    assert not evaluate.onset_results(world, boot)
 
 
 def test_pair_groups_are_by_label_state_stay_and_gap():
@@ -2698,7 +2696,6 @@ def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
     assert values["effective rank of z"] == pytest.approx(16, rel=0.01)
     assert values["std of z, median"] == pytest.approx(1, abs=0.03)
     assert values["SIGReg of z"] == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
-    assert values["mean length of z"] == pytest.approx(4 * (1 - 1 / 64), rel=0.01)  # of a chi
     assert values["same patient nearest in h (cosine)"] == pytest.approx(0.5, abs=0.02)
     assert values["chance of that"] == pytest.approx(1 / 1999)
 
@@ -2707,9 +2704,10 @@ def test_scorecard_averages_seeds_and_names_what_is_not_defined():
     entries = evaluate.scorecard_entries(
         {"m": {0: {("t", "q", "g"): np.array([1.0, 2.0])},
                1: {("t", "q", "g"): np.array([3.0, 2.0])}},
-         "n": {0: {("t", "q", "g"): "why"}}}, {"g": ("pairs", 7, 3)})
+         "n": {0: {("t", "q", "g"): (evaluate.share_of_second, np.array([[1, 2], [0, -1]]))}}},
+        {"g": ("pairs", 7, 3)})
     assert [e["value"] for e in entries][0] == 2 and entries[0]["n"] == 7
-    assert entries[1]["why"] == "why" and np.isnan(entries[1]["value"])
+    assert entries[-1]["why"] == "a share of what is not above 0" and np.isnan(entries[-1]["value"])
     assert [(e["seed"], e["value"]) for e in entries if e["table"] == "t, by seed"][:2] == [
         (0, 1), (1, 3)]
 
@@ -2762,13 +2760,13 @@ def test_every_question_keeps_the_half_of_the_source(form, told):
     source, target = world.cohort.pair[world.used["test pairs"]].T
     y, y_next, known = world.y[source], world.y[target], world.cohort.has_label
     evaluate.error_results(world, world.boot, world.groups)
-    zero, *dealt, true, training = asked
+    true, zero, *dealt = asked
     if told == "none":
         assert not any(a.any() for a in asked)
         return
     a = y_next.astype(int) - y
     wanted = evaluate.shuffled_actions(a.astype(np.int8), y)
-    assert len(dealt) == evaluate.SHUFFLES and len(training) == len(world.used["train pairs"])
+    assert len(dealt) == evaluate.SHUFFLES
     if form == "difference":
         np.testing.assert_array_equal(zero, 0 * a)
         np.testing.assert_array_equal(true, a)
@@ -2816,7 +2814,7 @@ def test_scorecard_of_both_forms_judges_the_fold_asked_for(told_sets, tiny, caps
                                 "both")
     assert code == 0 and f"{'validation fold 18' if split == 'val' else 'test fold 19'}: " in out
     assert "AG of the coded action" in out and "untrained encoder, 3 draws" in out
-    for name in ("worldmodel.md", "worldmodel.png", "onset.png"):
+    for name in ("worldmodel.md", "worldmodel.png"):
         assert Path("both", name).stat().st_size > 1000
     model, _ = evaluate.load_world_model(told_sets)
     fold = prepare_data.SPLITS.index(split)
@@ -3123,8 +3121,7 @@ def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
                        for o in options]
             np.testing.assert_allclose(got["cosines"][i, c, options], cosines)
             found = {"cosine": cosines[options.index(c)],
-                     "length_ratio": norm(full[i, c]) / norm(change[i, c]),
-                     "error": np.mean((full[i, c] - change[i, c])**2)}
+                     "length_ratio": norm(full[i, c]) / norm(change[i, c])}
             if len(options) > 1:
                 found |= {"right_code": options[int(np.argmax(cosines))] == c,
                           "chance": 1 / len(options)}
@@ -3134,7 +3131,6 @@ def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
             np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
     still = evaluate.judge_change(change, np.zeros((40, 1, 5)), changed)  # no candidate by code
     assert (still["cosine"][changed] == 0).all() and np.isnan(still["right_code"]).all()
-    np.testing.assert_allclose(still["error"][changed], (change[changed]**2).mean(axis=1))
     change, changed, effect = linear_world()  # the closed form: a true model, codes swapped
     for candidate, cosine, right in ((effect, 1, 1), (np.roll(effect, 1, axis=0), 0, 0)):
         got = evaluate.judge_change(change, candidate[None], changed)
@@ -3294,9 +3290,9 @@ def test_counterfactual_and_embedding_refuse_bad_input_in_one_line(pretrained, t
             (["base", "--resolve", "I48"], "--study-id"),
             (["base", *of], "--onset or"),
             (["base", "--study-id", 7, "--onset", held], "known are"),
-            (["base", *of, "--onset", held], "already there"),
-            (["base", *of, "--resolve", absent], "not there"),
-            (["base", *of, "--onset", absent, "--resolve", absent], "--onset too")):
+            (["base", *of, "--onset", held], "the record carries"),
+            (["base", *of, "--resolve", absent], "the record carries"),
+            (["base", *of, "--onset", absent, "--resolve", absent], "the record carries")):
         capsys.readouterr()
         code = evaluate.main(["--mode", "counterfactual", "--out", "bad", "--runs",
                               *map(str, argv)])
@@ -4933,7 +4929,7 @@ def test_a_study_holds_every_method_of_the_papers_tables_and_claims(tiny):
     wanted = {(m, frac) for _, frac, _, methods in evaluate.PAPER_TABLES for m in methods}
     wanted |= {(m, claim[5]) for claim in evaluate.CLAIMS for m in claim[3:5]}
     wanted |= {(m, 1.0) for m in evaluate.CONTROL_METHODS + evaluate.EXTRA_METHODS}
-    assert wanted | set(evaluate.PAPER) <= found
+    assert wanted <= found
     names, parser = list(runs), train.build_parser()
     for name, argv in runs.items():
         args = parser.parse_args(argv)
