@@ -781,6 +781,23 @@ def prepare_oracle(file, fs=100):
     return out
 
 
+@pytest.fixture
+def little_memory():
+    """Whoever takes more than 64 MB or 5 s, or runs a command, fails."""
+    def too_long(*_):
+        raise TimeoutError
+
+    before, began = signals.signal(signals.SIGALRM, too_long), time.monotonic()
+    signals.alarm(10)
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    signals.alarm(0)
+    signals.signal(signals.SIGALRM, before)
+    assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
+
+
 @pytest.mark.parametrize("q", [1, 2, 5, 7, 10])
 @pytest.mark.parametrize("n", [5000, 4999, 137, 3])
 def test_decimation_equals_resample_poly(q, n):
@@ -806,140 +823,123 @@ def test_each_kind_of_record_is_read_as_wfdb_and_scipy_would(prepare_folder, pre
                 prepare_data.read_signal(prepare_path(root, study_id), plain=plain)
 
 
-def prepare_edited(path, edit=str, data=b"", encoding="utf-8", **file):
-    """The record of prepare_adc(1) with an edited header, `data` before its samples; its adc."""
-    prepare_write(path, adc := prepare_adc(1), **file)
+def prepare_edited(path, edits, encoding="utf-8", data=b""):
+    """The record of prepare_adc(1), `data` before its samples, its header edited; its adc.
+
+    edits: pattern, replacement, pattern ..., each of which must be found.
+    """
+    prepare_write(path, adc := prepare_adc(1))
     path.with_suffix(".dat").write_bytes(data + path.with_suffix(".dat").read_bytes())
     text = path.with_suffix(".hea").read_text()
-    path.with_suffix(".hea").write_bytes(edit(text).encode(encoding))
+    for pattern, replacement in zip(edits[::2], edits[1::2]):
+        text, n = re.subn(pattern, replacement, text, flags=re.M)
+        assert n, pattern
+    path.with_suffix(".hea").write_bytes(text.encode(encoding))
     return adc
 
 
-def prepare_replaced(*texts):
-    """Edit of a header: pattern, replacement, pattern ..., each of which must be found."""
-    def edit(text):
-        for pattern, replacement in zip(texts[::2], texts[1::2]):
-            text, n = re.subn(pattern, replacement, text, flags=re.M)
-            assert n, pattern
-        return text
-    return edit
-
-
-LEGAL_HEADERS = {  # header(5), and what is met in the wild: edit of the plain header, options
-    "comment after a signal line": (prepare_replaced(r"aVF$", "aVF # a remark"), {}),
-    "comments and blank lines": (
-        lambda text: "# a\n\n " + text.replace("\n", "\n#b\n\n  # c\n"), {}),
-    "without a number of samples": (prepare_replaced(r"^x (.*) 5000 .*$", r"x \1"), {}),
-    "0 samples": (prepare_replaced(" 5000 ", " 0 "), {}),
-    "counter frequency": (prepare_replaced(" 500 ", " 500/1000.5(-7) "), {}),
-    "a fraction in the frequency": (prepare_replaced(" 500 ", " 500.000 "), {}),
-    "name with a folder": (prepare_replaced("^x 12", "p10/s40000005/40000005 12"), {}),
-    "name with an extension": (prepare_replaced("^x 12", "x.mat 12"), {}),
-    "date with a month's name": (prepare_replaced("09:36.*$", "04-Jan-2151 11:22:33"), {}),
-    "a year as date": (prepare_replaced("09:36.*$", "2006"), {}),
-    "no time, no date": (prepare_replaced(" 09:36.*$", ""), {}),
-    "carriage returns": (prepare_replaced("$", "\r"), {}),
-    "carriage returns alone": (lambda text: text.replace("\n", "\r"), {}),
-    "tabs": (lambda text: text.replace(" ", "\t"), {}),
-    "byte order mark": (lambda text: "\ufeff" + text, {}),
-    "Latin-1 comment": (lambda text: text + "# Jos\xe9\x85\n", dict(encoding="latin-1")),
-    "micro sign": (str, dict(gain="0.2(0)/\xb5V")),
-    "micro sign in Latin-1": (str, dict(gain="0.2(0)/\xb5V", encoding="latin-1")),
-    "Greek mu": (str, dict(gain="0.2(0)/\u03bcv")),
-    "nanovolts": (str, dict(gain="2e-4/nV")),
-    "volts": (str, dict(gain="200000/V")),
-    "no unit": (str, dict(gain="200")),
-    "gain 0": (str, dict(gain="0(0)/mV")),
-    "gain missing": (str, dict(gain="/mV")),
-    "lower case": (lambda text: text.lower(), {}),
-    "baseline before ADC zero": (prepare_replaced(" 16 0 ", " 16 99 "), {}),
-    "other fields are garbage": (prepare_replaced(r"mV 16 0 \S+ (\S+) 0", r"mV x ? ?? \1 -"), {}),
-    "unsigned checksums": (lambda text: re.sub(
-        r"(\S+)(?= 0 \S+$)", lambda m: str(int(m[1]) % 65536), text, flags=re.M), {}),
-    "one sample a frame, no skew": (prepare_replaced(r"dat 16", r"dat 16x1:0+0"), {}),
-    "an odd byte offset": (prepare_replaced(r"dat 16", r"dat 16+25"), dict(data=bytes(25))),
-    "a further signal in a missing file": (lambda text: prepare_replaced("^x 12", "x 13")(text)
-                                           + "b.dat 99 ?\n", {}),
-    "baseline of -7 as ADC zero": (
-        prepare_replaced("16 0 ", "16 -7 "), dict(gain="200/mV", add=-7)),
-    "negative gain": (str, dict(gain="-200(0)/mV", sign=-1)),
-}
+GAIN = r"200\.0\(0\)/mV"
+LEGAL_HEADERS = {  # header(5), and what is met in the wild: edits of the plain header
+    "comment after a signal line": ("aVF$", "aVF # a remark"),
+    "comments and blank lines": ("\n", "\n#b\n\n  # c\n", r"\A", "# a\n\n "),
+    "without a number of samples": (" 5000 .*$", ""),
+    "without a frequency and 0 for the samples": (" 500 5000 .*$", " 500 0"),
+    "counter frequency": (" 500 ", " 500/1000.5(-7) "),
+    "counter frequency beyond a float": (" 500 ", " 500/1e400 "),
+    "a fraction in the frequency": (" 500 ", " 500.000 "),
+    "name with a folder": ("^x 12", "p10/s40000005/40000005 12"),
+    "name out of the root": ("^x 12", "../OUTSIDE 12"),
+    "name with an extension": ("^x 12", "x.mat 12"),
+    "date with a month's name": ("09:36.*$", "04-Jan-2151 11:22:33"),
+    "a year as date": ("09:36.*$", "2006"),
+    "no time, no date": (" 09:36.*$", ""),
+    "carriage returns": ("$", "\r"),
+    "carriage returns alone": ("\n", "\r"),
+    "tabs": (" ", "\t"),
+    "byte order mark": (r"\A", "\ufeff"),
+    "Latin-1 comment": (r"\Z", "# Jos\xe9\x85\n"),
+    "micro sign": (GAIN, "0.2(0)/\xb5V"),
+    "micro sign in Latin-1": (GAIN, "0.2(0)/\xb5V"),
+    "Greek mu": (GAIN, "0.2(0)/\u03bcv"),
+    "nanovolts": (GAIN, "2e-4/nV"),
+    "volts": (GAIN, "200000/V"),
+    "no unit": (GAIN, "200"),
+    "gain 0": (GAIN, "0(0)/mV"),
+    "gain next to 0": (GAIN, "1e-400/mV"),
+    "gain missing": (GAIN, "/mV"),
+    "lower case": (".+", lambda line: line[0].lower()),
+    "baseline before ADC zero": (" 16 0 ", " 16 99 "),
+    "other fields are garbage": (r"mV 16 0 \S+ (\S+) 0", r"mV x ? ?? \1 -"),
+    "unsigned checksums": (r"(\S+)(?= 0 \S+$)", lambda sum_: str(int(sum_[1]) % 65536)),
+    "one sample a frame, no skew": ("dat 16", "dat 16x1:0+0"),
+    "an odd byte offset": ("dat 16", "dat 16+25"),
+    "a further signal in a missing file": ("^x 12", "x 13", r"\Z", "b.dat 99 ?\n"),
+    "baseline of -7 as ADC zero": (GAIN + " 16 0 ", "200/mV 16 -7 "),
+    "negative gain": (GAIN, "-200(0)/mV")}
 
 
 @pytest.mark.parametrize("case", LEGAL_HEADERS)
 def test_odd_but_legal_headers_give_the_signal_of_the_plain_one(case, tmp_path):
-    edit, options = LEGAL_HEADERS[case]
-    adc = prepare_edited(tmp_path / "x", edit, **{
-        name: value for name, value in options.items() if name not in ("add", "sign")})
+    options = {"encoding": "latin-1" if "Latin-1" in case else "utf-8",
+               "data": bytes(25 * ("offset" in case))}
+    adc = prepare_edited(tmp_path / "x", LEGAL_HEADERS[case], **options)
     order = [PREPARE_MIMIC_LEADS.index(lead) for lead in prepare_data.LEADS]
-    wanted = options.get("sign", 1) * (adc - options.get("add", 0)).T[order] / 200
+    wanted = {"negative gain": -adc, "baseline of -7 as ADC zero": adc + 7}.get(case, adc)
     for plain in (True, False):
         x, fs = prepare_data.read_signal(tmp_path / "x", plain=plain)
         assert fs == 500 and x.dtype == np.float32
-        np.testing.assert_allclose(x, wanted, rtol=3e-7)
+        np.testing.assert_allclose(x, wanted.T[order] / 200, rtol=3e-7)
     np.testing.assert_array_equal(x, prepare_data.read_signal(tmp_path / "x")[0])
 
 
-BROKEN_HEADERS = {  # edit of the plain header -> reason, and what was found
-    "no description": (prepare_replaced(" 0 V6$", " 0"), "lead missing or twice", "V6; the"),
-    "empty": (lambda text: "", "unreadable", "signals"),
-    "comments alone": (lambda text: "# x\n", "unreadable", "signals"),
-    "fs nan": (prepare_replaced(" 500 ", " nan "), "unreadable", "'nan'"),
-    "fs 0": (prepare_replaced(" 500 ", " 0 "), "unreadable", "frequency '0'"),
-    "fs negative": (prepare_replaced(" 500 ", " -500 "), "unreadable", "'-500'"),
-    "fs infinite": (prepare_replaced(" 500 ", " 1e999 "), "unreadable", "'1e999'"),
-    "fs absurd": (prepare_replaced(" 500 ", " 5e12 "), "unreadable", "'5e12'"),
-    "samples negative": (prepare_replaced(" 5000 ", " -5000 "), "unreadable", "'-5000'"),
-    "samples with a sign of digits": (prepare_replaced(" 5000 ", " 5_000 "), "unreadable", "5_000"),
-    "samples absurd": (prepare_replaced(" 5000 ", " 500000000000 "), "signal file truncated",
-                       "120,000 of 12,000,000,000,000 bytes"),
-    "samples of 5,000 digits": (prepare_replaced(" 5000 ", f" {'9' * 5000} "), "unreadable", "999"),
-    "a signal too few": (prepare_replaced("^x 12", "x 13"), "unreadable", "13 signals stated, 12"),
-    "segments": (lambda text: "x/2 12 500 4000\na 2000\nb 2000\n", "unreadable",
-                 "12 signals stated, 2"),
-    "a signal too many": (prepare_replaced("^x 12", "x 11"), "unreadable", "11 signals stated, 12"),
-    "format unknown": (prepare_replaced("dat 16", "dat 17"), "unreadable", "x.dat: format 17"),
-    "format garbage": (prepare_replaced("dat 16 ", "dat 16? "), "unreadable", "format 16[?]$"),
-    "two formats in a file": (prepare_replaced("dat 16 (.*) V1$", r"dat 212 \1 V1"), "unreadable",
-                              "format 16 and 212"),
-    "no sample a frame": (prepare_replaced("dat 16", "dat 16x0"), "unreadable", "16x0"),
-    "frames beyond the file": (prepare_replaced("dat 16", "dat 16x999999"), "signal file truncated",
-                               "bytes"),
-    "offset beyond the file": (prepare_replaced("dat 16", "dat 16+999999"), "signal file truncated",
-                               "bytes"),
-    "offset beyond the file, no length": (prepare_replaced(
-        "dat 16", "dat 16+999999", " 5000 ", " 0 "), "signal file truncated", "bytes"),
-    "compressed without a length": (lambda text: text.replace("dat 16", "dat 516")
-                                    .replace(" 5000 ", " 0 "), "unreadable", "0 samples"),
-    "no FLAC": (prepare_replaced("dat 16", "dat 516"), "unreadable", "not a FLAC file"),
-    "gain infinite": (prepare_replaced("200.0", "1e999"), "unreadable", "1e999"),
-    "gain next to 0": (prepare_replaced("200.0", "1e-320"), "unreadable", "1e-320"),
-    "baseline absurd": (prepare_replaced(r"\(0\)", "(1e300)"), "unreadable", "1e300"),
-    "ADC zero garbage and needed": (
-        prepare_replaced(r"\(0\)/mV 16 0", "/mV 16 x"), "unreadable", "'x'"),
-    "checksum garbage": (prepare_replaced(r" \S+ 0 V2$", " 7q 0 V2"), "checksum differs", "7q"),
-    "absolute path": (prepare_replaced("^x.dat", "/etc/passwd"), "unreadable", "'/etc/passwd'"),
-    "path out of the root": (prepare_replaced("^x.dat", "../x.dat"), "unreadable", "'../x.dat'"),
-    "path with a zero byte": (prepare_replaced("^x.dat", "x\0.dat"), "unreadable", "null"),
-    "a name of control characters": (
-        prepare_replaced("^x.dat", "\x1b[2Jx"), "signal file missing", r"\?\[2Jx"),
-    "a folder as file": (prepare_replaced("^x.dat", "."), "unreadable", "no regular file"),
-    "a pipe as file": (prepare_replaced("^x.dat", "pipe"), "unreadable", "pipe is no regular"),
-    "a device as file": (prepare_replaced("^x.dat", "zero"), "unreadable", "zero is no regular"),
-    "header beyond 1 MB": (lambda text: text + "#" * 2**20, "unreadable", "more than 1,048,576"),
-}
+BROKEN_HEADERS = {  # reason: edits of the plain header, and what was found
+    "lead missing or twice": [(" 0 V6$", " 0", "V6; the")],
+    "checksum differs": [(r" \S+ 0 V2$", " 7q 0 V2", "7q")],
+    "unit unknown": [("200.0", "nan", "'nan.0./mV'"), (GAIN, "mV", "'mV'")],
+    "signal file missing": [
+        ("^x.dat", "\x1b[2Jx", r"\?\[2Jx"), ("^x.dat", "s3://nowhere/x.dat", "s3:")],
+    "signal file truncated": [
+        (" 5000 ", " 500000000000 ", "120,000 of 12,000,000,000,000 bytes"),
+        ("dat 16", "dat 16x999999", "bytes"), ("dat 16", "dat 16+999999", "bytes"),
+        ("dat 16", "dat 16+999999", " 5000 ", " 0 ", "bytes"),
+        ("dat 16", "dat 16x999999999", "bytes"), ("dat 16", "dat 16+1000000000000", "bytes")],
+    "unreadable": [
+        (r"(?s)\A.+", "", "signals"), (r"(?s)\A.+", "# x\n", "signals"), (" 12 .*$", "", "signals"),
+        ("^x 12", "x 13", "13 signals stated, 12"), ("^x 12", "x 11", "11 signals stated, 12"),
+        ("^x 12", "x -12", "'-12'"), ("^x 12", "x 1000000000", "1000000000 signals stated, 12"),
+        (r"(?s)\A.+", "x/2 12 500 4000\na 2000\nb 2000\n", "12 signals stated, 2"),  # segments
+        (" 500 ", " nan ", "'nan'"), (" 500 ", " 0 ", "frequency '0'"), (" 500 ", " -500 ", "-500"),
+        (" 500 ", " inf ", "'inf'"), (" 500 ", " 1e999 ", "'1e999'"), (" 500 ", " 5e12 ", "'5e12'"),
+        (" 500 ", " 1e308 ", "'1e308'"), (" 5000 ", " -5000 ", "'-5000'"),
+        (" 5000 ", " 5_000 ", "5_000"), (" 5000 ", f" {10**15} ", f"'{10**15}'"),
+        (" 5000 ", f" {'9' * 5000} ", "999"), ("dat 16", "dat 17", "x.dat: format 17"),
+        ("dat 16 ", "dat 16? ", "format 16[?]$"), ("dat 16", "dat 16x0", "16x0"),
+        ("dat 16", "dat 16+-2", "format 16[+]-2$"), ("dat 16", "dat 16x1000000000", "x1000000000"),
+        ("dat 16", "dat 16:1000000000", ":1000000000"),
+        ("dat 16 (.*) V1$", r"dat 212 \1 V1", "format 16 and 212"),
+        ("dat 16", "dat 516", " 5000 ", " 0 ", "0 samples"),
+        ("dat 16", "dat 516", "not a FLAC file"), ("200.0", "1e999", "1e999"),
+        ("200.0", "1e-320", "1e-320"), (r"\(0\)", "(1e300)", "1e300"),
+        (r"\(0\)/mV 16 0", "/mV 16 x", "'x'"), ("^x.dat", "/etc/passwd", "'/etc/passwd'"),
+        ("^x.dat", "../x.dat", "'../x.dat'"), ("^x.dat", "x\0.dat", "null"),
+        ("^x.dat", ".", "no regular file"), ("^x.dat", "pipe", "pipe is no regular"),
+        ("^x.dat", "zero", "zero is no regular"),
+        (r"\Z", "#" * 2**20, "more than 1,048,576")]}
 
 
-@pytest.mark.parametrize("case", BROKEN_HEADERS)
-def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(case, tmp_path, recwarn):
-    edit, reason, found = BROKEN_HEADERS[case]
+@pytest.mark.parametrize("reason, edits", [
+    (reason, edits) for reason, cases in BROKEN_HEADERS.items() for edits in cases],
+    ids=lambda value: str(value)[:60])
+def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(
+        reason, edits, tmp_path, recwarn, little_memory):
     os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
     os.mkfifo(tmp_path / "pipe.hea")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    prepare_edited(tmp_path / "x", edit)
+    *edits, found = edits
+    prepare_edited(tmp_path / "x", edits)
     with pytest.raises(prepare_data.Rejected) as raised:
         prepare_data.read_record(tmp_path / "x", 100)
-    assert re.fullmatch(reason, raised.value.reason) and re.search(found, raised.value.found)
+    assert raised.value.reason == reason and re.search(found, raised.value.found)
     assert str(raised.value) == f"{raised.value.reason}: {raised.value.found}" and not recwarn.list
     assert len(str(raised.value)) < 300 and raised.value.found.isprintable()
     for name, found in (("pipe", "no regular file"), ("none", "none.hea: No such file")):
@@ -948,25 +948,19 @@ def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(case, tmp_
 
 
 def prepare_pack(kind, x):
-    """Samples (n,) as bytes of a format, n a multiple of 6. Source: signal(5)."""
-    x = x.astype(np.int64)
-    if kind == 212:  # 12 bits each: low byte, both high halves, low byte
-        a, b = (x & 0xFFF).reshape(-1, 2).T
-        x = np.stack([a & 255, a >> 8 | b >> 8 << 4, b & 255], axis=1)
-    elif kind == 310:  # two pairs of bytes: 5 bits of the third sample, 10 of their own, a 0
+    """Samples (n,) as bytes of a format that wfdb does not write. Source: signal(5)."""
+    if kind == 310:  # two pairs of bytes: 5 bits of the third sample, 10 of their own, a 0
         a, b, c = (x & 0x3FF).reshape(-1, 3).T
         return np.stack([a << 1 | (c & 31) << 11, b << 1 | c >> 5 << 11], axis=1).astype("<u2")
-    elif kind == 311:
+    if kind == 311:
         a, b, c = (x & 0x3FF).reshape(-1, 3).T
         return (a | b << 10 | c << 20).astype("<u4")
-    elif kind == 24:
-        return np.ascontiguousarray(x.astype("<i4").view("u1").reshape(-1, 4)[:, :3])
-    elif kind in (80, 160):  # offset binary
-        x = x + (128 if kind == 80 else 2**15)
-    elif kind == 8:  # differences of 12 signals
+    if kind == 160:  # offset binary
+        return (x + 2**15).astype("<u2")
+    if kind == 8:  # differences of 12 signals
         x = np.diff(x.reshape(-1, 12), axis=0, prepend=x[None, :12])
         assert np.abs(x).max() < 128
-    return x.astype({8: "i1", 16: "<i2", 32: "<i4", 61: ">i2", 160: "<u2"}.get(kind, "u1"))
+    return x.astype({8: "i1", 61: ">i2"}[kind])
 
 
 @pytest.mark.parametrize("kind", prepare_data.FORMATS)
@@ -977,19 +971,19 @@ def test_every_format_gives_the_stored_samples(kind, tmp_path):
         adc[30:40, 3], wanted[3, 30:40] = missing, np.nan
     if kind > 500:
         pytest.importorskip("soundfile")
-        wfdb.wrsamp("x", 500, ["mV"] * 12, list(prepare_data.LEADS), d_signal=adc,
-                    fmt=[str(kind)] * 12, adc_gain=[200.0] * 12, baseline=[-3] * 12,
-                    write_dir=str(tmp_path))
-    else:
+    packed = kind in (8, 61, 160, 310, 311)
+    wfdb.wrsamp("x", 500, ["mV"] * 12, list(prepare_data.LEADS), d_signal=adc,
+                fmt=["32" if packed else str(kind)] * 12, adc_gain=[200.0] * 12,
+                baseline=[-3] * 12, write_dir=str(tmp_path))
+    header = (tmp_path / "x.hea").read_text()
+    if packed:
         prepare_pack(kind, adc.ravel()).tofile(tmp_path / "x.dat")
-        (tmp_path / "x.hea").write_text("\n".join(["x 12 500 0", *(
-            f"x.dat {kind} 200(-3)/mV 16 0 {adc[0, k]} {adc[:, k].sum() & 0xFFFF} 0 {lead}"
-            for k, lead in enumerate(prepare_data.LEADS))]))
+        header = header.replace("dat 32", f"dat {kind}")
+        (tmp_path / "x.hea").write_text(header)
     x, fs = prepare_data.read_signal(tmp_path / "x")
     assert fs == 500
     np.testing.assert_allclose(x, wanted, rtol=3e-7)
-    header = re.sub(r"\S+( 0 V3)$", r"1\1", (tmp_path / "x.hea").read_text(), flags=re.M)
-    (tmp_path / "x.hea").write_text(header)
+    (tmp_path / "x.hea").write_text(re.sub(r"\S+( 0 V3)$", r"1\1", header, flags=re.M))
     with pytest.raises(prepare_data.Rejected, match="checksum differs: V3: 1 stated"):
         prepare_data.read_signal(tmp_path / "x")
 
@@ -1236,7 +1230,7 @@ def test_ranks_without_torchrun_are_refused_by_name(size, monkeypatch):
 @pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
                                           ("builtins.open", errno.EMFILE)])
 def test_no_record_is_blamed_for_what_the_machine_lacks(target, code, tmp_path, monkeypatch):
-    prepare_edited(tmp_path / "x", prepare_replaced("dat 16", "dat 61"))  # wfdb reads a copy
+    prepare_edited(tmp_path / "x", ("dat 16", "dat 61"))  # wfdb reads a copy
     data = tmp_path / "x.dat"
     data.write_bytes(np.frombuffer(data.read_bytes(), "<i2").byteswap().tobytes())
     prepare_data.read_record(tmp_path / "x", 100)
@@ -5691,23 +5685,6 @@ HOSTILE_COHORTS = [  # dataset or attribute; what is done to it, or (place, valu
     ("codes", '{"distinct": "x"}')]
 
 
-@pytest.fixture
-def little_memory():
-    """Whoever takes more than 64 MB or 5 s, or runs a command, fails."""
-    def too_long(*_):
-        raise TimeoutError
-
-    before, began = signals.signal(signals.SIGALRM, too_long), time.monotonic()
-    signals.alarm(10)
-    tracemalloc.start()
-    yield
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    signals.alarm(0)
-    signals.signal(signals.SIGALRM, before)
-    assert peak < 64e6 and time.monotonic() - began < 5 and not Path("PWNED").exists()
-
-
 @pytest.mark.parametrize("name, what", HOSTILE_COHORTS, ids=lambda value: str(value)[:20])
 def test_a_hostile_cohort_is_refused_by_file_and_dataset(
         name, what, prepare_folder, tmp_path, monkeypatch, little_memory):
@@ -5776,33 +5753,6 @@ def test_a_hostile_checkpoint_or_prediction_is_refused_by_name(
     with pytest.raises(InputError) as error:
         read(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("line", [  # of the record, then of a lead
-    "r -12 500 5000", "r 1000000000 500 5000", "r 12 500 -5000", "r 12 500 1000000000000000",
-    "r 12 inf 5000", "r 12 nan 5000", "r 12 0 5000", "r 12 -500 5000", "r 12 1e308 5000",
-    "r/1000000000 12 500 5000", "../OUTSIDE 12 500 5000", "r 12 500", "r", "r 12 500/1e400 5000",
-    "r.dat 16 nan/mV 16 0 0 0 0 I", "r.dat 16 1e-400/mV 16 0 0 0 0 I",
-    "r.dat 16 mV 16 0 0 0 0 I", "r.dat 16x1000000000 200 16 0 0 0 0 I",
-    "r.dat 16:1000000000 200 16 0 0 0 0 I", "r.dat 16+1000000000000 200 16 0 0 0 0 I",
-    "r.dat 16+-2 200 16 0 0 0 0 I", "r.dat 999 200 16 0 0 0 0 I",
-    "../OUTSIDE.dat 16 200 16 0 0 0 0 I", "/etc/passwd 16 200 16 0 0 0 0 I",
-    "s3://nowhere/x.dat 16 200 16 0 0 0 0 I",
-    "r.dat 16 200(99999999999999999999)/mV 16 0 0 0 0 I"])
-def test_a_hostile_header_is_rejected_or_changes_nothing(
-        line, tmp_path, monkeypatch, little_memory):
-    (tmp_path / "root").mkdir()
-    monkeypatch.chdir(tmp_path / "root")
-    for path, seed in ((tmp_path / "OUTSIDE", 1), (Path("r"), 0)):
-        adc = prepare_adc(seed)
-        adc[-1] -= adc.sum(axis=0, dtype=np.int16)  # checksum 0, as the lines above say
-        prepare_write(path, adc)
-    lines = Path("r.hea").read_text().splitlines()
-    truth = prepare_data.read_record("r", 100)
-    lines[" 16" in line] = line  # the second line is lead I's
-    Path("r.hea").write_text("\n".join(lines))
-    with contextlib.suppress(prepare_data.Rejected):
-        assert same(prepare_data.read_record("r", 100), truth)
 
 
 @pytest.mark.parametrize("column, text", [
