@@ -330,19 +330,15 @@ def test_sigreg_keeps_two_values_an_embedding_and_slice_whatever_the_number_of_k
 
 
 def test_asymmetric_loss_reduces_detaches_and_stays_finite():
-    # one positive, one negative beyond the clip, one negative within it
-    logits, y = torch.tensor([[0.4, 0.8, -4.0]], requires_grad=True), torch.tensor([[1, 0, 0]])
+    logits, y = torch.tensor([[0.4, 0.8]], requires_grad=True), torch.tensor([[1, 0]])
     each = cardiowm.asymmetric_loss(logits, y, reduction="none")
     for reduction, wanted in (("sum", each.sum()), ("mean", each.mean())):
         torch.testing.assert_close(cardiowm.asymmetric_loss(logits, y, reduction=reduction), wanted)
     with pytest.raises(ValueError, match="reduction"):
         cardiowm.asymmetric_loss(logits, y, reduction="avg")
-    (grad,) = torch.autograd.grad(each.sum(), logits)
-    assert grad[0, 2] == 0  # p = 0.018 < clip: an easy negative costs nothing
     (detached,) = torch.autograd.grad(cardiowm.asymmetric_loss(logits, y, detach=True), logits)
     p = torch.sigmoid(logits.detach())[0]
     assert detached[0, 0].item() == pytest.approx(-((1 - p[0]) ** 2).item(), rel=1e-5)
-    assert not torch.allclose(grad, detached)
     extreme = torch.tensor([[200.0, -200.0]], requires_grad=True)
     for labels in ([[0, 1]], [[1, 0]]):
         loss = cardiowm.asymmetric_loss(extreme, torch.tensor(labels))
@@ -1622,9 +1618,7 @@ def test_full_label_fidelity_means_coded_is_expressed():
 
 
 def demo_tree(root):
-    """{relative path: digest of the bytes} of every file under root."""
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(root.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -1667,10 +1661,9 @@ def test_the_demo_lies_as_mimic_and_holds_what_was_simulated(demo_root, tmp_path
 
 def test_a_larger_demo_begins_with_the_smaller_and_another_seed_has_others(demo_root, tmp_path):
     prepare_data.write_demo(tmp_path, patients=9, workers=2)
-    small = {p.relative_to(demo_root) for p in demo_root.rglob("*") if p.is_file()}
-    for name in small:
-        a, b = ((root / name).read_bytes() for root in (demo_root, tmp_path))
-        assert b.startswith(a) if name.suffix == ".csv" else a == b, name
+    large = demo_tree(tmp_path)
+    for name, content in demo_tree(demo_root).items():
+        assert large[name].startswith(content) if name.endswith("csv") else large[name] == content
     prepare_data.write_demo(tmp_path / "other", patients=2, seed=1)
     people = [{row["subject_id"] for row in read_csv(root / "record_list.csv")}
               for root in (tmp_path, tmp_path / "other")]
@@ -5099,7 +5092,7 @@ def test_every_readme_command_parses_and_every_snippet_compiles():
 def test_the_fast_encoder_in_bf16_learns_along_the_float32_curve(tmp_path, monkeypatch, capsys):
     data = tmp_path / "cohort.h5"
     prepare_data.build("demo", root=tmp_path / "demo", out=data, patients=250, fs=50)
-    curves, val = {}, {}
+    curves, val = {}, {}  # means of six windows of 50 steps and more
     for name in ("plain", "fast"):
         with monkeypatch.context() as patch:
             if name == "plain":
@@ -5109,14 +5102,11 @@ def test_the_fast_encoder_in_bf16_learns_along_the_float32_curve(tmp_path, monke
             assert run_train(*flags, "--run", tmp_path / name, data=data) == 0
         rows = log_of(tmp_path / name)
         assert rows[-1]["step"] >= 300
-        windows = collections.defaultdict(list)
-        for row in rows:
-            if "loss" in row:
-                windows[(row["step"] - 1) // 50].append((row["loss"], row["pred"]))
-        curves[name] = np.array([np.mean(w, axis=0) for w in windows.values()])
+        curve = np.array([(row["loss"], row["pred"]) for row in rows if "loss" in row])
+        curves[name] = np.array([window.mean(axis=0) for window in np.array_split(curve, 6)])
         val[name] = [row["val_pred"] for row in rows if "val_pred" in row][-1]
     with capsys.disabled():
-        print("\nloss, pred in windows of 50 steps", curves, "val_pred", val)
+        print("\nloss, pred in windows", curves, "val_pred", val)
     # Seen: 0.003 apart, where other directions of SIGReg alone move a window by 0.009 and another
     # seed by 0.02; val_pred 0.182 and 0.184, with other directions 0.187. The loss falls by 0.6.
     assert np.abs(curves["fast"] - curves["plain"]).max() < 0.006
