@@ -686,7 +686,7 @@ def prepare_csv(path, columns, rows):
             for row in rows])
 
 
-def prepare_mimic(root, optional=" file_name ecg_time ed_stay_id hosp_hadm_id gender age"):
+def prepare_mimic(root):
     """A folder in MIMIC's layout with every defect; returns the fate of each study."""
     records, listed, labels = prepare_records(), [], []
     for study_id, (_, samples, file) in records.items():
@@ -715,7 +715,8 @@ def prepare_mimic(root, optional=" file_name ecg_time ed_stay_id hosp_hadm_id ge
     listed += [dict(listed[-1], ecg_time="2181-01-01 00:00:00"), ["?", "99", "99", "", ""],
                ["10000000", "98"]]
     prepare_csv(root / "record_list.csv", PREPARE_LIST, listed)
-    prepare_csv(root / "records_w_diag_icd10.csv", PREPARE_REQUIRED + optional,
+    columns = PREPARE_REQUIRED + " file_name ecg_time ed_stay_id hosp_hadm_id gender age"
+    prepare_csv(root / "records_w_diag_icd10.csv", columns,
                 [row for row in labels if row is not of[43]])
     return {study_id: fate for study_id, (fate, _, _) in records.items()}
 
@@ -1036,16 +1037,6 @@ def test_table_and_pairs_follow_from_the_csv(prepare_cohort):
     assert set(cohort.pair_kind) == {0, 1, 2}
 
 
-def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
-    prepare_mimic(tmp_path, optional="")
-    cohort = prepare_data.Cohort(prepare_data.build(
-        "mimic", tmp_path, tmp_path / "c.h5", fs=100, workers=1, patients=2))
-    assert (cohort.stay == -1).all() and (cohort.sex == -1).all() and np.isnan(cohort.age).all()
-    assert cohort.study_id.tolist() == [1, 2, 3, 4, 5]  # the first two patients
-    assert not (cohort.pair_kind == 0).any()  # two records without a stay do not share one
-    assert capsys.readouterr().out.count("no column hosp_hadm_id, ed_stay_id, age, gender") == 1
-
-
 @pytest.mark.parametrize("text, wanted", [
     ("[]", ()), ("['I10', 'I4891']", ("I10", "I4891")), ('["I10","I48"]', ("I10", "I48")),
     ("['I10',\n 'I48',]", ("I10", "I48")), ("('I10',)", ("I10",)),
@@ -1102,6 +1093,16 @@ def test_a_harmful_cell_costs_its_own_row_and_nothing_else(tmp_path, monkeypatch
         "label row without a listed record": 9, "header file missing": 1}  # a path of no file
 
 
+def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
+    build = prepare_small(tmp_path, lambda row, i: [
+        row.pop(name) for name in ("hosp_hadm_id", "age", "gender")])
+    cohort = prepare_data.Cohort(build(patients=2))
+    assert (cohort.stay == -1).all() and (cohort.sex == -1).all() and np.isnan(cohort.age).all()
+    assert cohort.study_id.tolist() == [1000, 1001, 1002, 1003]  # the first two patients
+    assert (cohort.pair_kind == 1).all()  # two records without a stay do not share one
+    assert capsys.readouterr().out.count("no column hosp_hadm_id, ed_stay_id, age, gender") == 1
+
+
 @pytest.mark.parametrize("column, text, where, wanted", [
     ("study_id", "1.00E+03", range(12), r"line 2: study_id '1.00E\+03' is a rounded number"),
     ("hosp_hadm_id", "2.1e7", range(12), "line 2: hosp_hadm_id '2.1e7' is a rounded number"),
@@ -1143,13 +1144,12 @@ def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counte
 def test_utc_offsets_order_records_and_without_times_there_are_no_pairs(tmp_path):
     def late_first(row, i):
         row["ecg_time"] = f"2150-03-01 {'09:00:00-05:00' if i % 2 == 0 else '10:00:00+05:00'}"
-    prepare_small(tmp_path / "a", late_first)
-    table = prepare_data.read_mimic(tmp_path / "a", tmp_path / "a/records_w_diag_icd10.csv", None)
-    assert table["study_id"][:4].tolist() == [1001, 1000, 1003, 1002]
-    assert (prepare_data.make_pairs(table)["gap_days"] == 0.375).all()  # 9 h
-    prepare_small(tmp_path / "b", lambda row, i: row.update(ecg_time=""))
-    table = prepare_data.read_mimic(tmp_path / "b", tmp_path / "b/records_w_diag_icd10.csv", None)
-    assert len(table["study_id"]) == 12 and len(prepare_data.make_pairs(table)["pair"]) == 0
+    cohort = prepare_data.Cohort(prepare_small(tmp_path / "a", late_first)())
+    assert cohort.study_id[:4].tolist() == [1001, 1000, 1003, 1002]
+    assert (cohort.gap_days == 0.375).all()  # 9 h
+    cohort = prepare_data.Cohort(
+        prepare_small(tmp_path / "b", lambda row, i: row.update(ecg_time=""))())
+    assert len(cohort) == 12 and len(cohort.pair) == 0
 
 
 def test_tables_are_read_gzipped_and_in_utf_16_and_spreadsheets_named(tmp_path):
