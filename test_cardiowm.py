@@ -2399,19 +2399,16 @@ def constructed(share, seed, patients=900, d=12, k=5):
     return parts[0], {name: values[judged] for name, values in parts[1].items()}
 
 
-def test_ag_finds_the_share_that_an_action_explains():
+def test_ag_is_the_share_that_an_action_explains_by_two_ridges():
     for share, tolerance in ((0.25, 0.03), (0.0, 0.01)):
         with_a, without, null = evaluate.action_gain(*constructed(share, 1), permutations=19)
         assert 1 - with_a.sum() / without.sum() == pytest.approx(share, abs=tolerance)
         assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
-
-
-def test_ag_is_that_of_two_ridges_one_on_the_residuals_of_the_other():
     train, test = constructed(0.1, 3, patients=60)
     with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
     fits = [evaluate.ridge(u, train["z_next"] - train["z"], train["patient"]),
-            evaluate.ridge(u, train["a"], train["patient"])]
+            evaluate.ridge(u, train["a"], train["patient"])]  # the one on residuals of the other
     r, r_test = (part["z_next"] - part["z"] - fits[0].predict(x)
                  for part, x in ((train, u), (test, u_test)))
     a, a_test = (part["a"] - fits[1].predict(x) for part, x in ((train, u), (test, u_test)))
@@ -2455,53 +2452,6 @@ def test_ridge_is_the_normal_equation_and_its_penalty_that_of_held_out_patients(
 # World-model scorecard
 
 
-class LinearWorld(evaluate.Embedded):
-    """z_next = z + A a + noise of standard deviation s: every entry of the scorecard is known.
-
-    It stands for the model as well, by `predict`.
-    """
-
-    def __init__(self, d=16, k=4, s=0.1, patients=600, seed=0):
-        g = generator(seed)
-        n = 4 * patients  # records: sources and targets of two pairs of each patient
-        self.s, self.no_action, self.run = s, "", {"frac": 1.0, "told": "coded"}
-        self.effect = torch.randn(k, d, generator=g, dtype=torch.float64)            # A, (K, D)
-        a = torch.randint(-1, 2, (n // 2, k), generator=g)
-        a[torch.rand(n // 2, generator=g) < 0.5] = 0
-        z = torch.randn(n // 2, d, generator=g, dtype=torch.float64)
-        z_next = self.move(z, a) + s * torch.randn(n // 2, d, generator=g, dtype=torch.float64)
-        self.z = torch.stack([z, z_next], dim=1).reshape(n, d)
-        pair = np.arange(n).reshape(-1, 2)
-        subject = np.repeat(np.arange(patients), 4)
-        label = np.repeat((a < 0).numpy(), 2, axis=0)                # codes that may end
-        label[1::2] = label[::2] + a.numpy()
-        self.cohort = types.SimpleNamespace(
-            pair=pair, action=a.numpy().astype(np.int8), subject_id=subject, state=None,
-            has_label=np.ones(n, bool),
-            pair_kind=np.arange(n // 2) % 2, gap_days=np.full(n // 2, 40.0), source="demo",
-            stay=np.ones(n), class_name=["I10", "I21", "I48", "I63"], label=label.astype(np.uint8),
-            synthetic=True, action_of=lambda p, which: a.numpy().astype(np.int8)[p])
-        self.h, self.y = self.z, self.cohort.label
-        test = subject % 2 == 1
-        self.used = {"rows": np.arange(n), "test": np.flatnonzero(test),
-                     "train": np.flatnonzero(~test), "test pairs": np.flatnonzero(test[::2]),
-                     "train pairs": np.flatnonzero(~test[::2])}
-        self.source, self.target = (self.z[pair[self.used["test pairs"], i]] for i in (0, 1))
-        self.a = a[self.used["test pairs"]].double()
-        self.patient = subject[pair[self.used["test pairs"], 0]]
-        self.boot = evaluate.Bootstrap(self.patient, 50)
-        self.groups = evaluate.pair_groups(self.cohort, self.used["test pairs"])
-
-    def at(self, rows):
-        return torch.from_numpy(rows)
-
-    def move(self, z, a):
-        return z + a.to(z.dtype) @ self.effect.to(z.dtype)
-
-    def predict(self, z, *change):
-        return self.move(z, evaluate.action_input("difference", *change))
-
-
 def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
     rng = np.random.default_rng(0)
     y, y_next = (rng.random((2, 80, 5)) < 0.4).astype(np.uint8)
@@ -2519,81 +2469,6 @@ def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
         assert {bytes(row) for row in shuffled[found]} <= {bytes(row) for row in a[changed]}
     alone = np.array([[1, 0], [0, -1]], np.int8)  # the one needs a code that the other lacks
     assert not evaluate.shuffled_actions(alone, np.array([[0, 0], [1, 1]], np.uint8)).any()
-
-
-def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
-    world = LinearWorld()
-    got = evaluate.error_results(world, world.boot, world.groups)
-    noise, step = world.s**2, (world.a @ world.effect).square().mean(dim=1).numpy()
-    for group, mask in world.groups.items():
-        if not mask.any():
-            assert got[evaluate.ERRORS, "model", group] == "no such pair"
-            continue
-        for name, wanted in (("model", noise), ("zero action", noise + step[mask].mean()),
-                             ("persistence", noise + step[mask].mean())):
-            # some 5,000 normal errors or more: 5 % is several standard errors of each
-            assert got[evaluate.ERRORS, name, group][0] == pytest.approx(wanted, rel=0.05)
-    gain = got[evaluate.MATTER, "gain of the model over a zero action", evaluate.HEADLINE]
-    moved = step[world.groups[evaluate.HEADLINE]].mean()
-    assert gain[0] == pytest.approx(1 - noise / (noise + moved), abs=0.01) and len(gain) == 51
-    # z tells nothing of what will change: its ridge is no better than persistence
-    alone = got[evaluate.MATTER, "skill of ridge on z alone against persistence", "all"]
-    assert abs(alone[0]) < 0.05
-    fit = got[evaluate.MATTER, evaluate.GAINS_ON_TRAINING, "training pairs"]
-    assert fit == pytest.approx(1 - noise / (noise + step.mean()), abs=0.02)
-    world.no_action = "no action here"
-    assert evaluate.error_results(world, world.boot, world.groups)[
-        evaluate.ERRORS, "zero action", "all"] == "no action here"
-
-
-def test_retrieval_and_reversal_of_a_linear_world_need_the_action():
-    world = LinearWorld(s=0.02, patients=80)
-    headline = evaluate.HEADLINE
-    got = evaluate.retrieval_results(world, world.boot, world.groups)
-    for among in ("other patients", "the same patient's"):
-        rank = got[evaluate.RETRIEVAL, f"reciprocal rank, model, among {among}", headline]
-        gain = got[evaluate.RETRIEVAL, f"reciprocal rank, model - zero action, among {among}",
-                   headline]
-        assert rank[0] > 0.99 and 0 < gain[0] <= 1
-    (key, back), = evaluate.reversal_results(world, world.boot, world.groups).items()
-    assert "without I21" in key[1] and back[0] > 0.99
-    world.no_action = "none"
-    assert set(evaluate.retrieval_results(world, world.boot, world.groups).values()) == {"none"}
-    assert set(evaluate.reversal_results(world, world.boot, world.groups).values()) == {"none"}
-
-
-def test_ag_of_a_linear_world_is_what_its_action_moves():
-    world = LinearWorld(s=1.0)
-    group = world.groups[evaluate.HEADLINE]
-    got = evaluate.matter_results(world, world.boot, group, 19)
-    name = "AG of the coded action"
-    step = (world.a @ world.effect).square().mean(dim=1).numpy()[group].mean()
-    gain = got[evaluate.MATTER, name, evaluate.HEADLINE]
-    null = got["p", (evaluate.MATTER, f"p of {name}, 19 permutations", evaluate.HEADLINE)]
-    assert gain[0] == pytest.approx(step / (step + 1), abs=0.03) and len(null) == 20
-    assert gain[0] == null[0] > max(null[1:])
-    assert evaluate.matter_results(world, world.boot, group & False, 19)[
-        evaluate.MATTER, name, evaluate.HEADLINE] == "no such pair"
-
-
-def test_onset_of_a_linear_world_moves_its_own_class_and_a_silent_code_moves_nothing():
-    world = LinearWorld(d=8, patients=400)
-    world.effect = 2 * torch.eye(4, 8, dtype=torch.float64)
-    world.effect[3] = 0  # I63 shows in no ECG
-    y = torch.rand(len(world.z), 4, generator=generator(2)) < 0.3
-    world.y = world.cohort.label = y.numpy().astype(np.uint8)
-    world.h = world.z = world.move(torch.randn(len(y), 8, generator=generator(3)).double(), y)
-    boot = evaluate.Bootstrap(world.cohort.subject_id[world.used["test"]], 50)
-    got = evaluate.onset_results(world, boot)
-    model, vector = (evaluate.OWN_ONSET.format(by) for by in ("model", "class vector"))
-    for name in ("I10", "I21", "I48"):
-        assert got[evaluate.ONSET, model, name][0] == 1 == got[evaluate.ONSET, vector, name][0]
-    assert got[evaluate.ONSET, model, "with signature"][0] == 1
-    contrast = got[evaluate.ONSET, model, "with - without signature (classes resampled)"]
-    assert contrast[0] == pytest.approx(1 - got[evaluate.ONSET, model, "I63"][0])
-    assert got[evaluate.MATTER, "macro-AUROC of a read-out of z, codes", "test records"][0] > 0.7
-    world.y = np.zeros_like(world.y)
-    assert set(evaluate.onset_results(world, boot).values()) == {"no class has a read-out"}
 
 
 def test_pair_groups_are_by_label_state_stay_and_gap():
@@ -2655,38 +2530,6 @@ def test_methods_are_means_of_seeds_compared_by_those_that_they_share():
 # A model that is told label sets instead of their difference
 
 
-@pytest.mark.parametrize("form, action", [("difference", "coded"), ("sets", "sets"),
-                                          ("difference", "none")])
-def test_every_question_keeps_the_half_of_the_source(form, action):
-    world, asked = LinearWorld(patients=40), []
-    world.cohort.has_label = np.random.default_rng(1).random(len(world.z)) < 0.8
-    world.run = {"frac": 1.0, "told": action, "form": form, "model": types.SimpleNamespace(
-        predict=lambda z, a: (asked.append(a.numpy()), z)[1])}
-    world.predict = types.MethodType(evaluate.Embedded.predict, world)
-    source, target = world.cohort.pair[world.used["test pairs"]].T
-    y, y_next, known = world.y[source], world.y[target], world.cohort.has_label
-    evaluate.error_results(world, world.boot, world.groups)
-    if action == "none":
-        assert not any(a.any() for a in asked)
-        return
-    a = y_next.astype(np.int8) - y
-    ends = [y, *y + evaluate.shuffled_actions(a, y), y_next]  # no action, dealt ones, the true one
-    wanted = [told(form, y, end, known[source], known[target]) for end in ends]
-    np.testing.assert_array_equal(asked[:-1], torch.stack(wanted))
-    assert len(asked[-1]) == len(world.used["train pairs"])
-    asked.clear()
-    evaluate.reversal_results(world, world.boot, world.groups)
-    np.testing.assert_array_equal(asked[0], told(form, y_next, y, known[target], known[source]))
-    asked.clear()
-    evaluate.onset_results(world, evaluate.Bootstrap(
-        world.cohort.subject_id[world.used["test"]], 5))
-    y, known = world.y[world.used["test"]], known[world.used["test"]]
-    for c, got in enumerate(asked[1:]):
-        begun = y.copy()
-        begun[:, c] = 1
-        np.testing.assert_array_equal(got, told(form, y, begun, known, 1))
-
-
 def fork(pretrained, name, model_args, **args):
     """A copy of runs/base with the weights of another, untrained model and these arguments."""
     folder = pretrained.with_name(name)
@@ -2704,11 +2547,11 @@ def fork(pretrained, name, model_args, **args):
     return folder
 
 
-@pytest.fixture
-def told_sets(pretrained, tiny):
+@pytest.fixture(scope="module")
+def told_sets(pretrained):
     """runs/sets: an untrained world model of label sets, in the place of a trained one."""
-    return fork(pretrained, "sets", {"num_classes": 2 * len(tiny.class_name) + 2}, action="sets",
-                sigreg_ratio=5.0)
+    k = len(state_of("base")["class_name"])
+    return fork(pretrained, "sets", {"num_classes": 2 * k + 2}, action="sets", sigreg_ratio=5.0)
 
 
 def told(form, y, y_next, known, known_next):
@@ -2719,38 +2562,143 @@ def told(form, y, y_next, known, known_next):
     return torch.from_numpy(np.column_stack([y, y_next, known, known_next]).astype(np.float32))
 
 
-@pytest.mark.parametrize("split", ["test", "val"])
-def test_scorecard_of_both_forms_judges_the_fold_asked_for(told_sets, tiny, capsys, split):
-    code, out, _ = run_evaluate(capsys, "--mode", "worldmodel", "--runs", "base", told_sets,
-                                "--n-boot", 5, "--permutations", 2, "--split", split, "--out",
-                                "both")
-    assert code == 0 and f"{'validation fold 18' if split == 'val' else 'test fold 19'}: " in out
-    assert "AG of the coded action" in out and "untrained encoder, 3 draws" in out
+@pytest.fixture(scope="module", params=["difference", "sets"])
+def card(request, pretrained, told_sets):
+    """A scorecard of test or validation pairs, and what it is to be computed from directly."""
+    form, cohort = request.param, prepare_data.Cohort("data/tiny.h5")
+    run, split = (told_sets, "val") if form == "sets" else (pretrained, "test")
+    k = {"num_classes": len(cohort.class_name)}
+    still = fork(pretrained, "still", k | {"action": False}, objective="invariance")
+    zeros = fork(pretrained, "zeros", k, action="none")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert evaluate.main(f"--mode worldmodel --runs {run} {still} {zeros} --n-boot 5 --split "
+                             f"{split} --permutations 2 --out card-{form}".split()) == 0
+    model, fold = evaluate.load_world_model(run)[0], prepare_data.SPLITS.index(split)
+    h, z = (of.double() for of in evaluate.embed(model, cohort.signal, np.arange(len(cohort))))
+    pair_fold = cohort.split[cohort.pair[:, 0]]
+    pairs, train = np.flatnonzero(pair_fold == fold), np.flatnonzero(pair_fold == 0)
+    (source, target), known = cohort.pair[pairs].T, cohort.has_label
+    y, y_next = cohort.label[source], cohort.label[target]
+    found = {(row["quantity"], row["group"]): row for row in read_csv(
+        f"card-{form}/worldmodel.csv", run="dynamics, sets, ratio 5" if form == "sets" else
+        "dynamics") if "by seed" not in row["table"] and row["table"] != evaluate.DIFFERENCE}
+
+    def agree(quantity, group, wanted):
+        assert float(found[quantity, group]["value"]) == pytest.approx(float(wanted), rel=1e-4)
+
+    def predict(at, *change):
+        return model.predict(z[at].float(), told(form, *change)).double()
+
+    def errors(predicted, at):
+        return (predicted - z[at]).square().mean(dim=1).numpy()
+
+    known = known[source], known[target]
+    return types.SimpleNamespace(
+        found=found, agree=agree, predict=predict, errors=errors, h=h, z=z, cohort=cohort, out=out,
+        form=form, pairs=pairs, train=train, source=source, target=target, y=y, y_next=y_next,
+        known=known, headline=(y != y_next).any(axis=1) & known[0] & known[1],
+        rows=np.flatnonzero(cohort.split == fold),
+        model=predict(source, y, y_next, *known), zero=predict(source, y, y, *known))
+
+
+def test_scorecard_is_of_the_fold_asked_for_and_asks_no_model_about_what_it_was_not_told(card):
+    out, folder = card.out.getvalue(), Path(f"card-{card.form}")
+    assert {"sets": "validation fold 18", "difference": "test fold 19"}[card.form] + ": " in out
+    assert "untrained encoder, 3 draws" in out
     for name in ("worldmodel.md", "worldmodel.png", "onset.png"):
-        assert Path("both", name).stat().st_size > 1000
-    undefined = read_csv("both/worldmodel.csv", value="")
-    assert undefined and all(f"not defined, {row['why']}" in out for row in undefined)
-    model, _ = evaluate.load_world_model(told_sets)
-    fold = prepare_data.SPLITS.index(split)
-    pairs = tiny.pair[tiny.split[tiny.pair[:, 0]] == fold]
-    z, z_next = (evaluate.embed(model, tiny.signal, rows)[1] for rows in pairs.T)
-    y, y_next = tiny.label[pairs[:, 0]], tiny.label[pairs[:, 1]]
-    true, zero = (model.predict(z, told("sets", y, then, *tiny.has_label[pairs.T]))
-                  for then in (y_next, y))
-    name = "dynamics, sets, ratio 5"
-    for quantity, z_pred in (("model", true), ("persistence", z), ("zero action", zero)):
-        (row,) = read_csv("both/worldmodel.csv", table=evaluate.ERRORS, group="all",
-                          quantity=quantity, run=name)
-        error = (z_pred - z_next).double().square().mean()
-        assert float(row["value"]) == pytest.approx(float(error), rel=1e-5)
-        assert int(row["n"]) == len(pairs)
-    names = {row["quantity"] for row in read_csv("both/worldmodel.csv", table=evaluate.DIFFERENCE,
-                                                 column=name)}
-    assert {"AG of the coded action", "skill of the model less that of ridge on z",
-            "macro-AUROC of a read-out of h, true state, codes with signature"} <= names
-    (count,) = {row["n"] for row in read_csv("both/worldmodel.csv", group="test records",
-                                             table=evaluate.MATTER)}
-    assert int(count) == (tiny.split == fold).sum()
+        assert (folder / name).stat().st_size > 1000
+    defined = {(row["run"], row["quantity"]) for row in read_csv(folder / "worldmodel.csv")
+               if row["value"]}
+    for run in ("invariance", "dynamics, --action none"):
+        assert (run, "persistence") in defined and (run, "zero action") not in defined
+
+
+def test_errors_and_gains_of_the_scorecard_equal_a_direct_computation(card):
+    cohort, z, source, target, y = card.cohort, card.z, card.source, card.target, card.y
+    first, then = cohort.pair[card.train].T
+    dealt = [card.predict(source, y, y + a, *card.known)
+             for a in evaluate.shuffled_actions(card.y_next.astype(np.int8) - y, y)]
+    alone = evaluate.ridge(z[first].numpy(), (z[then] - z[first]).numpy(), cohort.subject_id[first])
+    error = {"model": card.model, "zero action": card.zero, "persistence": z[source],
+             "shuffled actions": torch.stack(dealt).mean(dim=0), "mean": z[then].mean(dim=0),
+             "ridge on z alone": z[source] + alone.predict(z[source].numpy())}
+    error = {name: card.errors(predicted, target) for name, predicted in error.items()}
+    groups = {evaluate.HEADLINE: card.headline, "all": card.headline | True,
+              "between stays": cohort.pair_kind[card.pairs] == 1}
+    for (group, mask), (name, values) in itertools.product(groups.items(), error.items()):
+        card.agree(name, group, values[mask].mean())
+        assert int(card.found[name, group]["n"]) == mask.sum()
+    of = {name: values[card.headline].sum() for name, values in error.items()}
+    for name, better, base in (
+            ("gain of the model over a zero action", "model", "zero action"),
+            ("gain of the model over shuffled actions", "model", "shuffled actions"),
+            ("skill of the model against persistence", "model", "persistence"),
+            ("skill of ridge on z alone against persistence", "ridge on z alone", "persistence")):
+        card.agree(name, evaluate.HEADLINE, 1 - of[better] / of[base])
+
+
+def test_ag_retrieval_and_reversal_of_the_scorecard_equal_a_direct_computation(card):
+    cohort, z, headline = card.cohort, card.z, card.headline
+    for which, name in evaluate.AG.items():
+        parts = [{"z": z[i].numpy(), "z_next": z[j].numpy(), "patient": cohort.subject_id[i],
+                  "known": evaluate.known_without_action(cohort, p), "stratum": np.zeros(len(p)),
+                  "a": cohort.action_of(p, which).astype(float)}
+                 for p in (card.train, card.pairs[headline]) for i, j in [cohort.pair[p].T]]
+        with_a, without, _ = evaluate.action_gain(*parts, permutations=0)
+        card.agree(name, evaluate.HEADLINE, 1 - with_a.sum() / without.sum())
+    ranks = {"other patients": [], "the same patient's": []}
+    for i in np.flatnonzero(headline):
+        source, target = card.source[i], card.target[i]
+        same = cohort.subject_id[card.rows] == cohort.subject_id[source]
+        others = (card.rows != source) & (card.rows != target)
+        for among, kept in (("other patients", ~same), ("the same patient's", same & others)):
+            rivals = z[card.rows[kept]]
+            nearer = [int(((rivals - says).norm(dim=1) < (z[target] - says).norm()).sum())
+                      for says in (card.model[i], card.zero[i])]
+            ranks[among] += [1 / (1 + np.array(nearer))] if len(rivals) else []
+    for among, places in ranks.items():
+        own, still = np.mean(places, axis=0)
+        name = f"reciprocal rank, {{}}, among {among}".format
+        card.agree(name("model"), evaluate.HEADLINE, own)
+        card.agree(name("model - zero action"), evaluate.HEADLINE, own - still)
+    fixed = cohort.class_name.index("I21")
+    use = headline & (card.y == card.y_next)[:, fixed]
+    back, stay = (card.errors(card.predict(card.target, card.y_next, end, *card.known[::-1]),
+                              card.source)[use].sum() for end in (card.y, card.y_next))
+    card.agree("gain of r(z_next, -a) over r(z_next, 0) towards z, without I21", evaluate.HEADLINE,
+               1 - back / stay)
+
+
+def test_read_outs_and_onsets_of_the_scorecard_equal_a_direct_computation(card):
+    cohort, rows, k = card.cohort, card.rows, len(card.cohort.class_name)
+    fit, known = np.flatnonzero(cohort.split == 0), cohort.has_label[rows]
+    learnt, label = cohort.label[fit], cohort.label[rows]
+    classes = np.flatnonzero(learnt.sum(axis=0) >= evaluate.MIN_POSITIVES)
+    for space, of in (("h", card.h), ("z", card.z)):
+        weight, bias = evaluate.fit_logistic(
+            of[fit].float(), learnt[:, classes], evaluate.READOUT_L2)
+        scores, name = of[rows].float() @ weight + bias, f"macro-AUROC of a read-out of {space}, "
+        card.agree(name + "codes", "test records", evaluate.macro_auroc(
+            label[:, classes], scores.numpy()))
+        assert int(card.found[name + "codes", "test records"]["n"]) == len(rows)
+        shown = ~np.isin(classes, [cohort.class_name.index(name) for name in DEMO_SILENT])
+        card.agree(name + "true state, codes with signature", "test records", evaluate.macro_auroc(
+            cohort.state[rows][:, classes[shown]], scores[:, shown].numpy()))
+    zero, means = card.predict(rows, label, label, known, 1), card.z[fit].numpy()
+    for by in ("model", "class vector"):
+        rise = []
+        for c in classes:
+            step = card.predict(rows, label, label | (np.arange(k) == c), known, 1) - zero
+            if by == "class vector":
+                step[:] = torch.from_numpy(means[learnt[:, c] == 1].mean(axis=0)
+                                           - means[learnt[:, c] == 0].mean(axis=0))
+            rise.append((step @ weight.double()).numpy())  # (N, C)
+        for i, c in enumerate(classes):
+            further = []
+            for n in np.flatnonzero(label[:, c] == 0):
+                others = [rise[j][n, i] for j in np.flatnonzero(label[n, classes] == 0) if j != i]
+                further.append(rise[i][n, i] > np.mean(others))
+            card.agree(evaluate.OWN_ONSET.format(by), cohort.class_name[c], np.mean(further))
 
 
 # Figures: transitions, cohort, embedding
@@ -2874,11 +2822,8 @@ def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path,
         assert re.search(rf"\| {name} +\| {rows[name]:,} +\| {rows[name] / n:.1%}", text)
     tiny.source = "ptbxl"  # part of its dates are interpolated: nothing is said of time
     assert not any("gap" in name for name in prepare_data.count(tiny) if "quality" not in name)
-
-
-def test_a_cohort_without_pairs_still_has_a_figure_and_numbers(tiny):
-    tiny.pair, tiny.action = tiny.pair[:0], tiny.action[:0]
-    tiny.gap_days, tiny.pair_kind = tiny.gap_days[:0], tiny.pair_kind[:0]
+    for name in ("pair", "action", "gap_days", "pair_kind"):  # a cohort without pairs
+        setattr(tiny, name, getattr(tiny, name)[:0])
     assert evaluate.png(evaluate.cohort_figure(tiny))[:4] == b"\x89PNG"
     rows = prepare_data.count(tiny)
     assert rows["pairs"] == 0 and "Jaccard, mean" not in rows
@@ -4217,35 +4162,26 @@ def test_a_log_stays_readable_and_an_ignored_signal_ignored(tmp_path):
         signals.signal(signals.SIGINT, before)
 
 
-def test_a_finished_run_is_never_overwritten(pretrained, capsys):
-    before = (pretrained / "last.pt").read_bytes()
-    again = "--mode pretrain --run base --batch-size 48 --allow-tiny --epochs"
-    assert run_train(again, 2) == 2 and "finished" in last_line(capsys)
-    assert run_train(again, "2 --resume") == 0
-    assert "predictions_test.npz" in capsys.readouterr().out
-    assert run_train(again, 3) == 2 and "epochs = 2, asked for 3" in last_line(capsys)
-    assert (pretrained / "last.pt").read_bytes() == before
-
-
-def test_overwrite_moves_the_old_folder_aside_and_nothing_else(pretrained, capsys):
-    flags = "--mode probe --init base --epochs 2 --run"
-    assert run_train(flags, "moved") == run_train(flags, "moved --overwrite") == 0
-    for name in ("moved.old-1", "moved"):
+def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_alone(
+    pretrained, capsys
+):
+    shutil.copytree(pretrained, "runs/moving")
+    flags, kept = "--mode probe --init moving --run kept --epochs", Path("runs/kept")
+    assert run_train(flags, "2 --resume") == 0 and "nothing to resume" in capsys.readouterr().out
+    before = (kept / "last.pt").read_bytes()
+    for more, code, words in (("2", 2, "finished"), ("2 --resume", 0, "predictions_test.npz"),
+                              ("3", 2, "epochs = 2, asked for 3")):
+        assert run_train(flags, more) == code and words in "".join(capsys.readouterr())
+        assert (kept / "last.pt").read_bytes() == before
+    assert run_train(flags, "2 --overwrite") == 0
+    for name in ("kept.old-1", "kept"):
         assert (Path("runs") / name / "predictions_test.npz").exists()
-    before = sorted(Path("runs").iterdir())
-    assert run_train(flags, ". --overwrite") == 2  # runs/ itself is no run
-    assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == before
-    assert run_train(flags, "fresh --resume") == 0
-    assert "nothing to resume" in capsys.readouterr().out
-
-
-def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained, capsys):
-    flags = "--mode probe --init moving --epochs 2 --run from-moving"
-    shutil.copytree(pretrained, Path("runs/moving"))
-    assert run_train(flags) == 0
-    Path("runs/from-moving/predictions_test.npz").unlink()  # as if interrupted at the end
-    torch.save(state_of("moving") | {"step": 0}, Path("runs/moving/last.pt"))
-    assert run_train(flags) == 2 and "the weights of init" in last_line(capsys)
+    (kept / "predictions_test.npz").unlink()  # as if interrupted at the end
+    torch.save(state_of("moving") | {"step": 0}, "runs/moving/last.pt")
+    assert run_train(flags, 2) == 2 and "the weights of init" in last_line(capsys)
+    every = sorted(Path("runs").iterdir())
+    assert run_train("--mode probe --init base --epochs 2 --run . --overwrite") == 2
+    assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == every
 
 
 @pytest.mark.parametrize("flags", [
