@@ -2096,6 +2096,10 @@ def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root
     # the rare ones have a mean of their own where not all are rare
     assert rare["column"] == "monitoring, classes below 5%"
     assert rare["classes"] == "1" and float(rare["value"]) == pytest.approx(auc[1])
+    a["y_true"][:, 3] = 0  # now all are
+    np.savez(runs_root / "one" / "predictions_test.npz", **a)
+    assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
+    assert len(read_csv("runs/score/score.csv", table="all runs")) == 1
 
 
 def test_score_says_not_defined_and_keeps_test_sets_apart(runs_root, capsys):
