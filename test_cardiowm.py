@@ -1879,29 +1879,6 @@ def test_seed_test_is_its_formula_and_students_distribution():
     np.testing.assert_allclose(evaluate.holm(p), [0.03, np.nan, 0.06, 0.06])
 
 
-# Entries
-
-
-def test_pivot_and_csv_hold_every_entry_and_say_why_one_is_not_defined():
-    replicates = np.concatenate([[0.5], np.linspace(0.4, 0.6, 101)])
-    cells = [evaluate.entry("t", "a", "x", replicates, n=3), evaluate.entry("t", "a", "y", 0.25),
-             evaluate.entry("t", "b", "y", why="no such pair", n=1200),
-             evaluate.entry("t", "b", "x", text="holds"), evaluate.entry("u", "c", "x", (1, 0, 2))]
-    printed = cells.pop()  # as the papers' numbers are given
-    assert [printed[key] for key in ("value", "low", "high", "why")] == [1, 0, 2, ""]
-    lines = evaluate.pivot(cells, "row", ("n",), "T")
-    assert lines[0] == "### T" and lines[2].split() == "| row | n | x | y |".split()
-    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [
-        "a", "3", "0.500 [0.405..0.595]", "0.250"]
-    assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == [
-        "b", "1,200", "holds", "not defined"]
-    assert "- not defined, no such pair: b, y." in lines
-    head, *body = evaluate.csv_lines(cells)
-    assert head[:7] == ["table", "row", "column", "value", "low", "high", "why"] and len(body) == 4
-    assert body[2][head.index("value")] == "" and body[2][head.index("n")] == 1200
-    assert evaluate.pivot([]) == []
-
-
 # Checkpoints and run folders
 
 
@@ -1912,44 +1889,46 @@ def checkpoint_of(**change):
 
 
 def test_load_checkpoint_returns_what_was_saved_and_names_what_it_found(tmp_path):
-    h5py.File(tmp_path / "cohort", "w").close()
-    np.savez(tmp_path / "a.npz", x=1)
-    (tmp_path / "text").write_text("hello é\n")
-    (tmp_path / "binary").write_bytes(bytes(range(256)))
-    (tmp_path / "empty").touch()
-    zipfile.ZipFile(tmp_path / "zip", "w").writestr("a.txt", "x")
-    torch.save(checkpoint_of(format="cardiowm-9"), tmp_path / "future.pt")
-    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
-    torch.save(checkpoint_of(path=Path("x")), tmp_path / "objects.pt")
-    short = checkpoint_of()
-    del short["leads"]
-    torch.save(short, tmp_path / "short.pt")
-    torch.save(checkpoint_of(), tmp_path / "last.pt")
-    got = evaluate.load_checkpoint(tmp_path / "last.pt")
-    assert got["class_name"] == ["I10"] and torch.equal(got["model"]["w"], torch.arange(3.0))
-    whole = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    def saved(state):
+        torch.save(state, file := io.BytesIO())
+        return file.getvalue()
+
+    path, weight = tmp_path / "last.pt", torch.arange(3.0)
+    whole, npz, archive = saved(checkpoint_of()), io.BytesIO(), io.BytesIO()
+    path.write_bytes(whole)
+    got = evaluate.load_checkpoint(path)
+    assert got["class_name"] == ["I10"] and torch.equal(got["model"]["w"], weight)
+    np.savez(npz, x=1)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a.txt", "x")
     flipped = bytearray(whole)
-    flipped[whole.index(torch.arange(3.0).numpy().tobytes()) + 5] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    for name, words in (
-            ("absent.pt", "no such file"), ("cohort", "HDF5"), ("a.npz", "npz"),
-            ("text", "text file"), ("binary", "binary"), ("empty", "empty"), ("zip", "zip"),
-            ("future.pt", "cardiowm-9"), ("other.pt", "another project"),
-            ("objects.pt", "tensors and plain values"), ("short.pt", "without leads"),
-            ("cut.pt", "truncated"), ("flipped.pt", "checksum or kind of last/data/0"),
-            (".", "folder")):
+    flipped[whole.index(weight.numpy().tobytes()) + 5] ^= 1
+    short = {key: value for key, value in checkpoint_of().items() if key != "leads"}
+    for content, words in (
+            (b"\x89HDF\r\n\x1a\n", "HDF5"), (npz.getvalue(), "npz"), (b"\xc3\xa9", "text file"),
+            (bytes(range(256)), "binary"), (b"", "empty"), (archive.getvalue(), "zip"),
+            (saved(checkpoint_of(format="cardiowm-9")), "cardiowm-9"),
+            (saved({"w": weight}), "another project"),
+            (saved(checkpoint_of(path=Path("x"))), "tensors and plain values"),
+            (saved(short), "without leads"), (whole[:len(whole) // 2], "truncated"),
+            (flipped, "checksum or kind of .*data/0"), (None, "folder"), (None, "no such file")):
+        if content is not None:
+            path.write_bytes(content)
+        wrong = {"folder": tmp_path, "no such file": tmp_path / "absent.pt"}.get(words, path)
         with pytest.raises(InputError, match=words) as error:
-            evaluate.load_checkpoint(tmp_path / name)
+            evaluate.load_checkpoint(wrong)
         assert "\n" not in str(error.value) and "wanted" in str(error.value)
 
 
-def write_run(root, name, seed=0, score_seed=None, cohort="toy", n=80, gain=0.2, method=None,
-              **args):
-    """A finished run folder over one fixed truth per cohort: 4 classes, the last never positive."""
+def write_run(root, name, seed=0, cohort="toy", n=80, gain=0.2, method=None,
+              source=None, **args):
+    """A finished run folder over one fixed truth per cohort: 4 classes, the last never positive.
+
+    source: arguments of the pretraining that it started from, where `init` names one.
+    """
     rng = np.random.default_rng(sum(map(ord, cohort)))
     y = (rng.random((n, 4)) < (0.4, 0.3, 0.2, 0.0)).astype(np.uint8)
-    noise = np.random.default_rng(seed if score_seed is None else score_seed)
+    noise = np.random.default_rng(seed)
     arrays = {"y_true": y, "subject_id": np.sort(rng.integers(0, n // 3, n)),
               "y_score": (noise.random((n, 4)) * (1 - gain) + gain * y).astype(np.float32),
               "study_id": np.arange(n) + 1000, "class_name": np.array(["I10", "I21", "I48", "I99"]),
@@ -1960,10 +1939,11 @@ def write_run(root, name, seed=0, score_seed=None, cohort="toy", n=80, gain=0.2,
     args = {"mode": "finetune", "init": "scratch", "frac": 1.0, "seed": seed, "given": {}} | args
     described = {"name": cohort, "path": str(Path(root) / "absent.h5"), "source": "demo",
                  "synthetic": True, "sha256": cohort * 3}
-    init = None  # a run started from another holds that one's arguments
-    if not str(args["init"]).startswith(("scratch", "random")) and args["mode"] != "pretrain":
-        init = {"run": args["init"], "sha256": "0", "seconds": 60.0, "cohort": described,
-                "args": args | {"mode": "pretrain"}}
+    init = None
+    if not args["init"].startswith(("scratch", "random")) and args["mode"] != "pretrain":
+        start = {"mode": "pretrain", "frac": 1.0} | (source or {})
+        init = {"run": args["init"], "sha256": "0", "seconds": 60.0, "args": start,
+                "cohort": described | start.pop("cohort", {})}
     (folder / "config.json").write_text(json.dumps(
         {"args": args, "init": init, "cohort": described} | ({"method": method} if method else {})))
     (folder / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\n{"step": 9, "run_seconds": 30}\n')
@@ -1994,7 +1974,7 @@ def read_csv(path, **wanted):
 @pytest.mark.parametrize("unit", ["patient", "record"])
 def test_score_equals_the_direct_computation_task_by_task(runs_root, capsys, unit):
     a = write_run(runs_root, "one", seed=1)
-    b = write_run(runs_root, "two", seed=2, init="one", objective="invariance")
+    b = write_run(runs_root, "two", seed=2, init="one", source={"objective": "invariance"})
     code, out, _ = run_evaluate(capsys, "--runs", "one", "runs/two", "--n-boot", 50, "--unit", unit)
     assert code == 0 and "SYNTHETIC" in out and "fold 19" in out and "seed 1 2" in out
     masks = {"triage": a["first_in_stay"], "monitoring": np.ones(80, bool),
@@ -2029,29 +2009,24 @@ def test_score_equals_the_direct_computation_task_by_task(runs_root, capsys, uni
     assert (rows[0]["steps"], rows[0]["minutes"], rows[3]["minutes"]) == ("9", "0.5", "1.5")
 
 
-def test_rare_classes_have_a_mean_of_their_own_where_not_all_are_rare():
-    chosen = {"eligible": np.array([True, True, False]), "positives": np.array([90, 40, 1]),
-              "scored": 1000}
-    plain, (task, column, rare) = evaluate.with_rare({"triage": chosen})
-    assert plain == ("triage", "triage", chosen)
-    assert (task, column) == ("triage", "triage, classes below 5%")
-    assert rare["eligible"].tolist() == [False, True, False]
-    for positives in ([90, 50, 1], [49, 49, 1]):  # none is, all are
-        assert len(evaluate.with_rare({"t": chosen | {"positives": np.array(positives)}})) == 1
-
-
 def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root, capsys):
-    a = write_run(runs_root, "one")
-    a["y_true"][:] = 0
-    for k, patients in enumerate((1, 2, 3)):  # of I48 so many that all but one have it
-        a["y_true"][np.isin(a["subject_id"], np.unique(a["subject_id"])[:patients]), k] = 1
-    a["y_true"][:, 2] = a["subject_id"] != a["subject_id"][0]
+    a = write_run(runs_root, "one", n=300)
+    of, patients = a["subject_id"], np.unique(a["subject_id"])
+    for k, carriers in enumerate((patients[:1], patients[:2], patients[1:], patients[::2])):
+        a["y_true"][:, k] = np.isin(of, carriers)  # I21 and I99 have two with and two without
     np.savez(runs_root / "one" / "predictions_test.npz", **a)
-    assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5)[0] == 0
-    row, = read_csv("runs/score/score.csv", table="all runs", column="monitoring")
+    assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
+    row, rare = read_csv("runs/score/score.csv", table="all runs")
     auc = evaluate.auroc(a["y_true"], a["y_score"])
-    assert row["classes"] == "1" and float(row["value"]) == pytest.approx(auc[1], abs=1e-6)
-    assert float(row["all_class_value"]) == pytest.approx(auc[:3].mean(), abs=1e-6)
+    assert row["classes"] == "2" and float(row["value"]) == pytest.approx(auc[[1, 3]].mean())
+    assert float(row["all_class_value"]) == pytest.approx(auc.mean())
+    # the rare ones have a mean of their own where not all are rare
+    assert rare["column"] == "monitoring, classes below 5%"
+    assert rare["classes"] == "1" and float(rare["value"]) == pytest.approx(auc[1])
+    a["y_true"][:, 3] = 0  # now all are
+    np.savez(runs_root / "one" / "predictions_test.npz", **a)
+    assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
+    assert len(read_csv("runs/score/score.csv", table="all runs")) == 1
 
 
 def test_score_says_not_defined_and_keeps_test_sets_apart(runs_root, capsys):
@@ -2068,54 +2043,51 @@ def test_score_says_not_defined_and_keeps_test_sets_apart(runs_root, capsys):
     assert code == 0 and int(row["records"]) == a["has_label"].sum() and "| 80 " in out
 
 
-@pytest.mark.parametrize("args, words, printed", [
-    ({}, "supervised", "0.735 [0.727..0.751]"), ({"frac": 0.01}, "supervised", "0.515"),
-    ({"compute_of": "x"}, "supervised, equal compute", None),
-    ({"mode": "probe", "init": "x", "head": "linear", "features": "h"}, "linear probe, dynamics",
-     "0.744 [0.734..0.755]"),
-    ({"init": "x", "reg": "vicreg"}, "finetuned, dynamics, vicreg", "0.770"),
-    ({"mode": "probe", "init": "x", "head": "mlp", "features": "z", "augment": "dynamics",
-      "class_weight": "5"}, "mlp probe on z + dynamics augmentation, dynamics", "0.743"),
-    ({"mode": "probe", "init": "random:2", "head": "linear"}, "linear probe, untrained encoder",
+FINE, PROBE = {"init": "x"}, {"mode": "probe", "init": "x", "head": "linear", "features": "h"}
+MLP_ON_Z = PROBE | {"head": "mlp", "features": "z", "augment": "dynamics", "class_weight": "5"}
+PAPERS, BETTER = evaluate.SWITCHES["papers"], evaluate.SWITCHES["recommended"]
+
+
+@pytest.mark.parametrize("args, source, words, printed", [
+    ({}, {}, "supervised", "0.735 [0.727..0.751]"),
+    ({"frac": 0.01}, {}, "supervised", "0.515"),
+    ({"compute_of": "x"}, {}, "supervised, equal compute", None),
+    ({"crop": 0.8, "noise": 0.0}, {}, "supervised, --crop 0.8", None),
+    ({"method": "mine"}, {}, "mine", None),
+    (PROBE, {}, "linear probe, dynamics", "0.744 [0.734..0.755]"),
+    (PROBE | {"init": "random:2"}, {}, "linear probe, untrained encoder", None),
+    (MLP_ON_Z, {}, "mlp probe on z + dynamics augmentation, dynamics", "0.743"),
+    (MLP_ON_Z | {"augment_action": "zero"}, {},
+     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero", None),
+    (FINE, {"reg": "vicreg"}, "finetuned, dynamics, vicreg", "0.770"),
+    (FINE, {"lam": 0.02}, "finetuned, dynamics, --lam 0.02", None),
+    (FINE, {"objective": "invariance", "residual": True}, "finetuned, invariance, --residual",
      None),
-    ({"init": "x", "lam": 0.02}, "finetuned, dynamics, --lam 0.02", None),
-    ({"init": "x", "objective": "invariance", "residual": True},
-     "finetuned, invariance, --residual", None),
-    ({"method": "mine"}, "mine", None)])
+    # of runs from before the switches, and what departs from the papers
+    (FINE, dict.fromkeys(PAPERS), "finetuned, dynamics", "0.742"),
+    (FINE, PAPERS | {"lam": 0.1}, "finetuned, dynamics", "0.742"),
+    (FINE, BETTER | {"lam": 0.009}, "finetuned, dynamics, recommended", None),
+    (FINE, BETTER | {"objective": "invariance", "action": "coded"},
+     "finetuned, invariance, recommended", None),
+    (FINE, BETTER | {"self_pairs": True}, "finetuned, dynamics, sets, ratio 5, crop 0.8, "
+     "noise 0.05, supervise 0.3, self-pairs", None),
+    (FINE, {"action": "state", "decoys": 0.1}, "finetuned, dynamics, --action state, decoys 0.1",
+     None),
+    (FINE | {"frac": 0.01}, {}, "finetuned, dynamics, pretrained on 100%", None),
+    (FINE | {"frac": 0.01}, {"frac": 0.01}, "finetuned, dynamics", "0.510"),
+    (FINE, {"labelled_only": True}, "finetuned, dynamics, pretrained on labelled records", None),
+    (FINE, {"cohort": {"name": "there", "sha256": "1"}},
+     "finetuned, dynamics, pretrained on cohort there", None)])
 def test_a_run_is_named_by_its_method_and_stands_beside_its_own_printed_numbers(
-        runs_root, capsys, args, words, printed):
-    write_run(runs_root, "one", **args)
+        runs_root, capsys, args, source, words, printed):
+    write_run(runs_root, "one", source=source, **args)
     assert evaluate.load_run(runs_root / "one")["method"] == words
     code, out, _ = run_evaluate(capsys, "--runs", "one", "--n-boot", 2)
     assert code == 0 and (printed is None or printed in out)
     assert printed is not None or "### Paper" not in out
 
 
-@pytest.mark.parametrize("args, source, words", [
-    ({}, {}, "dynamics"), ({}, dict.fromkeys(evaluate.PAPERS), "dynamics"),
-    ({}, evaluate.SWITCHES["papers"] | {"lam": 0.1}, "dynamics"),
-    ({}, evaluate.SWITCHES["recommended"] | {"lam": 0.009}, "dynamics, recommended"),
-    ({}, evaluate.SWITCHES["recommended"] | {"objective": "invariance", "action": "coded"},
-     "invariance, recommended"),
-    ({}, evaluate.SWITCHES["recommended"] | {"self_pairs": True},
-     "dynamics, sets, ratio 5, crop 0.8, noise 0.05, supervise 0.3, self-pairs"),
-    ({}, {"action": "state", "decoys": 0.1}, "dynamics, --action state, decoys 0.1"),
-    ({"frac": 0.01}, {}, "dynamics, pretrained on 100%"),
-    ({"frac": 0.01}, {"frac": 0.01}, "dynamics"),
-    ({}, {"labelled_only": True}, "dynamics, pretrained on labelled records"),
-    ({}, {"transfer": True}, "dynamics, pretrained on cohort there"),
-    ({"head": "mlp", "features": "z", "augment": "dynamics", "augment_action": "zero"}, {},
-     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero")])
-def test_a_method_says_what_departs_from_the_papers_and_older_runs_are_theirs(args, source, words):
-    init = {"args": {"mode": "pretrain", "frac": 1.0} | source, "cohort": {"name": "there"},
-            "transfer": source.get("transfer")}
-    words = words if "head" in args else "linear probe, " + words
-    assert evaluate.method({"mode": "probe", "frac": 1.0, "init": "x"} | args, init) == words
-    assert evaluate.method({"mode": "finetune", "frac": 1.0, "init": "scratch", "crop": 0.8,
-                            "noise": 0.0}, None) == "supervised, --crop 0.8"
-
-
-def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_root, capsys):
+def test_seeds_become_one_row_of_their_mean(runs_root, capsys):
     runs = [write_run(runs_root, f"s{seed}", seed=seed, epochs=seed + 8) for seed in range(2)]
     code, out, _ = run_evaluate(capsys, "--runs", "s0", "s1", "--n-boot", 20)
     boots = [evaluate.bootstrap_auroc(r["y_true"], r["y_score"], 20, 0, r["subject_id"])
@@ -2123,67 +2095,29 @@ def test_seeds_become_one_row_and_two_versions_of_a_method_stand_for_none(runs_r
     low, high = evaluate.interval(np.mean([b["replicates"] for b in boots], axis=0))
     want = evaluate.value_text(np.mean([b["point"] for b in boots]), low, high)
     assert code == 0 and want in out.split("### Paper A, Table 1")[1].split("###")[0]
-    for name, args in (("given", {"epochs": 9, "given": {"epochs": 9}}),
-                       ("older", {"epochs": 9, "given": None}), ("quick", {"preset": "quick"})):
-        write_run(runs_root, name, seed=2, **args)
-        for order in (["s0", name], [name, "s0"]):
-            code, out, _ = run_evaluate(capsys, "--runs", *order, "--n-boot", 5)
-            assert f"supervised ({name})" in out and "supervised (s0)" in out
-            assert "### Paper" not in out
-    for draw in range(2):  # draws of an untrained encoder share a seed
-        write_run(runs_root, f"r{draw}", mode="probe", init=f"random:{draw}", score_seed=draw)
-    code, out, _ = run_evaluate(capsys, "--runs", "r0", "r1", "--n-boot", 5)
-    assert "linear probe, untrained encoder (" not in out and code == 0
 
 
-def test_a_weight_derived_from_a_ratio_and_switches_unknown_before_part_no_seeds(runs_root):
-    def rows(name, *runs):
-        for seed, args in enumerate(runs):
-            write_run(runs_root, f"{name}{seed}", seed=seed, **{"mode": "pretrain"} | args)
-        return evaluate.by_method([evaluate.load_run(runs_root / f"{name}{seed}")
-                                   for seed in range(len(runs))])[0]
-
-    better = evaluate.SWITCHES["recommended"]
-    assert len(rows("ratio", *(better | {"lam": lam} for lam in (0.07, 0.08)))) == 1
-    for mode in {"mode": "pretrain"}, {"mode": "probe", "init": "pre", "head": "mlp"}:
-        older, newer = mode | {"lam": 0.1}, mode | evaluate.PAPERS | {
-            "augment_action": "true", "recipe": "papers"}
-        assert len(rows(f"older-{mode['mode']}", older, newer)) == 1
-    other = better | {"sigreg_ratio": 6.0, "lam": 0.07}
-    assert len(rows("other", better | {"lam": 0.07}, other)) == 2
+PRETRAIN = {"mode": "pretrain"}
+NEWER = PAPERS | {"augment_action": "true", "recipe": "papers"}  # unknown to older runs
 
 
-def test_score_refuses_bad_input_in_one_line_and_writes_nothing(runs_root, capsys):
-    for name in ("good", "unfinished", "broken", "keyless", "misfit"):
-        arrays = write_run(runs_root, name)
-    del arrays["has_label"]
-    (runs_root / "unfinished" / "predictions_test.npz").unlink()
-    npz = runs_root / "broken" / "predictions_test.npz"
-    npz.write_bytes(npz.read_bytes()[:500])
-    np.savez(runs_root / "keyless" / "predictions_test.npz", **arrays)
-    full = arrays | {"has_label": np.ones(3, bool)}
-    np.savez(runs_root / "misfit" / "predictions_test.npz", **full)
-    torch.save(checkpoint_of(), runs_root / "good" / "last.pt")
-    (runs_root / "c.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
-    for argv, words in (
-            (["--runs", "goood"], "closest first: good, "), (["--runs", "unfinished"], "--resume"),
-            (["--runs", "broken"], "damaged"), (["--runs", "keyless"], "has_label"),
-            (["--runs", "misfit"], "do not fit"), (["--runs", "good", "runs/good"], "twice"),
-            (["--runs", "runs/good/last.pt"], "PyTorch"), (["--runs", "runs/c.h5"], "HDF5"),
-            ([], "--runs"), (["--runs", "good", "--mode", "cohort"], "of no use to --mode cohort"),
-            (["--runs", "good", "--onset", "I44"], "--onset"),
-            (["--runs", "good", "--permutations", "7"], "--permutations"),
-            (["--runs", "good", "--mode", "counterfactual", "--study-id", "7", "--onset", "I10",
-              "--n-boot", "9"], "--n-boot: of no use to --mode counterfactual --study-id"),
-            (["--runs", "good", "--mode", "worldmodel"], "pretraining"),
-            (["--runs", "good", "--n-boot", "0"], "--n-boot"),
-            (["--runs", "good", "--data", "runs/absent.h5"], "absent.h5"),
-            (["--runs", "good", "--out", "runs/c.h5/x"], "HDF5"), (["--runs", "runs"], "folder")):
-        code = evaluate.main(argv)
-        got = capsys.readouterr()
-        assert code == 2 and got.out == "", argv
-        assert len(got.err.splitlines()) == 1 and words in got.err, (argv, got.err)
-    assert not (runs_root / "score").exists()
+@pytest.mark.parametrize("one, other, rows", [
+    ({"epochs": 8}, {"epochs": 9}, 1),  # of the preset
+    ({"epochs": 8}, {"epochs": 9, "given": {"epochs": 9}}, 2),
+    ({"epochs": 8}, {"epochs": 9, "given": None}, 2),  # an older run
+    ({}, {"preset": "quick"}, 2),
+    (PROBE | {"init": "random:0"}, PROBE | {"init": "random:1", "seed": 0}, 1),  # draws
+    (PRETRAIN | BETTER | {"lam": 0.07}, PRETRAIN | BETTER | {"lam": 0.08}, 1),  # from the ratio
+    (PRETRAIN | {"lam": 0.1}, PRETRAIN | NEWER, 1),
+    (PROBE | {"head": "mlp", "lam": 0.1}, PROBE | {"head": "mlp"} | NEWER, 1)])
+def test_seeds_of_one_method_are_one_row_and_two_versions_of_it_none(
+        runs_root, capsys, one, other, rows):
+    write_run(runs_root, "a", **one)
+    write_run(runs_root, "b", **{"seed": 1} | other)
+    for order in ("ab", "ba"):
+        code, out, _ = run_evaluate(capsys, "--runs", *order, "--n-boot", 2)
+        assert code == 0 and (" (a)" in out) == (" (b)" in out) == (rows == 2)
+        assert rows == 1 or "### Paper" not in out
 
 
 def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, capsys):
@@ -2209,12 +2143,13 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, c
 # Verdicts, the share of the gap, controls, sub-groups
 
 
-def claim_of(rows, reasons=None, tasks=("triage",), unit="patient"):
-    chosen = {"eligible": np.ones(1, bool), "patients": 90, "unit": unit, "why": ""}
-    found = evaluate.decide(evaluate.claim_entries(rows, dict.fromkeys(tasks, chosen),
-                                                   reasons or {}))
-    return next(e for e in found if e["row"].startswith(
-        "finetuned > supervised (A, Table 1)"))
+CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient",
+          "why": ""}
+
+
+def claim_of(rows, reasons=None, row="finetuned > supervised (A, Table 1)", **chosen):
+    entries = evaluate.claim_entries(rows, {"triage": CHOSEN | chosen}, reasons or {})
+    return next(e for e in evaluate.decide(entries) if row in e["row"])
 
 
 def rows_of(spread=0.005, **values):
@@ -2234,22 +2169,21 @@ def rows_of(spread=0.005, **values):
     ([0.05, 0.06, 0.055], [0, 0, 0], "holds"), ([-0.05, -0.06, -0.055], [0, 0, 0], "does not hold"),
     ([0.05, -0.02, 0.06], [0, 0, 0], "undecided"), ([0.004, 0.005, 0.006], [0, 0, 0], "undecided"),
     ([0.05, 0.06], [0, 0], "undecided: 2 seeds, at least 3 are wanted"),
-    ([0.05], [0, 0, 0], "undecided: 1 seed, at least 3 are wanted")])
+    ([0.05], [0, 0, 0], "undecided: 1 seed, at least 3 are wanted"),
+    ([0.05, 0.06, 0.055], [], "not run: supervised")])
 def test_a_verdict_needs_three_seeds_and_a_difference_beyond_patients_and_seeds(
         better, worse, verdict):
-    assert claim_of(rows_of(FD=better, supervised=worse))["verdict"] == verdict
+    rows = rows_of(FD=better, **{"supervised": worse} if worse else {})
+    found = claim_of(rows, {} if worse else {("supervised", 1.0): "12 pairs"})
+    assert found["verdict"] == verdict and np.isnan(found["p"]) == (":" in verdict)
 
 
-def test_verdicts_name_what_was_not_run_and_a_non_inferiority_claim_has_its_margin():
+def test_a_claim_is_asked_of_patients_and_one_of_non_inferiority_has_its_margin():
     records = claim_of(rows_of(FD=[0.05, 0.06, 0.055], supervised=[0, 0, 0]), unit="record")
     assert records["verdict"] == "undecided: asked of patients alone, --unit patient"
-    found = claim_of(rows_of(FD=[0.05] * 3), {("supervised", 1.0): "12 pairs"})
-    assert found["verdict"] == "not run: supervised" and np.isnan(found["p"])
     rows = rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
                       "linear probe, invariance": [0.0, 0.0, 0.0]})
-    chosen = {"eligible": np.ones(1, bool), "patients": 900, "unit": "patient", "why": ""}
-    entries = evaluate.decide(evaluate.claim_entries(rows, {"triage": chosen}, {}))
-    claim = next(e for e in entries if "naive" in e["row"])
+    claim = claim_of(rows, row="naive")
     assert claim["margin"] == 0.01 and claim["verdict"] == "holds"  # 0 is above -0.01
     two = evaluate.decide([dict(claim, verdict="") for _ in range(2)])  # of two cohorts, one call
     assert [e["p_holm"] for e in two] == [min(1, 2 * claim["p"])] * 2
@@ -2397,19 +2331,16 @@ def constructed(share, seed, patients=900, d=12, k=5):
     return parts[0], {name: values[judged] for name, values in parts[1].items()}
 
 
-def test_ag_finds_the_share_that_an_action_explains():
+def test_ag_is_the_share_that_an_action_explains_by_two_ridges():
     for share, tolerance in ((0.25, 0.03), (0.0, 0.01)):
         with_a, without, null = evaluate.action_gain(*constructed(share, 1), permutations=19)
         assert 1 - with_a.sum() / without.sum() == pytest.approx(share, abs=tolerance)
         assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
-
-
-def test_ag_is_that_of_two_ridges_one_on_the_residuals_of_the_other():
     train, test = constructed(0.1, 3, patients=60)
     with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
     fits = [evaluate.ridge(u, train["z_next"] - train["z"], train["patient"]),
-            evaluate.ridge(u, train["a"], train["patient"])]
+            evaluate.ridge(u, train["a"], train["patient"])]  # the one on residuals of the other
     r, r_test = (part["z_next"] - part["z"] - fits[0].predict(x)
                  for part, x in ((train, u), (test, u_test)))
     a, a_test = (part["a"] - fits[1].predict(x) for part, x in ((train, u), (test, u_test)))
@@ -2453,53 +2384,6 @@ def test_ridge_is_the_normal_equation_and_its_penalty_that_of_held_out_patients(
 # World-model scorecard
 
 
-class LinearWorld(evaluate.Embedded):
-    """z_next = z + A a + noise of standard deviation s: every entry of the scorecard is known.
-
-    It stands for the model as well, by `predict`.
-    """
-
-    def __init__(self, d=16, k=4, s=0.1, patients=600, seed=0):
-        g = generator(seed)
-        n = 4 * patients  # records: sources and targets of two pairs of each patient
-        self.s, self.no_action, self.run = s, "", {"frac": 1.0, "told": "coded"}
-        self.effect = torch.randn(k, d, generator=g, dtype=torch.float64)            # A, (K, D)
-        a = torch.randint(-1, 2, (n // 2, k), generator=g)
-        a[torch.rand(n // 2, generator=g) < 0.5] = 0
-        z = torch.randn(n // 2, d, generator=g, dtype=torch.float64)
-        z_next = self.move(z, a) + s * torch.randn(n // 2, d, generator=g, dtype=torch.float64)
-        self.z = torch.stack([z, z_next], dim=1).reshape(n, d)
-        pair = np.arange(n).reshape(-1, 2)
-        subject = np.repeat(np.arange(patients), 4)
-        label = np.repeat((a < 0).numpy(), 2, axis=0)                # codes that may end
-        label[1::2] = label[::2] + a.numpy()
-        self.cohort = types.SimpleNamespace(
-            pair=pair, action=a.numpy().astype(np.int8), subject_id=subject, state=None,
-            has_label=np.ones(n, bool),
-            pair_kind=np.arange(n // 2) % 2, gap_days=np.full(n // 2, 40.0), source="demo",
-            stay=np.ones(n), class_name=["I10", "I21", "I48", "I63"], label=label.astype(np.uint8),
-            synthetic=True, action_of=lambda p, which: a.numpy().astype(np.int8)[p])
-        self.h, self.y = self.z, self.cohort.label
-        test = subject % 2 == 1
-        self.used = {"rows": np.arange(n), "test": np.flatnonzero(test),
-                     "train": np.flatnonzero(~test), "test pairs": np.flatnonzero(test[::2]),
-                     "train pairs": np.flatnonzero(~test[::2])}
-        self.source, self.target = (self.z[pair[self.used["test pairs"], i]] for i in (0, 1))
-        self.a = a[self.used["test pairs"]].double()
-        self.patient = subject[pair[self.used["test pairs"], 0]]
-        self.boot = evaluate.Bootstrap(self.patient, 50)
-        self.groups = evaluate.pair_groups(self.cohort, self.used["test pairs"])
-
-    def at(self, rows):
-        return torch.from_numpy(rows)
-
-    def move(self, z, a):
-        return z + a.to(z.dtype) @ self.effect.to(z.dtype)
-
-    def predict(self, z, *change):
-        return self.move(z, evaluate.action_input("difference", *change))
-
-
 def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
     rng = np.random.default_rng(0)
     y, y_next = (rng.random((2, 80, 5)) < 0.4).astype(np.uint8)
@@ -2517,79 +2401,6 @@ def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
         assert {bytes(row) for row in shuffled[found]} <= {bytes(row) for row in a[changed]}
     alone = np.array([[1, 0], [0, -1]], np.int8)  # the one needs a code that the other lacks
     assert not evaluate.shuffled_actions(alone, np.array([[0, 0], [1, 1]], np.uint8)).any()
-
-
-def test_errors_and_gains_of_a_linear_world_are_its_closed_forms():
-    world = LinearWorld()
-    got = evaluate.error_results(world, world.boot, world.groups)
-    noise, step = world.s**2, (world.a @ world.effect).square().mean(dim=1).numpy()
-    for group, mask in world.groups.items():
-        if not mask.any():
-            assert (evaluate.ERRORS, "model", group) not in got
-            continue
-        for name, wanted in (("model", noise), ("zero action", noise + step[mask].mean()),
-                             ("persistence", noise + step[mask].mean())):
-            # some 5,000 normal errors or more: 5 % is several standard errors of each
-            assert got[evaluate.ERRORS, name, group][0] == pytest.approx(wanted, rel=0.05)
-    gain = got[evaluate.MATTER, "gain of the model over a zero action", evaluate.HEADLINE]
-    moved = step[world.groups[evaluate.HEADLINE]].mean()
-    assert gain[0] == pytest.approx(1 - noise / (noise + moved), abs=0.01) and len(gain) == 51
-    # z tells nothing of what will change: its ridge is no better than persistence
-    alone = got[evaluate.MATTER, "skill of ridge on z alone against persistence", "all"]
-    assert abs(alone[0]) < 0.05
-    world.no_action = "no action here"
-    names = {name for _, name, _ in evaluate.error_results(world, world.boot, world.groups)}
-    assert "persistence" in names and not any("zero action" in name for name in names)
-
-
-def test_retrieval_and_reversal_of_a_linear_world_need_the_action():
-    world = LinearWorld(s=0.02, patients=80)
-    headline = evaluate.HEADLINE
-    got = evaluate.retrieval_results(world, world.boot, world.groups)
-    for among in ("other patients", "the same patient's"):
-        rank = got[evaluate.RETRIEVAL, f"reciprocal rank, model, among {among}", headline]
-        gain = got[evaluate.RETRIEVAL, f"reciprocal rank, model - zero action, among {among}",
-                   headline]
-        assert rank[0] > 0.99 and 0 < gain[0] <= 1
-    (key, back), = evaluate.reversal_results(world, world.boot, world.groups).items()
-    assert "without I21" in key[1] and back[0] > 0.99
-    world.no_action = "none"
-    assert not evaluate.retrieval_results(world, world.boot, world.groups)
-    assert not evaluate.reversal_results(world, world.boot, world.groups)
-
-
-def test_ag_of_a_linear_world_is_what_its_action_moves():
-    world = LinearWorld(s=1.0)
-    group = world.groups[evaluate.HEADLINE]
-    got = evaluate.matter_results(world, world.boot, group, 19)
-    name = "AG of the coded action"
-    step = (world.a @ world.effect).square().mean(dim=1).numpy()[group].mean()
-    gain = got[evaluate.MATTER, name, evaluate.HEADLINE]
-    p, null = got[evaluate.MATTER, f"p of {name}, 19 permutations", evaluate.HEADLINE]
-    assert gain[0] == pytest.approx(step / (step + 1), abs=0.03) and len(null) == 20
-    assert p(null) == 0.05
-    assert gain[0] == null[0] > max(null[1:])
-    assert not evaluate.matter_results(world, world.boot, group & False, 19)
-
-
-def test_onset_of_a_linear_world_moves_its_own_class_and_a_silent_code_moves_nothing():
-    world = LinearWorld(d=8, patients=400)
-    world.effect = 2 * torch.eye(4, 8, dtype=torch.float64)
-    world.effect[3] = 0  # I63 shows in no ECG
-    y = torch.rand(len(world.z), 4, generator=generator(2)) < 0.3
-    world.y = world.cohort.label = y.numpy().astype(np.uint8)
-    world.h = world.z = world.move(torch.randn(len(y), 8, generator=generator(3)).double(), y)
-    boot = evaluate.Bootstrap(world.cohort.subject_id[world.used["test"]], 50)
-    got = evaluate.onset_results(world, boot)
-    model, vector = (evaluate.OWN_ONSET.format(by) for by in ("model", "class vector"))
-    for name in ("I10", "I21", "I48"):
-        assert got[evaluate.ONSET, model, name][0] == 1 == got[evaluate.ONSET, vector, name][0]
-    assert got[evaluate.ONSET, model, "with signature"][0] == 1
-    contrast = got[evaluate.ONSET, model, "with - without signature (classes resampled)"]
-    assert contrast[0] == pytest.approx(1 - got[evaluate.ONSET, model, "I63"][0])
-    assert got[evaluate.MATTER, "macro-AUROC of a read-out of z, codes", "test records"][0] > 0.7
-    world.y = np.zeros_like(world.y)
-    assert not evaluate.onset_results(world, boot)
 
 
 def test_pair_groups_are_by_label_state_stay_and_gap():
@@ -2627,180 +2438,198 @@ def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
     assert values["chance of that"] == pytest.approx(1 / 1999)
 
 
-def test_scorecard_averages_seeds_and_names_what_is_not_defined():
-    entries = evaluate.scorecard_entries(
-        {"m": {0: {("t", "q", "g"): np.array([1.0, 2.0])},
-               1: {("t", "q", "g"): np.array([3.0, 2.0])}},
-         "n": {0: {("t", "q", "g"): (evaluate.share_of_second, np.array([[1, 2], [0, -1]]))}}},
-        {"g": ("pairs", 7, 3)})
-    assert [e["value"] for e in entries][0] == 2 and entries[0]["n"] == 7
-    assert entries[-1]["why"] == "a share of what is not above 0" and np.isnan(entries[-1]["value"])
-    assert [(e["seed"], e["value"]) for e in entries if e["table"] == "t, by seed"][:2] == [
-        (0, 1), (1, 3)]
-
-
-def test_methods_are_compared_by_the_seeds_that_they_share_and_each_seed_is_told():
+def test_methods_are_means_of_seeds_compared_by_those_that_they_share():
     rng, key = np.random.default_rng(0), (evaluate.MATTER, "AG", evaluate.HEADLINE)
     values = {"papers": {s: {key: rng.normal(0, 1, 50)} for s in (0, 1, 2)},
-              "other": {s: {key: rng.normal(3, 1, 50)} for s in (1, 2, 3)},
-              "untrained": {"draw 0": {key: rng.normal(0, 1, 50)}}}
+              "other": {s: {key: rng.normal(3, 1, 50)} for s in (1, 2, 3)}}
     entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: ("pairs", 90, 40)})
-    (mean,) = [e for e in entries if e["table"] == evaluate.DIFFERENCE]
+    papers, _ = (e for e in entries if e["table"] == evaluate.MATTER)
+    assert papers["value"] == np.mean([of[key][0] for of in values["papers"].values()])
+    assert papers["n"] == 90
     each = [values["other"][s][key] - values["papers"][s][key] for s in (1, 2)]
+    (mean,) = [e for e in entries if e["table"] == evaluate.DIFFERENCE]
     assert (mean["column"], mean["against"], mean["seeds"]) == ("other", "papers", 2)
     assert mean["value"] == pytest.approx(np.mean(each, axis=0)[0])
     assert (mean["t"], mean["df"], mean["p"]) == evaluate.seed_test(
         np.array([d[0] for d in each]), np.mean(each, axis=0)[1:], 40)
-    told = [e for e in entries if e["table"] == f"{evaluate.DIFFERENCE}, by seed"]
-    assert [(e["seed"], e["value"], (e["low"], e["high"])) for e in told] == [
+    by_seed = [e for e in entries if e["table"] == f"{evaluate.DIFFERENCE}, by seed"]
+    assert [(e["seed"], e["value"], (e["low"], e["high"])) for e in by_seed] == [
         (s, d[0], evaluate.interval(d[1:])) for s, d in zip((1, 2), each)]
 
 
 # A model that is told label sets instead of their difference
 
 
-def test_what_a_model_is_told_is_the_pair_no_change_or_the_way_back_in_either_form(tiny):
-    pairs, k = np.arange(len(tiny.pair)), len(tiny.class_name)
-    (source, target), known = tiny.pair.T, tiny.has_label
-    told = tiny.label[source], tiny.label[target], known[source], known[target]
-    y, y_next, was, is_known = told
-    np.testing.assert_array_equal(evaluate.action_input("difference", *told), tiny.action)
-    assert not evaluate.action_input("difference", y, y, was, is_known).any()
-    np.testing.assert_array_equal(
-        evaluate.action_input("difference", y_next, y, is_known, was), -tiny.action)
-    sets = evaluate.action_input("sets", *told)
-    assert sets.dtype == torch.float32 and sets.shape == (len(pairs), 2 * k + 2)
-    np.testing.assert_array_equal(sets, np.column_stack(told))
-    still = evaluate.action_input("sets", y, y, was, is_known)
-    np.testing.assert_array_equal(still, np.column_stack([y, y, was, is_known]))
-    assert set(pairs[(sets != still).any(dim=1)]) == set(np.flatnonzero(tiny.action.any(axis=1)))
-
-
-@pytest.mark.parametrize("form, told", [("difference", "coded"), ("sets", "sets"),
-                                        ("difference", "none")])
-def test_every_question_keeps_the_half_of_the_source(form, told):
-    world, asked = LinearWorld(patients=40), []
-    world.cohort.has_label = np.random.default_rng(1).random(len(world.z)) < 0.8
-    world.run = {"frac": 1.0, "told": told, "form": form, "model": types.SimpleNamespace(
-        predict=lambda z, a: (asked.append(a.numpy()), z)[1])}
-    world.predict = types.MethodType(evaluate.Embedded.predict, world)
-    source, target = world.cohort.pair[world.used["test pairs"]].T
-    y, y_next, known = world.y[source], world.y[target], world.cohort.has_label
-    evaluate.error_results(world, world.boot, world.groups)
-    true, zero, *dealt = asked
-    if told == "none":
-        assert not any(a.any() for a in asked)
-        return
-    a = y_next.astype(int) - y
-    wanted = evaluate.shuffled_actions(a.astype(np.int8), y)
-    assert len(dealt) == evaluate.SHUFFLES
-    if form == "difference":
-        np.testing.assert_array_equal(zero, 0 * a)
-        np.testing.assert_array_equal(true, a)
-        np.testing.assert_array_equal(dealt, wanted)
-    for got, then in ((zero, y), (true, y_next), *zip(dealt, y + wanted)) if form == "sets" else ():
-        np.testing.assert_array_equal(got, np.column_stack([y, then, known[source],
-                                                            known[target]]))
-    asked.clear()
-    evaluate.reversal_results(world, world.boot, world.groups)
-    back = np.column_stack([y_next, y, known[target], known[source]])
-    np.testing.assert_array_equal(asked[0], back if form == "sets" else -a)
-    asked.clear()
-    evaluate.onset_results(world, evaluate.Bootstrap(
-        world.cohort.subject_id[world.used["test"]], 5))
-    y, known = world.y[world.used["test"]], known[world.used["test"]]
-    for c, got in enumerate(asked[1:]):
-        begun = y.copy()
-        begun[:, c] = 1
-        np.testing.assert_array_equal(got, begun - y if form == "difference" else np.column_stack(
-            [y, begun, known, known | True]))
-
-
-@pytest.fixture
-def told_sets(pretrained, tiny):
-    """runs/sets: an untrained world model of label sets, in the place of a trained one."""
-    folder = Path("runs/sets")
+def fork(pretrained, name, model_args, **args):
+    """A copy of runs/base with the weights of another, untrained model and these arguments."""
+    folder = pretrained.with_name(name)
     shutil.copytree(pretrained, folder, dirs_exist_ok=True)
     torch.manual_seed(1)
-    args = dict(num_classes=2 * len(tiny.class_name) + 2)
     checkpoint = torch.load(pretrained / "last.pt", weights_only=True)
-    checkpoint |= {"model_args": args, "model": cardiowm.WorldModel(**args).state_dict(),
-                   "action_form": "sets", "args": checkpoint["args"] | {"action": "sets"}}
+    checkpoint |= {"model_args": model_args, "args": checkpoint["args"] | args,
+                   "model": cardiowm.WorldModel(**model_args).state_dict(),
+                   "action_form": "sets" if args.get("action") == "sets" else "difference"}
     torch.save(checkpoint, folder / "last.pt")
     config = json.loads((folder / "config.json").read_text())
-    config["args"] |= {"action": "sets", "sigreg_ratio": 5.0}
+    config["args"] |= args
     config["method"] = evaluate.method(config["args"], None)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize("split", ["test", "val"])
-def test_scorecard_of_both_forms_judges_the_fold_asked_for(told_sets, tiny, capsys, split):
-    code, out, _ = run_evaluate(capsys, "--mode", "worldmodel", "--runs", "base", told_sets,
-                                "--n-boot", 5, "--permutations", 2, "--split", split, "--out",
-                                "both")
-    assert code == 0 and f"{'validation fold 18' if split == 'val' else 'test fold 19'}: " in out
-    assert "AG of the coded action" in out and "untrained encoder, 3 draws" in out
-    for name in ("worldmodel.md", "worldmodel.png"):
-        assert Path("both", name).stat().st_size > 1000
-    model, _ = evaluate.load_world_model(told_sets)
-    fold = prepare_data.SPLITS.index(split)
-    pairs = np.flatnonzero(tiny.split[tiny.pair[:, 0]] == fold)
-    (z, z_next), (source, target) = (evaluate.embed(model, tiny.signal, rows)[1]
-                                     for rows in tiny.pair[pairs].T), tiny.pair[pairs].T
-    told = [torch.from_numpy(np.column_stack([tiny.label[source], then, tiny.has_label[source],
-                                              tiny.has_label[target]])).to(z)
-            for then in (tiny.label[target], tiny.label[source])]
-    for quantity, z_pred in (("model", model.predict(z, told[0])), ("persistence", z),
-                             ("zero action", model.predict(z, told[1]))):
-        error = (z_pred - z_next).double().square().mean()
-        (row,) = read_csv("both/worldmodel.csv", table=evaluate.ERRORS, group="all",
-                          quantity=quantity, run="dynamics, sets, ratio 5")
-        assert float(row["value"]) == pytest.approx(float(error), rel=1e-5)
-        assert int(row["n"]) == len(pairs)
-    names = {row["quantity"] for row in read_csv("both/worldmodel.csv", table=evaluate.DIFFERENCE,
-                                                 column="dynamics, sets, ratio 5")}
-    assert {"AG of the coded action", "skill of the model less that of ridge on z",
-            "macro-AUROC of a read-out of h, true state, codes with signature"} <= names
-    (count,) = {row["n"] for row in read_csv("both/worldmodel.csv", group="test records",
-                                             table=evaluate.MATTER)}
-    assert int(count) == (tiny.split == fold).sum()
+@pytest.fixture(scope="module")
+def told_sets(pretrained):
+    """runs/sets: an untrained world model of label sets, in the place of a trained one."""
+    k = len(state_of("base")["class_name"])
+    return fork(pretrained, "sets", {"num_classes": 2 * k + 2}, action="sets", sigreg_ratio=5.0)
 
 
-def test_counterfactuals_of_sets_start_from_codes_and_from_the_true_state(
-        told_sets, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "CASES", 5)
-    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 4)
-    code, out, _ = run_evaluate(capsys, "--mode", "counterfactual", "--runs", told_sets, "--split",
-                                "val", "--onset", "I45", "--n-boot", 5, "--permutations", 2,
-                                "--out", "sets")
-    assert code == 0 and "validation fold 18" in out
-    model, checkpoint = evaluate.load_world_model(told_sets)
-    c, cosines = tiny.class_name.index("I45"), ([], [])
-    rows = evaluate.choose_records(tiny, [c], "val")
-    assert (tiny.split[rows] == 1).all()
-    for row in rows[tiny.state[rows, c] == 0]:
-        state = {tiny.class_name[k] for k in np.flatnonzero(tiny.state[row])}
-        x = np.stack([prepare_data.resimulate(tiny, row, of) for of in (state, state | {"I45"})])
-        z, z_true = evaluate.embed(model, x, np.arange(2))[1]
-        for values, y, known in zip(cosines, (tiny.label[row], tiny.state[row]),
-                                    (tiny.has_label[row], 1)):
-            y = np.stack([y, y])
-            y[0, c], begun = 0, y[0].copy()
-            begun[c] = 1
-            without = y[0].copy()
-            without[c] = 0
-            told = np.stack([np.concatenate([without, then, [known, 1]]) for then in
-                             (without, begun)])
-            zero, onset = model.predict(torch.stack([z, z]), torch.from_numpy(told).to(z))
-            values.append(float(F.cosine_similarity(onset - zero, z_true - z, dim=0)))
-    cells = {(e["table"], e["row"], e["column"]): float(e["value"] or "nan")
-             for e in read_csv("sets/counterfactual.csv")}
-    for source, values in zip((evaluate.MODEL, evaluate.STATE), cosines, strict=True):
-        assert cells["truth", source, "cosine to the true change"] == pytest.approx(
-            np.mean(values), abs=1e-4)
-        assert cells["truth, by seed", source, "cosine to the true change"] == pytest.approx(
-            np.mean(values), abs=1e-4)
+def told(form, y, y_next, known, known_next):
+    """What a model is told of a step, by its definition: the difference, or both sets."""
+    if form == "difference":
+        return torch.from_numpy(y_next.astype(np.float32) - y)
+    known, known_next = (np.broadcast_to(of, len(y)) for of in (known, known_next))
+    return torch.from_numpy(np.column_stack([y, y_next, known, known_next]).astype(np.float32))
+
+
+@pytest.fixture(scope="module", params=["difference", "sets"])
+def card(request, pretrained, told_sets):
+    """A scorecard of test or validation pairs, and what it is to be computed from directly."""
+    form, cohort = request.param, prepare_data.Cohort("data/tiny.h5")
+    run, split = (told_sets, "val") if form == "sets" else (pretrained, "test")
+    k = {"num_classes": len(cohort.class_name)}
+    still = fork(pretrained, "still", k | {"action": False}, objective="invariance")
+    zeros = fork(pretrained, "zeros", k, action="none")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert evaluate.main(f"--mode worldmodel --runs {run} {still} {zeros} --n-boot 5 --split "
+                             f"{split} --permutations 2 --out card-{form}".split()) == 0
+    model, fold = evaluate.load_world_model(run)[0], prepare_data.SPLITS.index(split)
+    h, z = (of.double() for of in evaluate.embed(model, cohort.signal, np.arange(len(cohort))))
+    pair_fold = cohort.split[cohort.pair[:, 0]]
+    pairs, train = np.flatnonzero(pair_fold == fold), np.flatnonzero(pair_fold == 0)
+    (source, target), known = cohort.pair[pairs].T, cohort.has_label
+    y, y_next = cohort.label[source], cohort.label[target]
+    found = {(row["quantity"], row["group"]): row for row in read_csv(
+        f"card-{form}/worldmodel.csv", run="dynamics, sets, ratio 5" if form == "sets" else
+        "dynamics") if "by seed" not in row["table"] and row["table"] != evaluate.DIFFERENCE}
+
+    def agree(quantity, group, wanted):
+        assert float(found[quantity, group]["value"]) == pytest.approx(float(wanted), rel=1e-4)
+
+    def predict(at, *change):
+        return model.predict(z[at].float(), told(form, *change)).double()
+
+    def errors(predicted, at):
+        return (predicted - z[at]).square().mean(dim=1).numpy()
+
+    known = known[source], known[target]
+    return types.SimpleNamespace(
+        found=found, agree=agree, predict=predict, errors=errors, h=h, z=z, cohort=cohort, out=out,
+        form=form, pairs=pairs, train=train, source=source, target=target, y=y, y_next=y_next,
+        known=known, headline=(y != y_next).any(axis=1) & known[0] & known[1],
+        rows=np.flatnonzero(cohort.split == fold),
+        model=predict(source, y, y_next, *known), zero=predict(source, y, y, *known))
+
+
+def test_scorecard_is_of_the_fold_asked_for_and_asks_no_model_about_what_it_was_not_told(card):
+    out, folder = card.out.getvalue(), Path(f"card-{card.form}")
+    assert {"sets": "validation fold 18", "difference": "test fold 19"}[card.form] + ": " in out
+    assert "untrained encoder, 3 draws" in out
+    written = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert {"worldmodel.md", "worldmodel.png"} <= written.keys() and min(written.values()) > 1000
+    rows = read_csv(folder / "worldmodel.csv")
+    assert all(row["value"] or row["why"] for row in rows)
+    defined = {(row["run"], row["quantity"]) for row in rows if row["value"]}
+    for run in ("invariance", "dynamics, --action none"):
+        assert (run, "persistence") in defined and (run, "zero action") not in defined
+
+
+def test_errors_and_gains_of_the_scorecard_equal_a_direct_computation(card):
+    cohort, z, source, target, y = card.cohort, card.z, card.source, card.target, card.y
+    first, then = cohort.pair[card.train].T
+    dealt = [card.predict(source, y, y + a, *card.known)
+             for a in evaluate.shuffled_actions(card.y_next.astype(np.int8) - y, y)]
+    alone = evaluate.ridge(z[first].numpy(), (z[then] - z[first]).numpy(), cohort.subject_id[first])
+    error = {"model": card.model, "zero action": card.zero, "persistence": z[source],
+             "shuffled actions": torch.stack(dealt).mean(dim=0), "mean": z[then].mean(dim=0),
+             "ridge on z alone": z[source] + alone.predict(z[source].numpy())}
+    error = {name: card.errors(predicted, target) for name, predicted in error.items()}
+    groups = {evaluate.HEADLINE: card.headline, "all": card.headline | True,
+              "between stays": cohort.pair_kind[card.pairs] == 1}
+    for (group, mask), (name, values) in itertools.product(groups.items(), error.items()):
+        card.agree(name, group, values[mask].mean())
+        assert int(card.found[name, group]["n"]) == mask.sum()
+    of = {name: values[card.headline].sum() for name, values in error.items()}
+    for name, better, base in (
+            ("gain of the model over a zero action", "model", "zero action"),
+            ("gain of the model over shuffled actions", "model", "shuffled actions"),
+            ("skill of the model against persistence", "model", "persistence"),
+            ("skill of ridge on z alone against persistence", "ridge on z alone", "persistence")):
+        card.agree(name, evaluate.HEADLINE, 1 - of[better] / of[base])
+
+
+def test_ag_retrieval_and_reversal_of_the_scorecard_equal_a_direct_computation(card):
+    cohort, z, headline = card.cohort, card.z, card.headline
+    for which, name in evaluate.AG.items():
+        parts = [{"z": z[i].numpy(), "z_next": z[j].numpy(), "patient": cohort.subject_id[i],
+                  "known": evaluate.known_without_action(cohort, p), "stratum": np.zeros(len(p)),
+                  "a": cohort.action_of(p, which).astype(float)}
+                 for p in (card.train, card.pairs[headline]) for i, j in [cohort.pair[p].T]]
+        with_a, without, _ = evaluate.action_gain(*parts, permutations=0)
+        card.agree(name, evaluate.HEADLINE, 1 - with_a.sum() / without.sum())
+    ranks = {"other patients": [], "the same patient's": []}
+    for i in np.flatnonzero(headline):
+        source, target = card.source[i], card.target[i]
+        same = cohort.subject_id[card.rows] == cohort.subject_id[source]
+        others = (card.rows != source) & (card.rows != target)
+        for among, kept in (("other patients", ~same), ("the same patient's", same & others)):
+            rivals = z[card.rows[kept]]
+            nearer = [int(((rivals - says).norm(dim=1) < (z[target] - says).norm()).sum())
+                      for says in (card.model[i], card.zero[i])]
+            ranks[among] += [1 / (1 + np.array(nearer))] if len(rivals) else []
+    for among, places in ranks.items():
+        own, still = np.mean(places, axis=0)
+        name = f"reciprocal rank, {{}}, among {among}".format
+        card.agree(name("model"), evaluate.HEADLINE, own)
+        card.agree(name("model - zero action"), evaluate.HEADLINE, own - still)
+    fixed = cohort.class_name.index("I21")
+    use = headline & (card.y == card.y_next)[:, fixed]
+    back, stay = (card.errors(card.predict(card.target, card.y_next, end, *card.known[::-1]),
+                              card.source)[use].sum() for end in (card.y, card.y_next))
+    card.agree("gain of r(z_next, -a) over r(z_next, 0) towards z, without I21", evaluate.HEADLINE,
+               1 - back / stay)
+
+
+def test_read_outs_and_onsets_of_the_scorecard_equal_a_direct_computation(card):
+    cohort, rows, k = card.cohort, card.rows, len(card.cohort.class_name)
+    fit, known = np.flatnonzero(cohort.split == 0), cohort.has_label[rows]
+    learnt, label = cohort.label[fit], cohort.label[rows]
+    classes = np.flatnonzero(learnt.sum(axis=0) >= evaluate.MIN_POSITIVES)
+    for space, of in (("h", card.h), ("z", card.z)):
+        weight, bias = evaluate.fit_logistic(
+            of[fit].float(), learnt[:, classes], evaluate.READOUT_L2)
+        scores, name = of[rows].float() @ weight + bias, f"macro-AUROC of a read-out of {space}, "
+        card.agree(name + "codes", "test records", evaluate.macro_auroc(
+            label[:, classes], scores.numpy()))
+        assert int(card.found[name + "codes", "test records"]["n"]) == len(rows)
+        shown = ~np.isin(classes, [cohort.class_name.index(name) for name in DEMO_SILENT])
+        card.agree(name + "true state, codes with signature", "test records", evaluate.macro_auroc(
+            cohort.state[rows][:, classes[shown]], scores[:, shown].numpy()))
+    zero, means = card.predict(rows, label, label, known, 1), card.z[fit].numpy()
+    for by in ("model", "class vector"):
+        rise = []
+        for c in classes:
+            step = card.predict(rows, label, label | (np.arange(k) == c), known, 1) - zero
+            if by == "class vector":
+                step[:] = torch.from_numpy(means[learnt[:, c] == 1].mean(axis=0)
+                                           - means[learnt[:, c] == 0].mean(axis=0))
+            rise.append((step @ weight.double()).numpy())  # (N, C)
+        for i, c in enumerate(classes):
+            further = []
+            for n in np.flatnonzero(label[:, c] == 0):
+                others = [rise[j][n, i] for j in np.flatnonzero(label[n, classes] == 0) if j != i]
+                further.append(rise[i][n, i] > np.mean(others))
+            card.agree(evaluate.OWN_ONSET.format(by), cohort.class_name[c], np.mean(further))
 
 
 # Figures: transitions, cohort, embedding
@@ -2827,13 +2656,11 @@ def toy_transitions():
 @pytest.mark.parametrize("source, wanted", [
     ("demo", [5, 6, 3, 4, 2, 1, 0]), ("ptbxl", [3, 4, 5, 6, 2, 1, 0])])  # PTB-XL: no use of gaps
 def test_find_transition_prefers_in_the_stated_order(source, wanted):
-    cohort, left, found = toy_transitions(), list(range(7)), []
+    cohort, found = toy_transitions(), []
     cohort.source = source
-    while left:
-        index, _ = evaluate.find_transition(cohort, onset=["A"])
-        found.append(left.pop(index))
-        for name in ("pair", "action", "gap_days"):
-            setattr(cohort, name, np.delete(getattr(cohort, name), index, axis=0))
+    for _ in wanted:
+        found.append(evaluate.find_transition(cohort, onset=["A"])[0])
+        cohort.action[found[-1]] = 0  # no onset any more
     assert found == wanted
 
 
@@ -2887,8 +2714,8 @@ def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
 def test_transitions_writes_the_pair_it_found(workplace, tiny, tmp_path, capsys):
     k = int((tiny.action == 1).sum(axis=0).argmax())
     name, out = tiny.class_name[k], tmp_path / "out"
-    argv = ("--mode", "transitions", "--data", "data/tiny.h5", "--out", out)
-    code, text, _ = run_evaluate(capsys, *argv, "--onset", name)
+    code, text, _ = run_evaluate(capsys, "--mode", "transitions", "--data", "data/tiny.h5", "--out",
+                                 out, "--onset", name)
     source, target = tiny.pair[evaluate.find_transition(tiny, [name])[0]]
     assert code == 0 and tiny.label[target, k] > tiny.label[source, k]
     stem = f"transitions-onset-{name}"
@@ -2897,8 +2724,6 @@ def test_transitions_writes_the_pair_it_found(workplace, tiny, tmp_path, capsys)
                  f"source, study_id {tiny.study_id[source]}",
                  f"target, study_id {tiny.study_id[target]}"):
         assert word in text and word in (out / f"{stem}.md").read_text()
-    code, text, error = run_evaluate(capsys, *argv, "--onset", name, "--resolve", name)
-    assert code == 2 and text == "" and f"{name} ends: " in error
 
 
 def test_jaccard_has_its_hand_computed_values():
@@ -2926,11 +2751,8 @@ def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path,
         assert re.search(rf"\| {name} +\| {rows[name]:,} +\| {rows[name] / n:.1%}", text)
     tiny.source = "ptbxl"  # part of its dates are interpolated: nothing is said of time
     assert not any("gap" in name for name in prepare_data.count(tiny) if "quality" not in name)
-
-
-def test_a_cohort_without_pairs_still_has_a_figure_and_numbers(tiny):
-    tiny.pair, tiny.action = tiny.pair[:0], tiny.action[:0]
-    tiny.gap_days, tiny.pair_kind = tiny.gap_days[:0], tiny.pair_kind[:0]
+    for name in ("pair", "action", "gap_days", "pair_kind"):  # a cohort without pairs
+        setattr(tiny, name, getattr(tiny, name)[:0])
     assert evaluate.png(evaluate.cohort_figure(tiny))[:4] == b"\x89PNG"
     rows = prepare_data.count(tiny)
     assert rows["pairs"] == 0 and "Jaccard, mean" not in rows
@@ -3129,49 +2951,53 @@ def test_simulation_without_a_code_is_the_stored_record(tiny):
     assert np.abs(other - stored).max() > 0.02  # another recording
 
 
+@pytest.mark.parametrize("form, split", [("difference", "test"), ("sets", "val")])
 def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
-        pretrained, tiny, capsys, monkeypatch):
+        form, split, pretrained, told_sets, tiny, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "CASES", 5)
     monkeypatch.setattr(evaluate, "CASE_PATIENTS", 6)  # the first record of each
-    assert run_train("--mode", "pretrain", "--run", "twin", "--epochs", 1, "--batch-size", 48,
-                     "--allow-tiny", "--seed", 1, "--overwrite") == 0
-    monkeypatch.setattr(evaluate, "by_method", lambda runs: ({("m", 1.0): {  # of other epochs
-        "method": "m", "frac": 1.0, "runs": runs, "seeds": {0: runs[:1], 1: runs[1:]}}}, {}))
-    capsys.readouterr()
+    runs, k = [told_sets], tiny.class_name.index("I45")
+    if form == "difference":
+        runs = [pretrained, fork(pretrained, "twin", {"num_classes": len(tiny.class_name)}, seed=1)]
     code, out, _ = run_evaluate(
-        capsys, "--mode", "counterfactual", "--runs", "base", "twin", "--onset", "I45", "I63",
-        "--n-boot", 5, "--permutations", 19, "--out", "truth")
-    assert code == 0 and Path("truth/counterfactual.md").read_text().strip() in out
-    assert Path("truth/counterfactual.png").read_bytes()[:4] == b"\x89PNG"
+        capsys, "--mode", "counterfactual", "--runs", *runs, "--split", split, "--onset", "I45",
+        "I63", "--n-boot", 5, "--permutations", 19, "--out", f"truth-{form}")
+    assert code == 0 and Path(f"truth-{form}/counterfactual.md").read_text().strip() in out
+    assert Path(f"truth-{form}/counterfactual.png").read_bytes()[:4] == b"\x89PNG"
     cells = {(e["table"], e["row"], e["column"]): float(e["value"] or "nan")
-             for e in read_csv("truth/counterfactual.csv")}
-    k, cosines = tiny.class_name.index("I45"), [[], []]
-    for row in evaluate.choose_records(tiny, [k, tiny.class_name.index("I63")]):
+             for e in read_csv(f"truth-{form}/counterfactual.csv")}
+    rows = evaluate.choose_records(tiny, [k, tiny.class_name.index("I63")], split)
+    assert (tiny.split[rows] == prepare_data.SPLITS.index(split)).all()
+    of_codes, of_state = [], []
+    for row, run in itertools.product(rows[tiny.state[rows, k] == 0], runs):
         state = {tiny.class_name[c] for c in np.flatnonzero(tiny.state[row])}
         x = np.stack([prepare_data.resimulate(tiny, row, of) for of in (state, state | {"I45"})])
-        for values, run in zip(cosines, (pretrained, "runs/twin"), strict=True):
-            model, checkpoint = evaluate.load_world_model(Path(run))
-            z, z_true = evaluate.embed(model, x, np.arange(2), checkpoint["normalize"])[1]
-            with torch.no_grad():
-                zero, onset = model.predict(torch.stack([z, z]), torch.stack(
-                    [torch.zeros(len(tiny.class_name)), torch.eye(len(tiny.class_name))[k]]).to(z))
-            if not tiny.state[row, k]:
-                values.append(float(F.cosine_similarity(onset - zero, z_true - z, dim=0)))
-    wanted = np.mean(cosines)  # of the seeds, then of the cases of the one code that shows
-    assert cells["cosine by code", "I45", evaluate.MODEL] == pytest.approx(wanted, abs=1e-4)
-    assert cells["truth", evaluate.MODEL, "cosine to the true change"] == pytest.approx(
-        wanted, abs=1e-4)
-    assert cells["difference", "m, 2 seeds", f"less {evaluate.RIDGE}"] == pytest.approx(
-        wanted - cells["cosine by code", "I45", evaluate.RIDGE], abs=1e-4)
-    assert cells["truth", "no change", "cosine to the true change"] == 0
+        model, _ = evaluate.load_world_model(run)
+        z, z_true = evaluate.embed(model, x, np.arange(2))[1]
+        for cosines, y, known in ((of_codes, tiny.label[row], tiny.has_label[row]),
+                                  (of_state, tiny.state[row], True)):
+            source, target = np.stack([y, y]), np.stack([y, y])
+            source[:, k], target[:, k] = 0, [0, 1]
+            zero, onset = model.predict(z[None].expand(2, -1), told(form, source, target, known, 1))
+            cosines.append(float(F.cosine_similarity(onset - zero, z_true - z, dim=0)))
+    cosine = "cosine to the true change"  # of the seeds, then of the cases of the code that shows
+    for source, values in ((evaluate.MODEL, of_codes), (evaluate.STATE, of_state)):
+        if form == "sets" or source == evaluate.MODEL:
+            assert cells["truth", source, cosine] == pytest.approx(np.mean(values), abs=1e-4)
+            assert cells["cosine by code", "I45", source] == pytest.approx(
+                np.mean(values), abs=1e-4)
+    name = "dynamics, sets, ratio 5" if form == "sets" else "dynamics, 2 seeds"
+    assert cells["difference", name, f"less {evaluate.RIDGE}"] == pytest.approx(
+        np.mean(of_codes) - cells["cosine by code", "I45", evaluate.RIDGE], abs=1e-4)
+    assert cells["truth", "no change", cosine] == 0
     assert ("cosine by code", "I63", evaluate.MODEL) not in cells  # a bit-identical signal
     assert cells["negative control", "I63", evaluate.MODEL] > 0
 
 
-@pytest.mark.parametrize("form", ["difference", "sets"])
+@pytest.mark.parametrize("form, run", [("difference", "base"), ("sets", "sets")])
 def test_page_of_one_patient_shows_what_the_model_predicts(
-        form, told_sets, tiny, capsys, monkeypatch):
-    k, run = tiny.class_name.index("I48"), "base" if form == "difference" else "sets"
+        form, run, told_sets, tiny, capsys, monkeypatch):
+    k = tiny.class_name.index("I48")
     row = int(np.flatnonzero((tiny.split == 2) & (tiny.label[:, k] == 0))[0])
     monkeypatch.setattr(evaluate, "PAGE_RECORDS", 60)
     counted, embed, study = [], evaluate.embed, int(tiny.study_id[row])
@@ -3184,12 +3010,11 @@ def test_page_of_one_patient_shows_what_the_model_predicts(
     assert Path(f"{stem}.md").read_text().strip() in out and "SYNTHETIC" in out
     assert counted == [61, 2]  # the record, the draw, and the simulated truth: not the cohort
     rows = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(tiny.split == 0))[:60])
-    model, checkpoint = evaluate.load_world_model(Path("runs") / run)
-    z = embed(model, tiny.signal, np.append(row, rows), checkpoint["normalize"])[1]
-    y, begun = tiny.label[row].astype(int), np.arange(len(tiny.class_name)) == k
-    told = [begun * sign if form == "difference" else
-            np.concatenate([y, y + begun * sign, [tiny.has_label[row], 1]]) for sign in (0, 1)]
-    zero, onset = model.predict(z[[0, 0]], torch.from_numpy(np.stack(told)).to(z))
+    model, _ = evaluate.load_world_model(Path("runs") / run)
+    z = embed(model, tiny.signal, np.append(row, rows))[1]
+    y = tiny.label[[row, row]]
+    y_next = y + np.outer([0, 1], np.arange(len(tiny.class_name)) == k).astype(np.uint8)
+    zero, onset = model.predict(z[[0, 0]], told(form, y, y_next, tiny.has_label[row], 1))
     for words, step in (("r(z, a) - z", onset - z[0]), ("r(z, 0) - z", zero - z[0]),
                         ("r(z, a) - r(z, 0)", onset - zero)):
         assert f"|{words}| {step.norm():.1f}" in out
@@ -3199,33 +3024,53 @@ def test_page_of_one_patient_shows_what_the_model_predicts(
             f"distance {distance[nearest]:.1f}, study_id {tiny.study_id[rows[nearest]]}") in out
 
 
-def test_counterfactual_and_embedding_refuse_bad_input_in_one_line(pretrained, tiny, capsys):
+def test_bad_input_to_evaluate_gets_one_line_and_writes_nothing(pretrained, tiny, capsys):
+    for name in ("good", "unfinished", "cut", "keyless", "misfit"):
+        arrays = write_run("runs", name)
+    Path("runs/unfinished/predictions_test.npz").unlink()
+    whole = Path("runs/cut/predictions_test.npz").read_bytes()
+    Path("runs/cut/predictions_test.npz").write_bytes(whole[:500])
+    np.savez("runs/misfit/predictions_test.npz", **arrays | {"has_label": np.ones(3, bool)})
+    del arrays["has_label"]
+    np.savez("runs/keyless/predictions_test.npz", **arrays)
+    torch.save(checkpoint_of(), "runs/good/last.pt")
+    Path("runs/c.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    fork(pretrained, "still", {"num_classes": len(tiny.class_name), "action": False})
     row = int(np.flatnonzero((tiny.label.sum(axis=1) > 0) & (tiny.split == 2))[0])
     held = tiny.class_name[int(tiny.label[row].argmax())]
     absent = next(name for k, name in enumerate(tiny.class_name) if not tiny.label[row, k])
-    shutil.copytree(pretrained, "runs/still", dirs_exist_ok=True)
-    args = dict(num_classes=len(tiny.class_name), action=False)
-    still = {"model_args": args, "model": cardiowm.WorldModel(**args).state_dict()}
-    torch.save(torch.load(pretrained / "last.pt", weights_only=True) | still, "runs/still/last.pt")
-    of = ["--study-id", int(tiny.study_id[row])]
-    for argv, words in (
-            (["still", "--mode", "embedding"], "--objective dynamics"),
-            (["still"], "--objective dynamics"),
-            (["still", *of, "--onset", absent], "--objective invariance"),
-            (["base", "still", *of, "--onset", absent], "2 given"),
-            (["base", "--onset", "I99"], "its classes are I"),
-            (["base", "--resolve", "I48"], "--study-id"),
-            (["base", *of], "--onset or"),
-            (["base", "--study-id", 7, "--onset", held], "known are"),
-            (["base", *of, "--onset", held], "the record carries"),
-            (["base", *of, "--resolve", absent], "the record carries"),
-            (["base", *of, "--onset", absent, "--resolve", absent], "the record carries")):
+    of, page = f"--study-id {tiny.study_id[row]}", "--mode counterfactual --runs"
+    for flags, words in (
+            ("--runs goood", "closest first: good, "), ("--runs unfinished", "--resume"),
+            ("--runs cut", "damaged"), ("--runs keyless", "has_label"),
+            ("--runs misfit", "do not fit"), ("--runs good runs/good", "twice"),
+            ("--runs runs/good/last.pt", "PyTorch"), ("--runs runs/c.h5", "HDF5"),
+            ("", "--runs"), ("--runs runs", "folder"),
+            ("--runs good --mode cohort", "of no use to --mode cohort"),
+            ("--runs good --onset I44", "--onset"),
+            ("--runs good --permutations 7", "--permutations"),
+            ("--runs good --n-boot 0", "--n-boot"),
+            ("--runs good --data runs/absent.h5", "absent.h5"),
+            ("--runs good --out runs/c.h5/x", "HDF5"),
+            ("--mode transitions --data data/tiny.h5 --onset I48 --resolve I48", "I48 ends: "),
+            ("--mode worldmodel --runs good", "pretraining"),
+            ("--mode embedding --runs still", "--objective dynamics"),
+            (f"{page} still", "--objective dynamics"),
+            (f"{page} still {of} --onset {absent}", "--objective invariance"),
+            (f"{page} base still {of} --onset {absent}", "2 given"),
+            (f"{page} base {of} --onset {absent} --n-boot 9", "--n-boot: of no use to"),
+            (f"{page} base --onset I99", "its classes are I"),
+            (f"{page} base --resolve I48", "--study-id"), (f"{page} base {of}", "--onset or"),
+            (f"{page} base --study-id 7 --onset {held}", "known are"),
+            (f"{page} base {of} --onset {held}", "the record carries"),
+            (f"{page} base {of} --resolve {absent}", "the record carries"),
+            (f"{page} base {of} --onset {absent} --resolve {absent}", f"--resolve {absent}: ")):
+        before = sorted(Path().rglob("*"))
         capsys.readouterr()
-        code = evaluate.main(["--mode", "counterfactual", "--out", "bad", "--runs",
-                              *map(str, argv)])
+        code = evaluate.main(flags.split())
         got = capsys.readouterr()
-        assert code == 2 and got.out == "" and words in got.err, (argv, got.err)
-        assert len(got.err.splitlines()) == 1 and not Path("bad").exists()
+        assert code == 2 and got.out == "" and sorted(Path().rglob("*")) == before, flags
+        assert len(got.err.splitlines()) == 1 and words in got.err, (flags, got.err)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3291,7 +3136,7 @@ def state_of(run, name="last.pt"):
 # Data: patients, pairs, batches
 
 
-def test_fractions_of_the_training_patients_are_nested_and_seeded_and_cross_no_fold(tiny):
+def test_training_rows_are_nested_fractions_of_patients_and_pairs_of_the_kind_asked_for(tiny):
     def patients(frac, seed=0):
         return set(tiny.subject_id[train.training_rows(tiny, frac, seed, False)].tolist())
 
@@ -3302,9 +3147,6 @@ def test_fractions_of_the_training_patients_are_nested_and_seeded_and_cross_no_f
     assert not everyone & set(tiny.subject_id[tiny.split != 0].tolist())
     rows = train.training_rows(tiny, 0.5, 0, True)
     assert tiny.has_label[rows].all() and (tiny.split[rows] == 0).all()
-
-
-def test_selected_pairs_lie_inside_the_rows_and_are_of_the_kind_asked_for(tiny):
     rows = train.training_rows(tiny, 0.5, 0, False)
     found = {(kinds, labelled): train.select_pairs(tiny, rows, kinds, labelled)
              for kinds in ("all", "labelled", "between") for labelled in (False, True)}
@@ -3490,7 +3332,7 @@ import train
 rank = int(os.environ.get("RANK", "0"))
 train.has_bf16 = lambda device_type: False
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-written, watched, frozen = [], [], []
+written, watched, frozen = [], {}, []
 sys.addaudithook(lambda event, about: written.append(str(about[0])) if event == "os.mkdir" or (
     event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR)) else None)
 
@@ -3517,11 +3359,9 @@ def fit_frozen(run, args, recipe, task):
 
 def step(self, *args, **kwargs):
     parameters = [p for group in self.param_groups for p in group["params"]]
-    if not watched:
-        watched.append([p.detach().cpu().clone() for p in parameters])
-        watched.append([p.grad.cpu().clone() for p in parameters])
+    watched.setdefault("gradients", [p.grad.cpu().clone() for p in parameters])  # of the first step
     adamw(self, *args, **kwargs)
-    watched[2:] = [[p.detach().cpu().clone() for p in parameters]]
+    watched["weights"] = [p.detach().cpu().clone() for p in parameters]
 
 
 adamw, torch.optim.AdamW.step, train.fit = torch.optim.AdamW.step, step, fit_frozen
@@ -3530,8 +3370,7 @@ for name, flags in job["runs"].items():
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = train.main(flags)
     found = {"code": code, "stderr": stderr.getvalue(), "written": list(written)}
-    found |= zip(("start", "gradients", "weights"), watched)
-    torch.save(found, Path(sys.argv[1]).with_name(f"{name}-{rank}.pt"))
+    torch.save(found | watched, Path(sys.argv[1]).with_name(f"{name}-{rank}.pt"))
 sys.__stdout__.flush()
 os._exit(0)  # the ranks' connections stand for all runs: gloo's threads may abort a normal exit
 '''
@@ -3596,20 +3435,16 @@ def training_rows_of(name):
     return [row for row in log_of(Path("runs") / name) if "loss" in row]
 
 
-def assert_rows_agree(rows, wanted, tolerance):
+def assert_rows_agree(one, other, tolerance):
     """tolerance: step -> relative, of the terms of the loss in two logs of as many steps."""
+    rows, wanted = training_rows_of(one), training_rows_of(other)
     assert [row["step"] for row in rows] == [row["step"] for row in wanted]
-    terms = set("loss pred sigreg_t sigreg_next var cov grad_ratio supervised_bce".split())
-    for row, other in zip(rows, wanted):
-        assert row.keys() == other.keys() and row["lr"] == other["lr"]
+    terms = set("loss pred sigreg_t sigreg_next var cov online_bce supervised_bce".split())
+    for row, its in zip(rows, wanted):
+        assert row.keys() == its.keys() and row["lr"] == its["lr"]
         for key in row.keys() & terms:
-            assert row[key] == pytest.approx(other[key], rel=tolerance(row["step"])), (row, key)
-
-
-def parted(alone, first):
-    """How far two runs came apart, as a share of the way that the one process went."""
-    way = whole(alone["weights"]) - whole(alone["start"])
-    return ((whole(first["weights"]) - whole(alone["weights"])).norm() / way.norm()).item()
+            assert row[key] == pytest.approx(its[key], rel=tolerance(row["step"])), (row, key)
+    return rows, wanted
 
 
 def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statistics(monkeypatch):
@@ -3652,20 +3487,17 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
     assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
-    assert all(torch.equal(a, b) for a, b in zip(alone["start"], first["start"]))
     for key in ("gradients", "weights"):  # DDP: the ranks never part
         assert all(torch.equal(a, b) for a, b in zip(first[key], second[key]))
     # float32 sums over halves of the batch, through 53 layers: 5e-6 here; a term that is seen by
     # half of the batch only, or scaled by the number of ranks, is off by 1e-1 and more
     for got, wanted in zip(first["gradients"], alone["gradients"]):
         assert (got - wanted).norm() <= 1e-4 * wanted.norm()  # 0 where gamma is 0: equal
-    rows = training_rows_of(f"two-{name}")
     # what differs grows with each step: 4e-5 after twice as many
-    assert_rows_agree(rows, training_rows_of(f"alone-{name}"), lambda step: 5e-4)
-    assert len(rows) == steps and sum("grad_ratio" in row for row in rows) == 4 * (steps > 2)
-    # Adam divides a gradient by its own size + 1e-8: where a gradient is little more than rounding,
-    # two runs step apart by up to the rate. Such weights are few: 2e-3 of the way that all went
-    assert parted(alone, first) < 1e-2
+    rows, wanted = assert_rows_agree(f"two-{name}", f"alone-{name}", lambda step: 5e-4)
+    ratios = [[row["grad_ratio"] for row in log if "grad_ratio" in row] for log in (rows, wanted)]
+    assert len(rows) == steps and len(ratios[0]) == 4 * (steps > 2)
+    assert ratios[0] == pytest.approx(ratios[1], rel=5e-4)
     stored = state_of(f"two-{name}")["model"]
     assert sum(torch.equal(v, w) for v in stored.values() for w in first["weights"][:3]) == 3
 
@@ -3705,14 +3537,13 @@ def test_two_ranks_refuse_bad_input_in_one_line_each(ranks, name, message):
 @pytest.mark.parametrize("name", ["sigreg", "vicreg"])
 def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
     flags = f"--data data/tiny.h5 --mode pretrain --allow-tiny --epochs 1 --reg {name}"
-    found = {}
-    for processes, device in ((1, "cuda:0"), (2, "cuda")):
-        run = f"gpu-{processes}-{name}"
-        command = f"{flags} --batch-size 10 --device {device} --run {run}"  # 10 steps
-        runs, _ = run_ranks(workplace / run, processes, {name: command}, freeze=False)
-        found[processes] = runs[name]
-    (alone,), (first, second) = found[1], found[2]
-    assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
+    found = []
+    for n, device in ((1, "cuda:0"), (2, "cuda")):
+        command = f"{flags} --batch-size 10 --device {device} --run gpu-{n}-{name}"  # 10 steps
+        folder = workplace / f"gpu-{n}-{name}"
+        found += run_ranks(folder, n, {name: command}, freeze=False)[0][name]
+    alone, first, second = found
+    assert [run["code"] for run in found] == [0, 0, 0]
     for key in ("gradients", "weights"):
         assert all(torch.equal(a, b) for a, b in zip(first[key], second[key]))
     # Over all parameters, since a bias before a batch norm has no gradient but rounding. A batch
@@ -3720,10 +3551,9 @@ def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
     # 1e-2. Batch norm of each rank by itself: 1.2
     assert relative(whole(first["gradients"]), whole(alone["gradients"])) < 5e-2
     # on CPUs 1e-4 after 10 steps, or 1e-1 unsynchronised
-    rows, wanted = ([{k: v for k, v in row.items() if k != "grad_ratio"}
-                     for row in training_rows_of(f"gpu-{n}-{name}")] for n in (2, 1))
-    assert_rows_agree(rows, wanted, lambda step: 1e-5 if step == 1 else 5e-3)
-    assert len(rows) == 10 and parted(alone, first) < 5e-2  # 4e-3 on CPUs, 1.2 unsynchronised
+    rows, _ = assert_rows_agree(f"gpu-2-{name}", f"gpu-1-{name}",
+                                lambda step: 1e-5 if step == 1 else 5e-3)
+    assert len(rows) == 10
     states = [state_of(f"gpu-{n}-{name}")["model"] for n in (2, 1)]
     for key in ("encoder.stem.1", "encoder.blocks.15.convs.7", "projector.1", "projector.7"):
         got, one = (state[f"{key}.running_var"] for state in states)
@@ -3733,28 +3563,37 @@ def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
 # Runs: what pretraining, finetuning and probing leave behind
 
 
-def test_pretraining_leaves_checkpoint_log_config_and_predictions(pretrained, tiny):
-    config = json.loads((pretrained / "config.json").read_text())
-    assert config["args"]["epochs"] == 2 and config["cohort"]["sha256"] == tiny.sha256
-    assert config["method"] == "online probe, dynamics"
+@pytest.mark.parametrize("better", [False, True])
+def test_pretraining_leaves_checkpoint_log_config_and_predictions(
+        pretrained, recommended, tiny, better):
+    run, k = recommended if better else pretrained, len(tiny.class_name)
+    config = json.loads((run / "config.json").read_text())
+    args, lam = config["args"], config["args"]["lam"]
+    assert args["epochs"] == 2 and config["cohort"]["sha256"] == tiny.sha256
+    assert lam == pytest.approx(5 / 53 if better else 0.1)  # 5 = lam * 48 / (1 - lam)
     (code,) = config["code"]
     assert code["step"] == 0 and code["sha256"] == {
         name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
         for name in ("cardiowm.py", "prepare_data.py", "train.py", "evaluate.py")}
-    *rows, last = log_of(pretrained)
+    *rows, last = log_of(run)
     training, validation = ([r for r in rows if key in r] for key in ("loss", "val_loss"))
     assert len(rows) == len(training) + len(validation) and len(validation) == 2
     assert set("lr z_std_min z_rank online_bce grad_ratio".split()) <= set(training[0])
     assert "grad_ratio" not in training[-1]
-    assert all(k.startswith("val_") for r in validation for k in set(r) - {"step", "epoch"})
+    assert all(key.startswith("val_") for r in validation for key in set(r) - {"step", "epoch"})
     for r in training:  # terms under their own names add up
-        wanted = 0.9 * r["pred"] + 0.1 * (r["sigreg_t"] + r["sigreg_next"])
+        wanted = (1 - lam) * r["pred"] + lam * (r["sigreg_t"] + r["sigreg_next"])
+        wanted += 0.3 * r["supervised_bce"] + 0.05 * r["decoy_ce"] if better else 0
         assert r["loss"] == pytest.approx(wanted, rel=1e-5)
-    state, best = state_of("base"), state_of("base", "best.pt")
+    # log 8 = 2.08 where the action tells nothing
+    assert 1 < training[0]["decoy_ce"] < 4 if better else "decoy_ce" not in training[0]
+    state, best = state_of(run.name), state_of(run.name, "best.pt")
     assert state["class_name"] == tiny.class_name and state["fs"] == tiny.fs
+    assert state["model_args"]["num_classes"] == (2 * k + 2 if better else k)
+    assert state["action_form"] == ("sets" if better else "difference")
     assert set(last) == {"step", "epoch", "run_seconds"} and last["step"] == state["step"]
     assert best["epoch"] - 1 == int(np.argmin([r["val_loss"] for r in validation]))
-    with np.load(pretrained / "predictions_test.npz") as p:
+    with np.load(run / "predictions_test.npz") as p:
         test = np.flatnonzero(tiny.split == 2)
         for name, wanted in {
                 "y_true": tiny.label[test], "study_id": tiny.study_id[test],
@@ -3762,17 +3601,32 @@ def test_pretraining_leaves_checkpoint_log_config_and_predictions(pretrained, ti
                 "pair_first": np.isin(test, tiny.pair[:, 0])}.items():
             np.testing.assert_array_equal(p[name], wanted)
         assert ((p["y_score"] > 0) & (p["y_score"] < 1)).all()
-    assert evaluate.main("--mode score --runs base --n-boot 20 --out scores".split()) == 0
-    # the validation losses follow from the stored weights
-    model = cardiowm.WorldModel(**state["model_args"]).eval()
+    assert evaluate.main(f"--mode score --runs {run.name} --n-boot 20 --out scores".split()) == 0
+    # the validation losses follow from the stored weights, on whole records and whole batches
+    model = cardiowm.WorldModel(**state["model_args"])
     model.load_state_dict(state["model"])
-    val = np.flatnonzero((tiny.split[tiny.pair] == 1).all(1))
-    val = val[:len(val) // min(48, len(val)) * 48]  # whole batches
-    x, x_next = (cardiowm.normalize(torch.from_numpy(tiny.signal[tiny.pair[val, i]]))
-                 for i in (0, 1))
+    val = np.flatnonzero(tiny.split == 1)
+    pairs = np.flatnonzero((tiny.split[tiny.pair] == 1).all(axis=1))
+    pairs = pairs[:len(pairs) // min(48, len(pairs)) * 48]
+    x, x_next, x_val = (cardiowm.normalize(torch.from_numpy(tiny.signal[at]))
+                        for at in (*tiny.pair[pairs].T, val))
     with torch.no_grad():
-        _, _, z_pred, z_next = model(x, x_next, torch.from_numpy(tiny.action[val]))
-    assert validation[-1]["val_pred"] == pytest.approx(F.mse_loss(z_pred, z_next).item(), rel=1e-4)
+        a = torch.from_numpy(tiny.action_of(pairs, "sets" if better else "coded"))
+        _, _, z_pred, z_next = model.eval()(x, x_next, a)
+        h = model.encode(x_val)
+    row = validation[-1]
+    assert row["val_pred"] == pytest.approx(F.mse_loss(z_pred, z_next).item(), rel=1e-4)
+    bce = 0
+    if better:
+        head = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, k))
+        head.load_state_dict(state["supervised"])
+        score, y = head(h).detach(), torch.from_numpy(tiny.label[val])
+        assert row["val_supervised_macro_auroc"] == pytest.approx(
+            evaluate.macro_auroc(tiny.label[val], score.numpy()), abs=1e-3)
+        bce = cardiowm.known_bce(score, y, torch.from_numpy(tiny.has_label[val])).item()
+        assert row["val_supervised_bce"] == pytest.approx(bce, rel=1e-4)
+    assert row["val_loss"] == pytest.approx(0.3 * bce + (1 - lam) * row["val_pred"] + lam * (
+        row["val_sigreg_t"] + row["val_sigreg_next"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("flags", [
@@ -3795,81 +3649,34 @@ def test_variants_of_the_pretraining_train(workplace, flags):
         assert row["loss"] == pytest.approx(25 * row["pred"] + 25 * row["var"] + row["cov"], 1e-5)
 
 
-def test_the_recommended_recipe_learns_its_terms_and_is_judged_on_whole_records(recommended, tiny):
-    args = json.loads((recommended / "config.json").read_text())["args"]
-    assert args["lam"] * 48 / (1 - args["lam"]) == pytest.approx(5)
-    *rows, _ = log_of(recommended)
-    for r in (r for r in rows if "loss" in r):
-        terms = (1 - args["lam"]) * r["pred"] + args["lam"] * (r["sigreg_t"] + r["sigreg_next"])
-        wanted = terms + 0.3 * r["supervised_bce"] + 0.05 * r["decoy_ce"]
-        assert r["loss"] == pytest.approx(wanted, rel=1e-5)
-    assert 1 < rows[0]["decoy_ce"] < 4  # log 8 = 2.08 where the action tells nothing
-    state, k = state_of(recommended.name), len(tiny.class_name)
-    assert state["action_form"] == "sets" and state["model_args"]["num_classes"] == 2 * k + 2
-    model = cardiowm.WorldModel(**state["model_args"])
-    model.load_state_dict(state["model"])
-    head = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, k))
-    head.load_state_dict(state["supervised"])
-    val = np.flatnonzero(tiny.split == 1)
-    pairs = np.flatnonzero((tiny.split[tiny.pair] == 1).all(axis=1))
-    pairs = pairs[:len(pairs) // min(48, len(pairs)) * 48]
-    x, x_next, x_val = (cardiowm.normalize(torch.from_numpy(tiny.signal[which])) for which in (
-        *tiny.pair[pairs].T, val))
-    with torch.no_grad():
-        a = torch.from_numpy(tiny.action_of(pairs, "sets"))
-        _, _, z_pred, z_next = model.eval()(x, x_next, a)
-        score = head(model.encode(x_val)).numpy()
-    row = [r for r in rows if "val_loss" in r][-1]
-    assert row["val_pred"] == pytest.approx(F.mse_loss(z_pred, z_next).item(), rel=1e-4)
-    assert row["val_supervised_macro_auroc"] == pytest.approx(
-        evaluate.macro_auroc(tiny.label[val], score), abs=1e-3)
-    y, known = tiny.label[val], torch.from_numpy(tiny.has_label[val])
-    bce = cardiowm.known_bce(torch.from_numpy(score), torch.from_numpy(y), known).item()
-    assert row["val_supervised_bce"] == pytest.approx(bce, rel=1e-4)
-    assert row["val_loss"] == pytest.approx(0.3 * bce + (1 - args["lam"]) * row["val_pred"] + args[
-        "lam"] * (row["val_sigreg_t"] + row["val_sigreg_next"]), rel=1e-4)
-
-
-def test_single_records_become_pairs_without_change(tiny):
-    flags = "--mode pretrain --action sets --crop 0.5 --self-pairs --frac 0.5"
+@pytest.mark.parametrize("action", ["sets", "coded"])
+def test_single_records_become_pairs_of_two_windows_without_change(tiny, action):
+    flags = f"--mode pretrain --action {action} --crop 0.5 --self-pairs --frac 0.5 --seed 0"
     args = train.settle(train.build_parser().parse_args(flags.split()))
-    args.seed = 0
-    rows, pairs, single, n = train.training_items(args, tiny)
-    in_pairs = {row for pair in pairs for row in tiny.pair[pair]}
+    (args.seed,), cpu = args.seed, torch.device("cpu")
+    _, pairs, single, n = train.training_items(args, tiny)
+    in_pairs, p = set(tiny.pair[pairs].ravel().tolist()), len(pairs)
+    rows = train.training_rows(tiny, 0.5, 0, False)
     assert single.tolist() == [row for row in rows if row not in in_pairs] and len(single)
-    task, p = train.Pretraining(args, tiny, torch.device("cpu")), len(pairs)
-    assert n == len(task.rows) == p + len(single)
-    assert (task.rows[p:] == single[:, None]).all() and (task.rows[:p] == tiny.pair[pairs]).all()
+    task = train.Pretraining(args, tiny, pairs, cpu, single)
+    assert n == len(task.pair) == p + len(single)
+    assert (task.pair[p:] == single[:, None]).all() and (task.pair[:p] == tiny.pair[pairs]).all()
     y, known = (torch.from_numpy(of[single]) for of in (tiny.label, tiny.has_label))
-    assert torch.equal(task.action[p:].float(), cardiowm.action_sets(y, y, known, known))
-    assert torch.equal(task.label[p:], torch.stack([y, y], dim=1))
-    labelled = tiny.has_label[tiny.pair[pairs]].all(axis=1)
-    changed = tiny.action[pairs].any(axis=1) & labelled
-    assert task.changed.tolist() == [*changed, *[False] * len(single)] and changed.any()
-    x, x_next, at = task.read(np.arange(p, n))
-    assert torch.equal(x, x_next)
-    x, x_next = task.signals.windows(args, task.draws["windows"], x, x_next)  # they differ
-    assert x.shape[2] == 250 and (x != x_next).flatten(1).any(dim=1).float().mean() > 0.9
-    args.action, args.self_pairs = "coded", False
-    assert train.training_items(args, tiny)[3] == p
-    args.self_pairs = True
-    task = train.Pretraining(args, tiny, torch.device("cpu"))
-    assert not task.action[p:].any() and task.action.dtype == torch.int8
-
-
-def test_windows_are_a_function_of_their_generator_and_off_for_the_papers(tiny):
-    args = train.settle(train.build_parser().parse_args("--mode pretrain --recipe recommended"
-                                                        .split()))
-    signals, rows = train.Signals(tiny, torch.device("cpu"), "ram", "zscore"), np.arange(8)
+    still = cardiowm.action_sets(y, y, known, known) if action == "sets" else torch.zeros(y.shape)
+    assert torch.equal(task.action[p:].float(), still)
+    assert torch.equal(task.label[p:], y) and torch.equal(task.label_next[p:], y)
+    assert task.changed[:p].any() and not task.changed[p:].any()
+    x, x_next, _ = task.read(np.arange(p, n))
 
     def draw(seed):
-        return signals.windows(args, generator(seed), *[signals.read(rows)] * 2)
+        return task.signals.windows(args, generator(seed), x, x_next)
 
     (first, second), again = draw(0), draw(0)
-    assert first.shape == (8, 12, 400) and not torch.equal(first, second)
+    assert torch.equal(x, x_next) and first.shape[2] == 250
+    assert (first != second).flatten(1).any(dim=1).float().mean() > 0.9
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
-    args.crop, args.noise = 1.0, 0.0
-    assert torch.equal(draw(1)[0], signals.ready(signals.read(rows)))
+    args.crop = 1.0  # as in the papers
+    assert torch.equal(draw(1)[0], task.signals.ready(x))
 
 
 @pytest.mark.parametrize("flags, wanted", [
@@ -4148,12 +3955,6 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     assert config["speed"]["threads"] == threads
 
 
-def test_a_second_interrupt_ends_at_once(workplace, monkeypatch):
-    monkeypatch.setattr(train, "descend", lambda *a: [os.kill(os.getpid(), 2) for _ in range(2)])
-    assert run_train("--mode finetune --init scratch --frac 0.5 --epochs 2 --run twice") == 130
-    assert not Path("runs/twice/last.pt").exists()
-
-
 def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offered(
     pretrained, monkeypatch, capsys
 ):
@@ -4279,40 +4080,26 @@ def test_a_log_stays_readable_and_an_ignored_signal_ignored(tmp_path):
         signals.signal(signals.SIGINT, before)
 
 
-def test_a_name_lies_under_runs_in_every_mode_and_a_path_where_it_says():
-    for name, wanted in (("a", "runs/a"), ("a/", "runs/a"), ("./a", "a"), ("/b/a/", "/b/a")):
-        assert train.folder_of(name) == Path(wanted)
-
-
-def test_a_finished_run_is_never_overwritten(pretrained, capsys):
-    before = (pretrained / "last.pt").read_bytes()
-    again = "--mode pretrain --run base --batch-size 48 --allow-tiny --epochs"
-    assert run_train(again, 2) == 2 and "finished" in last_line(capsys)
-    assert run_train(again, "2 --resume") == 0
-    assert "predictions_test.npz" in capsys.readouterr().out
-    assert run_train(again, 3) == 2 and "epochs = 2, asked for 3" in last_line(capsys)
-    assert (pretrained / "last.pt").read_bytes() == before
-
-
-def test_overwrite_moves_the_old_folder_aside_and_nothing_else(pretrained, capsys):
-    flags = "--mode probe --init base --epochs 2 --run"
-    assert run_train(flags, "moved") == run_train(flags, "moved --overwrite") == 0
-    for name in ("moved.old-1", "moved"):
+def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_alone(
+    pretrained, capsys
+):
+    shutil.copytree(pretrained, "runs/moving")
+    flags, kept = "--mode probe --init moving --run kept --epochs", Path("runs/kept")
+    assert run_train(flags, "2 --resume") == 0 and "nothing to resume" in capsys.readouterr().out
+    before = (kept / "last.pt").read_bytes()
+    for more, code, words in (("2", 2, "finished"), ("2 --resume", 0, "predictions_test.npz"),
+                              ("3", 2, "epochs = 2, asked for 3")):
+        assert run_train(flags, more) == code and words in "".join(capsys.readouterr())
+        assert (kept / "last.pt").read_bytes() == before
+    assert run_train(flags, "2 --overwrite") == 0
+    for name in ("kept.old-1", "kept"):
         assert (Path("runs") / name / "predictions_test.npz").exists()
-    before = sorted(Path("runs").iterdir())
-    assert run_train(flags, ". --overwrite") == 2  # runs/ itself is no run
-    assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == before
-    assert run_train(flags, "fresh --resume") == 0
-    assert "nothing to resume" in capsys.readouterr().out
-
-
-def test_a_downstream_run_goes_on_only_from_the_weights_it_began_with(pretrained, capsys):
-    flags = "--mode probe --init moving --epochs 2 --run from-moving"
-    shutil.copytree(pretrained, Path("runs/moving"))
-    assert run_train(flags) == 0
-    Path("runs/from-moving/predictions_test.npz").unlink()  # as if interrupted at the end
-    torch.save(state_of("moving") | {"step": 0}, Path("runs/moving/last.pt"))
-    assert run_train(flags) == 2 and "the weights of init" in last_line(capsys)
+    (kept / "predictions_test.npz").unlink()  # as if interrupted at the end
+    torch.save(state_of("moving") | {"step": 0}, "runs/moving/last.pt")
+    assert run_train(flags, 2) == 2 and "the weights of init" in last_line(capsys)
+    every = sorted(Path("runs").iterdir())
+    assert run_train("--mode probe --init base --epochs 2 --run . --overwrite") == 2
+    assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == every
 
 
 @pytest.mark.parametrize("flags", [
@@ -4346,13 +4133,19 @@ def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained
                     new | {"step": log_of(run)[-1]["step"]}]
 
 
-def test_a_pipe_without_a_reader_does_not_end_the_training(workplace, monkeypatch):
+def test_a_second_interrupt_ends_the_training_at_once_and_a_pipe_without_a_reader_does_not(
+    workplace, monkeypatch
+):
+    flags = "--mode finetune --init scratch --frac 0.2 --epochs 1 --run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "descend", lambda *a: [os.kill(os.getpid(), 2) for _ in range(2)])
+        assert run_train(flags, "twice") == 130 and not Path("runs/twice/last.pt").exists()
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", buffering=1) as pipe:
         for name in ("stdout", "__stdout__", "stderr", "__stderr__"):
             monkeypatch.setattr(sys, name, pipe)
-        assert run_train("--mode finetune --init scratch --frac 0.2 --epochs 1 --run piped") == 0
+        assert run_train(flags, "piped") == 0
     assert Path("runs/piped/predictions_test.npz").exists()
 
 
@@ -4622,20 +4415,16 @@ def test_what_cannot_be_captured_stays_plain_with_one_line(monkeypatch, capsys):
     rows, _, seen = steps_of_a_line(monkeypatch, record)
     assert seen == list(range(6))
     np.testing.assert_allclose(rows, steps_of_a_line(monkeypatch)[0], rtol=1e-6)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line == ("note: steps are launched kernel by kernel, not as a CUDA graph (operation not "
-                    "permitted when stream is capturing)")
-
-
-def test_a_schedule_that_moves_beta1_stays_plain_on_a_gpu_with_one_line(capsys):
     optimizer = train.make_optimizer([nn.Linear(3, 1)], 0.1, 0.1)
-    train.make_schedule(optimizer, "onecycle", 0.1, 6)
+    train.make_schedule(optimizer, "onecycle", 0.1, 6)  # which moves beta 1
     on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"))
     groups = [group | {"params": [on_a_gpu]} for group in optimizer.param_groups]
     step = train.Step(None, types.SimpleNamespace(param_groups=groups))
     assert step.plain_left == math.inf and not step.rates
-    assert capsys.readouterr().out == (
-        "note: a step of a one-cycle schedule is launched kernel by kernel, not as a CUDA graph\n")
+    assert capsys.readouterr().out.splitlines() == [
+        "note: steps are launched kernel by kernel, not as a CUDA graph (operation not permitted "
+        "when stream is capturing)",
+        "note: a step of a one-cycle schedule is launched kernel by kernel, not as a CUDA graph"]
 
 
 @needs_cuda
@@ -4662,38 +4451,6 @@ def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
     np.testing.assert_allclose(*rows, rtol=1e-4)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("note: steps are launched kernel by kernel")
-
-
-def tiny_task(tiny, device, **flags):
-    """A pretraining of the tiny cohort, its optimizer, a plain step and one that is replayed."""
-    args = train.settle(train.build_parser().parse_args(["--mode", "pretrain"]))
-    torch.manual_seed(0)
-    task = train.Pretraining(args, tiny, torch.device(device))
-    optimizer = train.make_optimizer(task.modules.values(), flags.get("lr", 1e-3), 5e-4)
-    steps = [train.Step(task.loss_of, optimizer, None, task.draws.values()) for _ in range(2)]
-    steps[0].plain_left = math.inf
-    return task, optimizer, *steps
-
-
-@needs_cuda
-def test_two_replays_of_one_batch_differ_in_their_directions_and_equal_the_plain_steps(
-    tiny, monkeypatch
-):
-    task, optimizer, plain, graph = tiny_task(tiny, "cuda", lr=0.0)
-    items = np.arange(32)
-
-    def terms(step, seed):
-        task.draws["sigreg"].manual_seed(seed)
-        found = step(items, task.read(items), train.GRAD_RATIO_STEPS)
-        return [found[name].item() for name in ("pred", "sigreg_t", "sigreg_next", "loss")]
-
-    for _ in range(train.GRAPH_AFTER + 1):
-        terms(graph, 0)
-    assert graph.graph is not None
-    one, two = terms(graph, 1), terms(graph, 2)
-    assert one[0] == two[0] and one[1] != two[1] and one[2] != two[2]
-    for seed, found in ((1, one), (2, two)):  # the same kernels: equal but for atomic additions
-        np.testing.assert_allclose(found, terms(plain, seed), rtol=1e-4)
 
 
 @needs_cuda
@@ -4728,21 +4485,6 @@ def test_a_run_on_a_gpu_is_a_graph_and_goes_on_where_it_was_stopped(
     assert {type(group["lr"]) for group in state["param_groups"]} == {float}
 
 
-def test_check_finite_names_the_first_bad_step_and_its_records():
-    def step(number, loss, norm=1.0):
-        return number, np.array([9, number]), {
-            "minimised": torch.tensor(loss), "gradient norm": torch.tensor(norm)}
-
-    good = [step(5, 1.0), step(6, -2.0)]
-    for bad, found in ((step(7, math.inf), "inf, gradient norm 1"),
-                       (step(7, 2.0, math.nan), "2, gradient norm nan")):
-        message = rf"^step 7: .*\(minimised {found}\); rows \[9 7"
-        with pytest.raises(train.InputError, match=message):
-            train.check_finite([*good, bad, step(8, math.nan)], lambda items: f"rows {items}")
-    train.check_finite(good, None)
-    assert good == []
-
-
 def test_the_record_that_holds_a_nan_is_named_and_else_the_batch(tiny):
     rows = np.arange(20)
     words = train.blame(tiny, np.stack([rows, rows]))  # source and target rows of pairs
@@ -4756,21 +4498,24 @@ def test_the_record_that_holds_a_nan_is_named_and_else_the_batch(tiny):
             "prepare_data.py --check 'data/ward A.h5'`")
 
 
-@pytest.mark.parametrize("bad, minutes", [
-    (0, 10),  # found at once: the first steps are logged
-    (6, 10),  # found at the next log row, after 8 steps
-    (6, 0),  # found before the checkpoint of the clock, after 7 steps
-    (8, 10),  # found at the end of the epoch, after 9 steps
+@pytest.mark.parametrize("bad, minutes, may_wait, what", [
+    (0, 10, False, "minimised nan"),  # found at once: the first steps are logged
+    (6, 10, False, "minimised nan"),  # found at the next log row, after 8 steps
+    (6, 0, False, "gradient norm (nan|inf)"),  # before the checkpoint of the clock, after 7 steps
+    (8, 10, False, "minimised nan"),  # found at the end of the epoch, after 9 steps
+    (6, 10, True, "gradient norm (nan|inf)"),  # found at once: no GPU
 ])
 def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
-    workplace, monkeypatch, capsys, bad, minutes
+    workplace, monkeypatch, capsys, bad, minutes, may_wait, what
 ):
     original, steps = cardiowm.dynamics_loss, itertools.count()
 
-    def broken(*args, **kwargs):
-        terms = original(*args, **kwargs)
-        if torch.is_grad_enabled() and next(steps) == bad:  # a step, no validation
-            terms["loss"] = terms["loss"] * math.nan
+    def broken(z, z_pred, *args):
+        terms = original(z, z_pred, *args)
+        if torch.is_grad_enabled() and next(steps) >= bad:  # a step, no validation
+            of_loss = terms["loss"] * math.nan if "minimised" in what else \
+                (z_pred - z_pred.detach()).abs().sqrt().sum()  # 0, with the gradient inf
+            terms["loss"] = terms["loss"] + of_loss
         return terms
 
     monkeypatch.setattr(cardiowm, "dynamics_loss", broken)
@@ -4778,7 +4523,7 @@ def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
     # 40 pairs: 3 steps an epoch, 201 in all, every other one logged
     assert run_train("--mode pretrain --frac 0.6 --allow-tiny --epochs 67 --batch-size 13",
                      f"--checkpoint-minutes {minutes} --run {name}") == 2
-    assert re.match(rf"error: step {bad}: .*minimised nan, .*pred .*records are finite \(study_id "
+    assert re.match(rf"error: step {bad}: .*{what}, .*pred .*records are finite \(study_id "
                     r"\d+, .* more\): give a lower --lr", last_line(capsys))
     rows = log_of(workplace / "runs" / name)
     assert max((row["step"] for row in rows), default=0) == bad  # the row after it is older
@@ -4850,8 +4595,8 @@ def study_of(cohort, *flags):
     return runs, train.plan_study(runs, parser, cohort, torch.device("cpu"))
 
 
-def test_a_study_holds_every_method_of_the_papers_tables_and_claims(tiny):
-    runs, plan = study_of(tiny)
+def test_a_study_holds_every_method_of_the_papers_tables_and_plans_its_work(tiny):
+    runs, plan = study_of(tiny, "--quick", "--min-count", "7", "--total", "100")
     found = {(run["method"], run["frac"]) for run in plan.values()}
     wanted = {(m, frac) for _, frac, _, methods in evaluate.PAPER_TABLES for m in methods}
     wanted |= {(m, claim[5]) for claim in evaluate.CLAIMS for m in claim[3:5]}
@@ -4867,6 +4612,16 @@ def test_a_study_holds_every_method_of_the_papers_tables_and_claims(tiny):
             assert names.index(start) < names.index(name)
             assert plan[start]["mode"] == ("finetune" if args.compute_of else "pretrain")
             assert [plan[start][k] for k in ("frac", "seed")] == [args.frac, args.seed]
+    pairs, records = int((tiny.split[tiny.pair[:, 0]] == 0).sum()), int((tiny.split == 0).sum())
+    start, tuned, same = (plan[name] for name in (
+        "pretrain-dynamics", "finetune-dynamics", "supervised-compute"))
+    epochs = max(2, math.ceil(20 / (pairs // min(64, pairs))))
+    assert start["what"] == f"{pairs} pairs, {epochs} epochs"
+    assert [run["start"] for run in (start, tuned, same)] == [
+        None, "pretrain-dynamics", "finetune-dynamics"]
+    assert start["work"] == 2 * pairs * epochs
+    assert abs(same["work"] - start["work"] - tuned["work"]) <= records / 2
+    assert plan["mlp-dynamics"]["work"] == 20 * (records + 100)
     tiny.state = None  # a real cohort
     assert not any("state" in name for name in study_of(tiny)[0])
 
@@ -4885,20 +4640,6 @@ def test_a_study_of_several_seeds_has_three_untrained_encoders_at_least(tiny, se
     assert [name for name in first if "--min-count" in runs[name]] == [
         name + ends[0] for name in ("mlp-dynamics", "mlp-smote", "mlp-oversample",
                                     "mlp-recommended-dynamics", "mlp-state", *few)]
-
-
-def test_the_plan_knows_what_each_run_is_and_works_on(tiny):
-    _, plan = study_of(tiny, "--quick", "--min-count", "7", "--total", "100")
-    pairs, records = int((tiny.split[tiny.pair[:, 0]] == 0).sum()), int((tiny.split == 0).sum())
-    start, tuned, same = (plan[name] for name in (
-        "pretrain-dynamics", "finetune-dynamics", "supervised-compute"))
-    epochs = max(2, math.ceil(20 / (pairs // min(64, pairs))))
-    assert start["what"] == f"{pairs} pairs, {epochs} epochs"
-    assert [run["start"] for run in (start, tuned, same)] == [
-        None, "pretrain-dynamics", "finetune-dynamics"]
-    assert start["work"] == 2 * pairs * epochs
-    assert abs(same["work"] - start["work"] - tuned["work"]) <= records / 2
-    assert plan["mlp-dynamics"]["work"] == 20 * (records + 100)
 
 
 def test_a_report_has_every_page_that_its_cohort_and_its_finished_runs_allow(tiny, tmp_path):
