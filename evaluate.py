@@ -64,9 +64,12 @@ def _checked(y_true, y_score) -> tuple[np.ndarray, np.ndarray]:
     if y_true.shape != y_score.shape or y_true.ndim not in (1, 2) or y_true.size == 0:
         raise ValueError("y_true and y_score must be two non-empty arrays of one shape (N, K) or "
                          f"(N,), found {y_true.shape} and {y_score.shape}")
-    if y_score.dtype.kind not in "fiub" or np.isnan(y_score).any() \
-            or not ((y_true == 0) | (y_true == 1)).all():
-        raise ValueError("y_true must hold 0 and 1 only, y_score real numbers without NaN")
+    if not ((y_true == 0) | (y_true == 1)).all():
+        raise ValueError("y_true must hold 0 and 1 only")
+    if y_score.dtype.kind not in "fiub":
+        raise ValueError(f"y_score must be real numbers, found dtype {y_score.dtype}")
+    if np.isnan(y_score).any():
+        raise ValueError(f"y_score holds {np.isnan(y_score).sum():,} NaN")
     n = len(y_true)
     return y_true.reshape(n, -1).astype(bool), y_score.reshape(n, -1)
 
@@ -396,7 +399,8 @@ def intervals_figure(entries: list[dict], rule: float, title: str) -> bytes:
     axes.set_axisbelow(True)
     axes.axvline(rule, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
     if len(columns) > 1:
-        axes.legend(fontsize=8, frameon=False, ncols=min(3, len(columns)), loc="lower left",
+        beside = max(1, min(3, 120 // max(map(len, columns))))  # that fit into the width
+        axes.legend(fontsize=8, frameon=False, ncols=beside, loc="lower left",
                     bbox_to_anchor=(0, 1), borderaxespad=0.2)
     figure.suptitle(textwrap.fill(title, 140), fontsize=8)
     return png(figure)

@@ -581,8 +581,8 @@ def blame(cohort: Cohort, rows: np.ndarray) -> str:
 def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
     """Raise for the first step whose loss or gradient is not finite, else empty the list.
 
-    `descend` has left such a step out. This is called before anything is logged or stored only:
-    after each step, a GPU would have to wait for it.
+    `descend` has left such a step out. On a GPU, which would have to wait, this is called before
+    anything is logged or stored only; elsewhere after each step.
     """
     sums = torch.stack([terms["minimised"] + terms["gradient norm"] for *_, terms in unchecked])
     for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
@@ -656,6 +656,7 @@ class Loop:
             self.at = {key: run.state[key] for key in self.at}
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace, self.slowed = self.began, [], [], False
+        self.may_wait = not args.device.startswith("cuda")  # for the values of each step
 
     def save(self, name: str, epoch: int) -> None:
         """A checkpoint to go on from at this epoch, within it where its steps are not all done."""
@@ -682,7 +683,7 @@ class Loop:
         step, stop = self.at["step"], self.run.asked if world_size() == 1 else 0
         save = stop or time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
         log = step % self.log_every == 0 or step == self.total or "grad_ratio" in terms
-        if log or save or step % self.per_epoch == 0:
+        if log or save or step % self.per_epoch == 0 or self.may_wait:
             task = self.task
             check_finite(self.unchecked, lambda items: blame(task.cohort, task.rows[items]))
         if log:
