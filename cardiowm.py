@@ -648,7 +648,7 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.exp(-torch.xlogy(p, p).sum())
 
 
-# The action as two sets, and what makes a world model need it: ratio, windows, labels, decoys
+# The action as two sets, and what makes a world model need it: ratio, windows, labels
 
 
 def action_sets(y: Tensor, y_next: Tensor, known: Tensor, known_next: Tensor) -> Tensor:
@@ -704,35 +704,6 @@ def known_bce(logits: Tensor, y: Tensor, known: Tensor,
         known = known.float()
         count = _gather_mean(known.mean(), mean_over_ranks)  # of all ranks: some have more known
         return (known * bce.sum(dim=1)).mean() / count.clamp_min(1e-9)      # (B, K) -> (B,) -> ()
-
-
-def decoy_loss(model: WorldModel, z: Tensor, z_next: Tensor, a: Tensor, changed: Tensor,
-               sets: bool = False, others: int = 7, tau: float = 0.1) -> Tensor:
-    """Tell the action that was taken from those of other pairs by where each of them leads.
-
-        logit_nj = -mean_d (r(z_n, a_nj) - z_next_n)^2 / tau     a_n0 true, a_nj that of row n - j
-        loss     = mean_n -log softmax_j(logit_n)_0
-
-    A squared error alone is nearly as small where the action is ignored; this one is not: log 8.
-
-    Args:    z, z_next (B, D); a (B, A); changed (B,) bool: the pairs that take part, those whose
-             action is no "no change" and known at both ends; sets: a is of action_sets, and a decoy
-             keeps y and known of its own source
-    Returns: scalar float32; 0 where at most others + 1 pairs take part. Gradients flow through
-             z_next. Assumed: a decoy that equals the true action stays.
-    """
-    z, z_next, a = z[changed], z_next[changed], a[changed]                  # (n, ...)
-    n = len(z)
-    if n <= others + 1:
-        return z.new_zeros((), dtype=torch.float32)
-    own = torch.zeros(a.shape[1], dtype=torch.bool, device=a.device)
-    if sets:
-        own[:a.shape[1] // 2 - 1] = own[-2] = True                          # y and known
-    actions = torch.cat([torch.where(own, a, a.roll(j, dims=0)) for j in range(others + 1)])
-    z_pred = model.predict(z.repeat(others + 1, 1), actions).float().view(others + 1, n, -1)
-    with torch.autocast(z.device.type, enabled=False):
-        logits = -(z_pred - z_next.float()).square().mean(dim=2).T / tau    # (n, others + 1)
-        return F.cross_entropy(logits, torch.zeros(n, dtype=torch.long, device=z.device))
 
 
 class SetAugmentor(Augmentor):

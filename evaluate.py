@@ -552,7 +552,7 @@ def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
 # What --recipe sets of a pretraining's objective where a flag is unset; a recipe of the papers' own
 # has lam, any other the ratio that lam follows from.
 PAPERS = dict(action="coded", lam=0.1, sigreg_ratio=None, crop=1.0, noise=0.0, supervise=0.0,
-              decoys=0.0, self_pairs=False)
+              self_pairs=False)
 SWITCHES = {
     "papers": PAPERS,
     "recommended": PAPERS | dict(action="sets", lam=None, sigreg_ratio=5.0, crop=0.8, noise=0.05,
@@ -564,15 +564,17 @@ def recipe_words(args: dict) -> str:
 
     args: of its config.json; a key that an older one lacks, or that is None, is the papers' value.
     """
-    names = [name for name in PAPERS if name != "lam" and (  # other objectives have no action
+    usual, better = (SWITCHES[name] | {"decoys": 0.0}  # which older runs may have
+                     for name in ("papers", "recommended"))
+    names = [name for name in usual if name != "lam" and (  # other objectives have no action
         name != "action" or args.get("objective", "dynamics") == "dynamics")]
-    used = {name: PAPERS[name] if args.get(name) is None else args[name] for name in names}
-    if all(used[name] == SWITCHES["recommended"][name] for name in names):
+    used = {name: usual[name] if args.get(name) is None else args[name] for name in names}
+    if all(used[name] == better[name] for name in names):
         return ", recommended"
     words = {"action": "sets" if used.get("action") == "sets" else "--action {}",
              "sigreg_ratio": "ratio {:g}", "self_pairs": "self-pairs"}
     return "".join(", " + words.get(name, f"{name} {{:g}}").format(used[name])
-                   for name in names if used[name] != PAPERS[name])
+                   for name in names if used[name] != usual[name])
 
 
 def method(args: dict, init: dict | None) -> str:

@@ -356,41 +356,6 @@ def test_known_bce_of_no_known_record_is_0_and_that_of_two_ranks_is_the_whole_ba
     torch.testing.assert_close(sum(halves) / 2, cardiowm.known_bce(logits, y, known))
 
 
-@pytest.mark.parametrize("sets", [False, True])
-def test_decoy_loss_is_the_cross_entropy_of_8_actions_with_its_gradient(sets):
-    torch.manual_seed(0)
-    n, k = 16, 3
-    model = cardiowm.WorldModel(2 * k + 2 if sets else k, z_dim=4)
-    z, z_next = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
-    y, y_next = (torch.rand(2, n, k) < 0.4).float()
-    known = torch.rand(2, n) < 0.5
-    a = cardiowm.action_sets(y, y_next, *known) if sets else y_next - y
-    changed = torch.arange(n) % 4 != 1                                       # 12 of 16
-    rows = changed.nonzero()[:, 0].tolist()
-    told = torch.stack([a[[rows[i - j] for i in range(12)]] for j in range(8)])  # the own, others'
-    if sets:
-        told[:, :, :k], told[:, :, -2] = a[rows, :k], a[rows, -2]  # the source stays
-    # one batch: its batch norm sees all of them
-    z_pred = model.predict(z[rows].repeat(8, 1), told.flatten(0, 1)).view(8, 12, 4)
-    logits = -(z_pred - z_next[rows]).square().mean(dim=2).T / 0.1           # (12, 8)
-    wanted = -logits.log_softmax(dim=1)[:, 0].mean()
-    found = cardiowm.decoy_loss(model, z, z_next, a, changed, sets)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    leaves = [z, z_next, *model.action_encoder.parameters(), *model.predictor.parameters()]
-    gradients = [torch.autograd.grad(loss, leaves) for loss in (found, wanted)]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)  # float32, a batch norm each
-    few = torch.arange(n) < 8
-    assert cardiowm.decoy_loss(model, z, z_next, a, few, sets).item() == 0
-
-
-def test_decoys_cost_log_8_where_the_action_is_ignored_and_nothing_where_it_tells_all():
-    z, a, changed = torch.zeros(12, 12), 5 * torch.eye(12), torch.ones(12, dtype=torch.bool)
-    for scale, wanted in ((0, math.log(8)), (1, 0)):
-        model = types.SimpleNamespace(predict=lambda z, action: scale * action)
-        loss = cardiowm.decoy_loss(model, z, a, a, changed)
-        assert loss.item() == pytest.approx(wanted, abs=1e-6)
-
-
 def test_heads_are_their_formulas():
     torch.manual_seed(0)
 
@@ -2074,8 +2039,8 @@ PAPERS, BETTER = evaluate.SWITCHES["papers"], evaluate.SWITCHES["recommended"]
      "finetuned, invariance, recommended", None),
     (FINE, BETTER | {"self_pairs": True}, "finetuned, dynamics, sets, ratio 5, crop 0.8, "
      "noise 0.05, supervise 0.3, self-pairs", None),
-    (FINE, {"action": "state", "decoys": 0.1}, "finetuned, dynamics, --action state, decoys 0.1",
-     None),
+    (FINE, {"action": "state", "decoys": 0.1},  # a switch of before
+     "finetuned, dynamics, --action state, decoys 0.1", None),
     (FINE | {"frac": 0.01}, {}, "finetuned, dynamics, pretrained on 100%", None),
     (FINE | {"frac": 0.01}, {"frac": 0.01}, "finetuned, dynamics", "0.510"),
     (FINE, {"labelled_only": True}, "finetuned, dynamics, pretrained on labelled records", None),
@@ -3119,8 +3084,8 @@ def pretrained(workplace):
 def recommended(workplace):
     """The same with every switch of the recommended recipe and single records."""
     name = "tiny-pretrain-reciperecommended"  # as unnamed without --self-pairs and what is quick
-    assert run_train("--mode pretrain --recipe recommended --self-pairs --decoys 0.05 --epochs 2 "
-                     f"--batch-size 48 --allow-tiny --run {name}") == 0
+    assert run_train("--mode pretrain --recipe recommended --self-pairs --epochs 2 --batch-size 48 "
+                     f"--allow-tiny --run {name}") == 0
     return workplace / "runs" / name
 
 
@@ -3425,7 +3390,6 @@ def ranks(workplace):
         "cuda:0": f"{data} {pretrain} --device cuda:0",
         "mps": f"{data} {pretrain} --device mps",
         "batch": f"{data} {pretrain} --device cpu --batch-size 3",
-        "decoys": f"{data} {pretrain} --device cpu --batch-size 8 --decoys 1",
         "data": f"--data nowhere.h5 {pretrain} --device cpu",
         "finished": two["vicreg"],
         "long": f"{data} --mode pretrain --allow-tiny --device cpu --run {'x' * 300}",
@@ -3523,7 +3487,6 @@ def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
     ("cuda:0", "--device cuda:0: torchrun gives each process its own device"),
     ("mps", "--device mps: torchrun gives each process its own device"),
     ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
-    ("decoys", "--decoys: found several processes"),
     ("data", "nowhere.h5"),
     ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
     ("long", "File name too long; choose a shorter name"),
@@ -3586,10 +3549,8 @@ def test_pretraining_leaves_checkpoint_log_config_and_predictions(
     assert all(key.startswith("val_") for r in validation for key in set(r) - {"step", "epoch"})
     for r in training:  # terms under their own names add up
         wanted = (1 - lam) * r["pred"] + lam * (r["sigreg_t"] + r["sigreg_next"])
-        wanted += 0.3 * r["supervised_bce"] + 0.05 * r["decoy_ce"] if better else 0
+        wanted += 0.3 * r["supervised_bce"] if better else 0
         assert r["loss"] == pytest.approx(wanted, rel=1e-5)
-    # log 8 = 2.08 where the action tells nothing
-    assert 1 < training[0]["decoy_ce"] < 4 if better else "decoy_ce" not in training[0]
     state, best = state_of(run.name), state_of(run.name, "best.pt")
     assert state["class_name"] == tiny.class_name and state["fs"] == tiny.fs
     assert state["model_args"]["num_classes"] == (2 * k + 2 if better else k)
@@ -3910,7 +3871,7 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("flags", [
     "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
     "--mode pretrain --recipe recommended --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny "
-    "--decoys 0.1 --self-pairs",
+    "--self-pairs",
     "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24 --crop 0.8 --noise 0.1",
     "--mode probe --init base --head mlp --epochs 4 --batch-size 64",
 ])
@@ -4117,9 +4078,10 @@ def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained
     (new,) = config.pop("code")
     state = state_of(run.name)
     state.pop("action_form", None)
-    for key in ("patience compute_of class_weight recipe sigreg_ratio crop noise supervise decoys "
+    for key in ("patience compute_of class_weight recipe sigreg_ratio crop noise supervise "
                 "self_pairs augment_action").split():  # arguments that it did not know
         del config["args"][key], state["args"][key]
+    config["args"]["decoys"] = state["args"]["decoys"] = 0.0  # a switch that is no more
     torch.save(state, run / "last.pt")
     old = new["sha256"] | {"train.py": "0"}
     (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
@@ -4307,8 +4269,6 @@ MLP = "probe --init base --head mlp --augment dynamics"
     ("pretrain --self-pairs", "--self-pairs: pairs two windows of a record, and without --crop"),
     ("pretrain --recipe recommended --self-pairs --crop 1", "add --crop 0.8"),
     ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
-    ("pretrain --objective invariance --decoys 0.1", "--decoys 0.1: tells the true action"),
-    ("pretrain --action none --decoys 0.1", "--decoys 0.1: tells the true action"),
     ("pretrain --objective labels", "--objective labels: learns labels"),
     ("pretrain --objective labels --supervise 1 --reg vicreg", "leave --reg out"),
     ("probe --supervise 1 --init base", "--supervise: means nothing in --mode probe"),
@@ -4771,7 +4731,7 @@ import train"""
 
 FLAGS = {
     "train": """--mode --data --frac --labelled-only --pairs --cache --objective --action --residual
-        --recipe --sigreg-ratio --crop --noise --supervise --decoys --self-pairs --no-self-pairs
+        --recipe --sigreg-ratio --crop --noise --supervise --self-pairs --no-self-pairs
         --augment-action
         --z-dim --normalize --init --head --features --augment --class-weight --min-count --total
         --reg --lam --slices --epochs --batch-size --lr --schedule --paper --quick --compute-of

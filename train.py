@@ -829,12 +829,10 @@ class Pretraining(Task):
         _, pairs, single, _ = training_items(args, cohort)
         self.rows = np.concatenate([cohort.pair[pairs], np.stack([single] * 2, axis=1)])
         label, known = cohort.label[self.rows], cohort.has_label[self.rows]      # (n, 2, K), (n, 2)
-        told = cohort.state[self.rows] if args.action == "state" else label
         action = np.hstack([*label.swapaxes(0, 1), known]) if self.sets else np.concatenate([
             cohort.action_of(pairs, args.action), np.zeros((len(single), k), np.int8)])  # (n, A)
-        changed = (told[:, 0] != told[:, 1]).any(axis=1) & known.all(axis=1)             # (n,)
-        self.label, self.known, self.action, self.changed = (
-            torch.from_numpy(part).to(device) for part in (label, known, action, changed))
+        self.label, self.known, self.action = (
+            torch.from_numpy(part).to(device) for part in (label, known, action))
 
     def read(self, items: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) pairs -> both ECGs (B, 12, T) float16 mV and the index (B,), all on the device."""
@@ -866,11 +864,6 @@ class Pretraining(Task):
                        self.label[at].unbind(1), self.known[at].T)
             terms["supervised_bce"] = sum(cardiowm.known_bce(*end, average) for end in ends) / 2
             terms["loss"] = terms["loss"] + self.args.supervise * terms["supervised_bce"]
-        if self.args.decoys:
-            with autocast(self.device):
-                terms["decoy_ce"] = cardiowm.decoy_loss(
-                    self.model, z, z_next, self.action[at], self.changed[at], self.sets)
-            terms["loss"] = terms["loss"] + self.args.decoys * terms["decoy_ce"]
         terms["online_bce"] = F.binary_cross_entropy_with_logits(
             logits, self.label[at, 0].float())
         first_epoch = len(self.rows) // (len(items) * world_size())
@@ -1262,7 +1255,7 @@ class Run:
                 "cohort": config["cohort"]["sha256"][:12], "init": init.get("run"),
                 "the weights of init": init.get("sha256")}
 
-        now = content(self.config["args"], self.config)
+        now = {"decoys": 0.0} | content(self.config["args"], self.config)  # a switch of before
         refuse([(value != now.get(key),
                  f"{where}: holds a run with {key} = {value}, asked for {now.get(key)}; choose "
                  "another --run, or move the old one aside with --overwrite")
@@ -1532,7 +1525,7 @@ def usual_switches(args: Namespace) -> dict:
     """What --recipe sets where a flag is unset; of the objective, so of a pretraining alone."""
     usual = dict(evaluate.SWITCHES[args.recipe if args.mode == "pretrain" else "papers"])
     if args.objective != "dynamics":  # it takes no action
-        usual |= {"action": "coded", "decoys": 0.0}
+        usual["action"] = "coded"
     if args.lam is not None or args.reg != "sigreg":
         usual["sigreg_ratio"] = None
     return usual
@@ -1593,8 +1586,8 @@ HOW_FLAGS = {"data", "cache", "run", "device", "resume", "overwrite", "checkpoin
 # flags with a meaning in some modes only; given elsewhere they are refused, not ignored
 MODE_FLAGS = {
     "pretrain": {"pairs", "objective", "action", "residual", "z_dim", "reg", "lam", "slices",
-                 "sigreg_ratio", "crop", "noise", "supervise", "decoys", "self_pairs",
-                 "allow_tiny", "normalize"},
+                 "sigreg_ratio", "crop", "noise", "supervise", "self_pairs", "allow_tiny",
+                 "normalize"},
     "finetune": {"init", "normalize", "compute_of", "crop", "noise"},
     "probe": {"init", "head", "features", "augment", "augment_action", "class_weight", "min_count",
               "total"},
@@ -1657,9 +1650,6 @@ def contradictions(args: Namespace, given: list[str]) -> list[tuple]:
         (args.objective == "labels" and (not switch["supervise"] or args.reg != "sigreg"),
          "--objective labels: learns labels, with SIGReg or nothing beside: give --supervise W and "
          "leave --reg out"),
-        (switch["decoys"] > 0 and (args.objective != "dynamics" or switch["action"] == "none"),
-         f"--decoys {switch['decoys']:g}: tells the true action from others, and this model has "
-         "none; leave it out"),
         (args.lam is not None and args.sigreg_ratio is not None,
          "--lam and --sigreg-ratio exclude each other: give one"),
         (switch["self_pairs"] and switch["crop"] == 1,
@@ -1734,7 +1724,7 @@ def build_parser() -> ArgumentParser:
     add("--cache", "auto", "where the signals are held", "auto disk ram gpu")
     group = parser.add_argument_group("model")
     add("--recipe", "papers", "what unset --action, --sigreg-ratio, --crop, --noise, --supervise, "
-        "--decoys, --self-pairs are; probe, finetune: that of the pretraining",
+        "--self-pairs are; probe, finetune: that of the pretraining",
         " ".join(evaluate.SWITCHES))
     add("--objective", "dynamics", "predict from state and action, from the state alone, or, with "
         "--supervise, nothing", "dynamics invariance labels")
@@ -1767,8 +1757,6 @@ def build_parser() -> ArgumentParser:
     add("--crop", float, "train on a random window of this part of each record", within=(0.1, 1.0))
     add("--noise", float, "and on noise of this standard deviation", within=(0.0, 100.0))
     add("--supervise", float, "weight of a linear head on h that learns the coded labels",
-        within=(0.0, 1e6))
-    add("--decoys", float, "weight of telling the true action from those of other pairs",
         within=(0.0, 1e6))
     group = parser.add_argument_group("optimisation (unset: the papers' recipe or the preset)")
     add("--epochs", int, "passes over the training items: exactly so many", within=(1, 1_000_000))
@@ -1837,9 +1825,7 @@ def prepare(args: Namespace, parser: ArgumentParser, cohort: Cohort, device: tor
     size = global_batch(args, n)
     refuse([(size < 2 * world_size(),
              f"--batch-size: found {min(args.batch_size, n)} items for {world_size()} ranks, "
-             "wanted at least 2 for each; raise it or start fewer processes"),
-            (args.decoys > 0 and world_size() > 1,
-             "--decoys: found several processes, and each has decoys of its own; start one")])
+             "wanted at least 2 for each; raise it or start fewer processes")])
     print_training(args, cohort)
     if passes is not None:
         print(f"compute of {args.compute_of} and its pretraining: {passes:,} records forward and "
