@@ -1939,7 +1939,7 @@ def compare(stage: str, today: tuple, here: tuple, wanted: str, repeats: int, sc
 
 
 def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
-    """WFDB record -> 100 Hz float16: one core, the whole build, two workers that fill one map."""
+    """WFDB record -> 100 Hz float16: one core, the whole build, two workers."""
     import wfdb
     from scipy.signal import resample_poly
     paths, fs = [str(p)[:-4] for p in sorted(root.glob("files/**/*.hea"))], 100
@@ -1963,8 +1963,8 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
 
     def read(workers: int) -> None:
         with tempfile.TemporaryDirectory(dir=root.parent) as folder, prepare_data.workspace(
-                Path(folder, "cohort.h5"), many, {"arguments": {"fs": fs}}) as (work, status):
-            prepare_data.run_workers(work, root, many, fs, status, workers)
+                Path(folder, "cohort.h5"), many, {"arguments": {"fs": fs}}) as work:
+            prepare_data.run_workers(work, root, many, fs, workers)
 
     def cpu_seconds() -> float:  # of this process and of those it started
         return sum(os.times()[:4])
@@ -1977,7 +1977,7 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
                   today), ("one worker, whole process", build), "≥ 10×", repeats,
                   scale=len(paths) / len(some), clock=cpu_seconds)
     yield compare(f"read {len(many):,} records", ("one worker", lambda: read(1)),
-                  ("two workers, one map", lambda: read(2)), "≥ 1.7×", repeats)
+                  ("two workers", lambda: read(2)), "≥ 1.7×", repeats)
 
 
 def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
