@@ -85,39 +85,33 @@ def printable(text: str) -> str:
 class Rejected(Exception):
     """One record cannot enter the cohort: `reason`, one of REASONS, and what was `found`."""
 
-    def __init__(self, reason: str, found: str = ""):
-        found = printable(found[:200])
-        super().__init__(reason, found)
-        self.reason, self.found = reason, found
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.found}" if self.found else self.reason
+    def __init__(self, reason: str, found: str):
+        self.reason, self.found = reason, printable(found[:200])
+        super().__init__(f"{reason}: {self.found}")
 
 
 class Progress:
-    """Count, rate, time left on stderr: one line rewritten on a terminal, else a line every 10 s.
+    """Count, rate and time left on stderr, a line every 10 s.
 
     Args: total: what makes 100 %. unit: the word after the count. label: what stands before it.
     """
 
     def __init__(self, total: int, unit: str, label: str = ""):
-        self.total, self.unit, self.label = total, unit, label
-        self.count, self.tty = 0, bool(sys.stderr and sys.stderr.isatty())  # None: closed
+        self.total, self.unit, self.label, self.count = total, unit, label, 0
         self.start = self.shown = time.monotonic()
 
     def update(self, n: int = 1, last: bool = False) -> None:
         """Count n more, and print if it is time to; the last line has the total time."""
         self.count += n
         now = time.monotonic()
-        if not last and now - self.shown < (0.2 if self.tty else 10):
+        if now - self.shown < 10 and not last:
             return
         self.shown, passed = now, max(now - self.start, 1e-9)
         left = passed if last else (self.total - self.count) * passed / max(self.count, 1)
-        tail = f"{timedelta(seconds=round(left))} {'in all' if last else 'left'}"  # 0:02:05 left
         line = (f"{self.label} {self.count:,}/{self.total:,} {self.unit} · "
-                f"{self.count / passed:,.1f}/s · {tail}").strip()
-        start = "\r\x1b[K" if self.tty else ""  # wipes the line before it
-        print(start + line, end="" if self.tty and not last else "\n", file=sys.stderr, flush=True)
+                f"{self.count / passed:,.1f}/s · "
+                f"{timedelta(seconds=round(left))} {'in all' if last else 'left'}")  # 0:02:05 left
+        print(line.strip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Print the last line."""
@@ -147,13 +141,11 @@ def system_error(error: OSError, what: str | Path = "") -> str:
 
     what: the file or flag, where the error itself does not know it.
     """
-    number_of = error.errno
-    if number_of is None and (told := re.search(r"errno = (\d+)", str(error))):  # h5py's
-        number_of = int(told[1])
-    if number_of is None:
+    what = what or error.filename or "the system"
+    if error.errno is None:
         return f"{what}: {error}"
-    remedy = REMEDY.get(number_of, "the same command goes on once that is mended")
-    return f"{what or error.filename or 'the system'}: {os.strerror(number_of)}; {remedy}"
+    remedy = REMEDY.get(error.errno, "the same command goes on once that is mended")
+    return f"{what}: {os.strerror(error.errno)}; {remedy}"
 
 
 @contextlib.contextmanager
@@ -383,8 +375,8 @@ MAX_HEADER = 2**20  # bytes; a header of MIMIC has some 700
 MAX_SAMPLES = 2**26  # of all signals of a record: 12 leads at 500 Hz for three hours
 MAX_FS = 100_000
 FORMATS = {  # signal(5): bytes of 6 samples (None: compressed), the code of a missing sample
-    8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 61: (12, -2**15),
-    80: (6, -2**7), 160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
+    8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 80: (6, -2**7),
+    160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
     508: (None, -2**7), 516: (None, -2**15), 524: (None, -2**23)}
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
@@ -431,7 +423,7 @@ def read_header(folder: str, record: str) -> Header:
         text = raw.decode("latin-1")
     text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
     first, *rows = [row for line in text.split("\n") if (row := line.split(None, 8))] or [[]]
-    name, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
+    _, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
     rate_of = RATE_FIELD.fullmatch(rate)
     if rate_of is None or not 0 < float(rate_of[1]) <= MAX_FS:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
@@ -439,8 +431,7 @@ def read_header(folder: str, record: str) -> Header:
         if not (field.isascii() and field.isdigit() and len(field) < 16):
             raise Rejected("unreadable", f"{what} {field!r}")
     if int(stated) != len(rows) or not rows:
-        why = ": a record in segments, which is not read" if "/" in name else ""
-        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described{why}")
+        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described")
     columns = zip(*(row + [None] * (9 - len(row)) for row in rows))
     return Header(float(rate_of[1]), int(samples), *columns)
 
@@ -532,8 +523,6 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
             formats = dict.fromkeys(str(header.format[i]) for i in own)
             raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
         samples, copy = read_samples(folder, file, kind, offset, frame, samples, width)
-        if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
-            kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
         copies[f"{k}.dat"] = copy
         offset = offset if kind > 500 else 0  # the copy begins there
         for i in own:
@@ -851,30 +840,13 @@ def parse_codes(text: str) -> tuple[str, ...]:
     return tuple(codes)
 
 
-def open_table(path: Path, wanted: str):
-    """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
-    try:
-        with open(path, "rb") as handle:
-            start = handle.read(4)
-    except OSError as error:
-        raise InputError(f"{system_error(error, path)}; {wanted}") from None
-    if start == b"PK\x03\x04":
-        raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
-                         "export it as CSV")
-    opened = gzip.open if start[:2] == b"\x1f\x8b" else open
-    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return opened(path, "rt", encoding=encoding, errors="replace", newline="")
-
-
 def check_header(header: list[str], path: Path, required: dict, optional: dict,
                  wanted: str) -> None:
     """InputError where a required column lacks or one stands there twice."""
     lacking = [name for name in required if name and name not in header]
     if lacking or not header:
-        mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
         raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
-                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}"
-                         + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
+                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}")
     if twice := [name for name in required | optional if header.count(name) > 1]:
         raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
     if absent := [name for name in optional if name not in header]:
@@ -893,7 +865,9 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     """
     wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
     rows, listed = {}, 0
-    with open_table(path, wanted) as handle:
+    with system_errors(path), open(path, "rb") as raw:
+        opened = gzip.open if raw.read(2) == b"\x1f\x8b" else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as handle:
         reader = csv.reader(handle)
         try:
             header = [name.strip() for name in next(reader, [])]
@@ -1072,7 +1046,6 @@ def make_pairs(table: dict) -> dict:
 # ----------------------------------------------------------------------------------------------
 
 CHUNK = 256  # records that a worker reads at a time: what a kill can lose
-JOBS_AHEAD = 4  # jobs that wait in a worker's pipe, so that no worker waits for another
 
 
 def difference(found: dict, wanted: dict) -> str:
@@ -1116,13 +1089,13 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[Path]:
 
 
 def serve() -> None:
-    """A worker process: answer the jobs on stdin until there are no more, nor is the parent."""
+    """A worker process: do the jobs that stdin holds, while someone takes the answers."""
     answers = open(1, "wb", buffering=0, closefd=False)
     sys.stdout = sys.stderr  # what else is printed is no answer
     sys.modules["__main__"] = sys.modules[__name__]  # where a parent that is this file's main is
     with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            call, job = pickle.load(sys.stdin.buffer)
+        call, jobs = pickle.load(sys.stdin.buffer)
+        for job in jobs:
             try:
                 answer = call(job)
             except (OSError, InputError) as error:
@@ -1147,21 +1120,20 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator:
     env = os.environ | threads | {"PYTHONPATH": os.pathsep.join(
         [os.path.dirname(os.path.abspath(__file__)), *filter(None, sys.path)])}
     command = [sys.executable, "-P", "-c", "import prepare_data; prepare_data.serve()"]
-    processes, ahead = [], JOBS_AHEAD * min(workers, len(jobs))
+    processes, n = [], min(workers, len(jobs))
     try:
         with system_errors(f"--workers {workers}"):
-            while len(processes) < min(workers, len(jobs)):
+            while len(processes) < n:
                 processes.append(subprocess.Popen(  # Ctrl-C, to a session, is for the parent alone
                     command, stdin=-1, stdout=-1, env=env, start_new_session=True))
-        for k in range(len(jobs) + ahead):  # send job k to the next worker, take what it did before
-            process, answer = processes[k % len(processes)], None
+        for k, process in enumerate(processes):
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                pickle.dump((call, jobs[k::n]), pipe)
+        for k in range(len(jobs)):
+            process = processes[k % n]
             try:
-                if k >= ahead:
-                    answer = pickle.load(process.stdout)
-                if k < len(jobs):
-                    pickle.dump((call, jobs[k]), process.stdin)
-                    process.stdin.flush()
-            except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                answer = pickle.load(process.stdout)
+            except (EOFError, pickle.UnpicklingError):
                 if (code := process.wait()) >= 0:
                     raise RuntimeError(f"a worker ended early, exit code {code}") from None
                 raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as when "
@@ -1169,13 +1141,13 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator:
                                  "the same command goes on") from None
             if isinstance(answer, Exception):
                 raise answer
-            if k >= ahead:
-                yield answer
+            yield answer
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
-            process.communicate()
+            with process:  # which closes its pipes and waits for it
+                pass
 
 
 def read_chunk(folder: Path, root: Path, fs: int, job: tuple[int, list[str]]) -> int:
@@ -2112,27 +2084,20 @@ def summary(cohort: Cohort) -> str:
     often = sorted((f"records with {name}" for name in cohort.class_name), key=lambda r: -counts[r])
     rows += [(k, f"{counts[k]:,}", f"{counts[k] / len(cohort):.1%}") for k in often[:10]]
     for name, number_text, share in rows:
-        name = name.replace("first in stay", "first in stay (triage)")
         out.append(f"  {name:<54}{number_text:>11}{share:>8}".rstrip())
     out += [f"  {reason}: {cohort.rejected.get(reason, cohort.flaws.get(reason)):,}, e.g. {example}"
             for reason, example in sorted(cohort.rejected_examples.items())]
-    return "\n".join([*out, *golden_lines(cohort, counts), *notes(cohort)])
-
-
-def loss_line(cohort: Cohort) -> str:
-    """What to say last where more than 5 % of the listed records are lost, else "".
-
-    Measured against the lines of the CSV file that lists them; --patients loses nothing.
-    """
+    out += golden_lines(cohort, counts) + notes(cohort)
+    # What is lost, against the lines of the CSV file that lists the records; --patients loses none
     unread = sum(cohort.rejected.get(reason, 0) for reason in REASONS)
     tried = len(cohort) + unread
     lines = cohort.listed - cohort.not_chosen - tried  # lost before a record was looked at
     share = 1 - (1 - lines / max(1, cohort.listed)) * len(cohort) / tried
-    if share <= 0.05 + 1e-9:
-        return ""
-    return (f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} of "
-            f"{cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the reasons stand "
-            "above, each with an example")
+    if share > 0.05 + 1e-9:
+        out.append(f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} "
+                   f"of {cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the "
+                   "reasons stand above, each with an example")
+    return "\n".join(out)
 
 
 def refuse_other(out: Path, identity: dict) -> None:
@@ -2217,8 +2182,7 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         with workspace(out, table["path"], identity) as folder:
             run_workers(folder, root, table["path"], fs, workers)
             write_cohort(folder, out, table, identity, fs, synthetic)
-    cohort = Cohort(out)
-    print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")
+    print(summary(Cohort(out)))
     return out
 
 
@@ -2259,7 +2223,7 @@ def main(argv: list[str] | None = None) -> int:
             build(**args)
         else:
             check_cohort(cohort := Cohort(check))
-            print(summary(cohort), "ok", *filter(None, [loss_line(cohort)]), sep="\n")
+            print("ok: every checksum agrees", summary(cohort), sep="\n")
 
     return run_script(work, "interrupted; the same command goes on where it stopped")
 

@@ -792,27 +792,17 @@ LEGAL_HEADERS = {  # header(5), and what is met in the wild: edits of the plain 
     "without a number of samples": (" 5000 .*$", ""),
     "without a frequency and 0 for the samples": (" 500 5000 .*$", " 500 0"),
     "counter frequency": (" 500 ", " 500/1000.5(-7) "),
-    "counter frequency beyond a float": (" 500 ", " 500/1e400 "),
     "a fraction in the frequency": (" 500 ", " 500.000 "),
-    "name with a folder": ("^x 12", "p10/s40000005/40000005 12"),
     "name out of the root": ("^x 12", "../OUTSIDE 12"),
-    "name with an extension": ("^x 12", "x.mat 12"),
     "date with a month's name": ("09:36.*$", "04-Jan-2151 11:22:33"),
-    "a year as date": ("09:36.*$", "2006"),
-    "no time, no date": (" 09:36.*$", ""),
     "carriage returns": ("$", "\r"),
-    "carriage returns alone": ("\n", "\r"),
     "tabs": (" ", "\t"),
     "byte order mark": (r"\A", "\ufeff"),
-    "Latin-1 comment": (r"\Z", "# Jos\xe9\x85\n"),
     "micro sign": (GAIN, "0.2(0)/\xb5V"),
     "micro sign in Latin-1": (GAIN, "0.2(0)/\xb5V"),
-    "Greek mu": (GAIN, "0.2(0)/\u03bcv"),
     "nanovolts": (GAIN, "2e-4/nV"),
-    "volts": (GAIN, "200000/V"),
     "no unit": (GAIN, "200"),
     "gain 0": (GAIN, "0(0)/mV"),
-    "gain next to 0": (GAIN, "1e-400/mV"),
     "gain missing": (GAIN, "/mV"),
     "lower case": (".+", lambda line: line[0].lower()),
     "baseline before ADC zero": (" 16 0 ", " 16 99 "),
@@ -847,22 +837,17 @@ BROKEN_HEADERS = {  # reason: edits of the plain header, and what was found
         ("^x.dat", "\x1b[2Jx", r"\?\[2Jx"), ("^x.dat", "s3://nowhere/x.dat", "s3:")],
     "signal file truncated": [
         (" 5000 ", " 500000000000 ", "120,000 of 12,000,000,000,000 bytes"),
-        ("dat 16", "dat 16x999999", "bytes"), ("dat 16", "dat 16+999999", "bytes"),
-        ("dat 16", "dat 16+999999", " 5000 ", " 0 ", "bytes"),
-        ("dat 16", "dat 16x999999999", "bytes"), ("dat 16", "dat 16+1000000000000", "bytes")],
+        ("dat 16", "dat 16x999999999", "bytes"), ("dat 16", "dat 16+999999", " 5000 ", " 0 ",
+                                                 "bytes")],
     "unreadable": [
-        (r"(?s)\A.+", "", "signals"), (r"(?s)\A.+", "# x\n", "signals"), (" 12 .*$", "", "signals"),
-        ("^x 12", "x 13", "13 signals stated, 12"), ("^x 12", "x 11", "11 signals stated, 12"),
-        ("^x 12", "x -12", "'-12'"), ("^x 12", "x 1000000000", "1000000000 signals stated, 12"),
-        (r"(?s)\A.+", "x/2 12 500 4000\na 2000\nb 2000\n", "12 signals stated, 2"),  # segments
+        (r"(?s)\A.+", "", "signals"), (" 12 .*$", "", "signals"),
+        ("^x 12", "x 13", "13 signals stated, 12"), ("^x 12", "x -12", "'-12'"),
+        ("^x 12", "x 1000000000", "1000000000 signals stated, 12"),
         (" 500 ", " nan ", "'nan'"), (" 500 ", " 0 ", "frequency '0'"), (" 500 ", " -500 ", "-500"),
-        (" 500 ", " inf ", "'inf'"), (" 500 ", " 1e999 ", "'1e999'"), (" 500 ", " 5e12 ", "'5e12'"),
-        (" 500 ", " 1e308 ", "'1e308'"), (" 5000 ", " -5000 ", "'-5000'"),
-        (" 5000 ", " 5_000 ", "5_000"), (" 5000 ", f" {10**15} ", f"'{10**15}'"),
-        (" 5000 ", f" {'9' * 5000} ", "999"), ("dat 16", "dat 17", "x.dat: format 17"),
-        ("dat 16 ", "dat 16? ", "format 16[?]$"), ("dat 16", "dat 16x0", "16x0"),
-        ("dat 16", "dat 16+-2", "format 16[+]-2$"), ("dat 16", "dat 16x1000000000", "x1000000000"),
-        ("dat 16", "dat 16:1000000000", ":1000000000"),
+        (" 500 ", " 1e999 ", "'1e999'"), (" 500 ", " 5e12 ", "'5e12'"),
+        (" 5000 ", " -5000 ", "'-5000'"), (" 5000 ", f" {'9' * 5000} ", "999"),
+        ("dat 16", "dat 17", "x.dat: format 17"), ("dat 16", "dat 16x0", "16x0"),
+        ("dat 16", "dat 16+-2", "format 16[+]-2$"), ("dat 16", "dat 16:1000000000", ":1000000000"),
         ("dat 16 (.*) V1$", r"dat 212 \1 V1", "format 16 and 212"),
         ("dat 16", "dat 516", " 5000 ", " 0 ", "0 samples"),
         ("dat 16", "dat 516", "not a FLAC file"), ("200.0", "1e999", "1e999"),
@@ -870,7 +855,6 @@ BROKEN_HEADERS = {  # reason: edits of the plain header, and what was found
         (r"\(0\)/mV 16 0", "/mV 16 x", "'x'"), ("^x.dat", "/etc/passwd", "'/etc/passwd'"),
         ("^x.dat", "../x.dat", "'../x.dat'"), ("^x.dat", "x\0.dat", "null"),
         ("^x.dat", ".", "no regular file"), ("^x.dat", "pipe", "pipe is no regular"),
-        ("^x.dat", "zero", "zero is no regular"),
         (r"\Z", "#" * 2**20, "more than 1,048,576")]}
 
 
@@ -881,14 +865,12 @@ def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(
         reason, edits, tmp_path, recwarn, little_memory):
     os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
     os.mkfifo(tmp_path / "pipe.hea")
-    (tmp_path / "zero").symlink_to("/dev/zero")
     *edits, found = edits
     prepare_edited(tmp_path / "x", edits)
     with pytest.raises(prepare_data.Rejected) as raised:
         prepare_data.read_record(tmp_path / "x", 100)
     assert raised.value.reason == reason and re.search(found, raised.value.found)
-    assert str(raised.value) == f"{raised.value.reason}: {raised.value.found}" and not recwarn.list
-    assert len(str(raised.value)) < 300 and raised.value.found.isprintable()
+    assert len(str(raised.value)) < 300 and str(raised.value).isprintable() and not recwarn.list
     for name, found in (("pipe", "no regular file"), ("none", "none.hea: No such file")):
         with pytest.raises(prepare_data.Rejected, match=found):
             prepare_data.read_record(tmp_path / name, 100)
@@ -907,11 +889,11 @@ def prepare_pack(kind, x):
     if kind == 8:  # differences of 12 signals
         x = np.diff(x.reshape(-1, 12), axis=0, prepend=x[None, :12])
         assert np.abs(x).max() < 128
-    return x.astype({8: "i1", 61: ">i2"}[kind])
+    return x.astype("i1")
 
 
 @pytest.mark.parametrize("kind, bits", [
-    (8, None), (16, 16), (24, 24), (32, 32), (61, 16), (80, 8), (160, 16), (212, 12), (310, 10),
+    (8, None), (16, 16), (24, 24), (32, 32), (80, 8), (160, 16), (212, 12), (310, 10),
     (311, 10), (508, 8), (516, 16), (524, 24)])
 def test_every_format_gives_the_stored_samples(kind, bits, tmp_path):
     adc = np.clip(prepare_adc(5) // 16, -127, 127).astype(np.int64)
@@ -920,7 +902,7 @@ def test_every_format_gives_the_stored_samples(kind, bits, tmp_path):
         adc[30:40, 3], wanted[3, 30:40] = -2**(bits - 1), np.nan
     if kind > 500:
         pytest.importorskip("soundfile")
-    packed = kind in (8, 61, 160, 310, 311)
+    packed = kind in (8, 160, 310, 311)
     wfdb.wrsamp("x", 500, ["mV"] * 12, list(prepare_data.LEADS), d_signal=adc,
                 fmt=["32" if packed else str(kind)] * 12, adc_gain=[200.0] * 12,
                 baseline=[-3] * 12, write_dir=str(tmp_path))
@@ -982,6 +964,9 @@ def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
 
 def test_table_and_pairs_follow_from_the_csv(prepare_cohort):
     cohort, n = prepare_cohort, prepare_cohort.study_id
+    assert isinstance(cohort.signal, np.memmap) and not cohort.signal.flags.writeable
+    with h5py.File(cohort.path) as file:
+        np.testing.assert_array_equal(cohort.signal, file["signal"][()])
     assert cohort.class_name == ["I10", "I21", "I48", "I99"]  # I21 and I99 stand in the CSV alone
     labels = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
     day = np.datetime64("2180-07-01T08:00:00") + (n % 3).astype("timedelta64[D]")
@@ -1117,19 +1102,17 @@ def test_utc_offsets_order_records_and_without_times_there_are_no_pairs(tmp_path
     assert len(cohort) == 12 and len(cohort.pair) == 0
 
 
-def test_tables_are_read_gzipped_and_in_utf_16_and_spreadsheets_named(tmp_path):
+def test_tables_are_read_gzipped_and_what_is_no_table_is_named(tmp_path):
     prepare_small(tmp_path)
     labels = tmp_path / "records_w_diag_icd10.csv"
     text, wanted = labels.read_text(), prepare_data.read_mimic(tmp_path, labels, None)
-    for content in (gzip.compress(text.encode()), text.encode("utf-16")):
-        labels.write_bytes(content)
-        found = prepare_data.read_mimic(tmp_path, labels, None)
-        assert found["path"] == wanted["path"] and (found["label"] == wanted["label"]).all()
-    for content, message in ((b"PK\x03\x04", "a spreadsheet; wanted: a CSV"),
-                             (gzip.compress(text.encode())[:-20], "damaged after"),
+    labels.write_bytes(gzip.compress(text.encode()))
+    found = prepare_data.read_mimic(tmp_path, labels, None)
+    assert found["path"] == wanted["path"] and (found["label"] == wanted["label"]).all()
+    for content, message in ((gzip.compress(text.encode())[:-20], "damaged after"),
                              (b"PAR1\x15\x1b[2J", "found: PAR1[?][?]\\[2J; wanted: a CSV file"),
-                             (text.replace(",", ";").encode(), "separated by ';', commas"),
-                             (text.replace("fold", "study_id").encode(), "no column fold")):
+                             (text.replace(",", ";").encode(), "found: age;all_diag_all"),
+                             (text.replace("age", "fold", 1).encode(), "two columns fold")):
         labels.write_bytes(content)
         with pytest.raises(InputError, match=message):
             prepare_data.read_mimic(tmp_path, labels, None)
@@ -1144,7 +1127,8 @@ def test_more_than_five_percent_lost_is_said_last_but_not_what_was_not_asked_for
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith("LOST: 10.0% of the listed records") == said == ("LOST" in last)
         assert prepare_data.main(["--check", str(root / "c.h5")]) == 0
-        assert capsys.readouterr().out.splitlines()[-2:] == ["ok", last] or not said
+        found = capsys.readouterr().out.splitlines()
+        assert found[0].startswith("ok") and found[-1] == last
 
 
 def test_lines_that_an_open_quote_swallows_are_counted(tmp_path):
@@ -1154,14 +1138,6 @@ def test_lines_that_an_open_quote_swallows_are_counted(tmp_path):
     rows, listed = prepare_data.read_rows(path, {"study_id": int, "path": str}, {}, "row", tally)
     assert list(rows) == [1, 2, 9] and tally.rejected["row malformed"] == 3  # 6, and 7 with 8
     assert listed == len(rows) + 3
-
-
-def test_memory_that_ran_out_is_one_line(capsys):
-    def work():
-        raise MemoryError
-
-    assert prepare_data.run_script(work, "") == 2
-    assert capsys.readouterr().err.startswith("error: memory: none left; close other programs")
 
 
 @pytest.mark.parametrize("size", ["4", "four"])
@@ -1176,9 +1152,7 @@ def test_ranks_without_torchrun_are_refused_by_name(size, monkeypatch):
 @pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
                                           ("builtins.open", errno.EMFILE)])
 def test_no_record_is_blamed_for_what_the_machine_lacks(target, code, tmp_path, monkeypatch):
-    prepare_edited(tmp_path / "x", ("dat 16", "dat 61"))  # wfdb reads a copy
-    data = tmp_path / "x.dat"
-    data.write_bytes(np.frombuffer(data.read_bytes(), "<i2").byteswap().tobytes())
+    prepare_edited(tmp_path / "x", ("dat 16", "dat 16:1"))  # wfdb reads a copy
     prepare_data.read_record(tmp_path / "x", 100)
 
     def lacking(*_, **__):
@@ -1274,14 +1248,13 @@ def test_golden_counts_add_up_are_asked_of_a_full_build_only_and_a_difference_is
     assert g["patients with one record"] + g["patients with two or more"] == g["patients"]
     assert "partial build" in verdict({})[0]
     prepare_cohort.listed = g["records"]
-    close = {"classes per record, mean": 1.4539, "records per patient, mean": 800_035 / 161_352}
-    assert ["PASS" in line for line in verdict(g | close)] == [True]
+    line, = verdict(g | {"classes per record, mean": 1.4539})
+    assert "PASS" in line
     off = {"pairs": g["pairs"] - 1, "classes per record, mean": 1.456}
     assert verdict(g | off)[1:] == ["pairs: 638,682 found, 638,683 wanted",
                                     "classes per record, mean: 1.456 found, 1.45 wanted"]
     counts = prepare_data.count(prepare_cohort)
     assert not [name for name in g if name not in counts and "with I" not in name]
-    assert "records: 14 found, 800,035 wanted" in verdict(counts)
 
 
 def test_counts_are_those_of_loops_over_records_and_pairs(prepare_cohort):
@@ -1315,37 +1288,29 @@ def test_cohort_says_what_a_wrong_file_is(wanted, make, tmp_path, prepare_folder
         prepare_data.Cohort(tmp_path / "x.h5")
 
 
-def test_cohort_signal_is_a_read_only_memory_map_of_the_file(prepare_cohort):
-    c = prepare_cohort
-    assert isinstance(c.signal, np.memmap) and not c.signal.flags.writeable
-    with h5py.File(c.path) as file:
-        np.testing.assert_array_equal(c.signal, file["signal"][()])
-    assert c.signal.shape == (14, 12, 1000) and c.leads == list(prepare_data.LEADS)
-    assert (c.fs, c.unit, c.source, c.synthetic, c.state) == (100, "mV", "mimic", False, None)
-
-
-@pytest.mark.parametrize("name, fault", [
-    ("signal", "checksum"), ("fold", "fold"), ("pair", "pair"),
-    ("age", "the checksum of age"), ("stay", "the checksum of stay")])
+@pytest.mark.parametrize("name, fault", [("signal", "signal, rows 0 to 13"), ("age", "age")])
 def test_check_finds_a_changed_value(name, fault, prepare_cohort, tmp_path, capsys):
     path = shutil.copy(prepare_cohort.path, tmp_path / "c.h5")
     assert prepare_data.main(["--check", str(path)]) == 0
     with h5py.File(path, "r+") as file:
         file[name][1] = file[name][1] + np.ones((), file[name].dtype)
     assert prepare_data.main(["--check", str(path)]) == 2
-    assert fault in capsys.readouterr().err.splitlines()[-1]
-    same = prepare_data.Cohort(path).sha256 == prepare_cohort.sha256
-    assert same == (name == "signal")  # which enters through its checksums
+    assert f"the checksum of {fault} differs" in capsys.readouterr().err.splitlines()[-1]
+    changed = prepare_data.Cohort(path)
+    alike = changed.sha256 == prepare_cohort.sha256
+    assert alike == (not prepare_data.notes(changed)) == (name == "signal")  # by its checksums
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ("", "--source"), ("--source mimic", "--root"), ("--source mimic --root /no/such", "/no/such"),
+    ("", "--source"), ("--check out-of-memory", "memory: none left; close other programs"), ("--source mimic", "--root"), ("--source mimic --root /no/such", "/no/such"),
     ("--source ptbxl --root .", "records100"), ("--source ptbxl --root . --fs 0", "--fs 0"),
     ("--source ptbxl --root . --nuisance 1", "--nuisance"),
     ("--source ptbxl --root . --labels x.csv", "--labels"), ("--source demo --fs 60", "--fs 60"),
     ("--source demo --patients 0", "--patients 0"), ("--check /no/such.h5", "/no/such.h5")])
 def test_prepare_data_ends_bad_input_with_one_line(arguments, named, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    if "memory" in arguments:
+        monkeypatch.setattr(prepare_data, "Cohort", mock.Mock(side_effect=MemoryError))
     assert prepare_data.main(arguments.split()) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and named in error[0]
@@ -1430,6 +1395,10 @@ def test_simulate_is_deterministic_and_keyed_by_patient_and_seed():
     assert not np.array_equal(x, simulate(8, ["I48", "I10"], 3))
     assert not np.array_equal(x, simulate(7, ["I48", "I10"], 4))
     assert simulate(7, [], 3, fs=100, seconds=5).shape == (12, 500)
+    for codes in ([], ["I48"], ["I44", "I21", "I49"]):
+        i, ii, iii, avr, avl, avf = simulate(11, codes, 2)[:6]  # Einthoven, Goldberger
+        wanted = (ii - i, -(i + ii) / 2, i - ii / 2, ii - i / 2)
+        np.testing.assert_allclose((iii, avr, avl, avf), wanted, atol=1e-5)  # float32 rounding
     for patient, codes, seed in ((1, ["I99"], 1), (1, [""], 1), (-1, [], 1), (1, [], -1)):
         with pytest.raises(InputError, match="codes|integers"):
             simulate(patient, codes, seed)
@@ -1450,22 +1419,8 @@ def test_a_code_changes_the_heart_vector_alone_and_one_without_signature_nothing
                 continue
             s = np.linalg.svd(change @ change.T, compute_uv=False)  # squares: (12, T) is slow
             assert s[0] > 0.25 and s[3] < 1e-8 * s[0], (patient, code)  # float32 rounding is left
-
-
-def test_a_code_without_rhythm_leaves_every_beat_where_it_was():
-    for code in ("I10", "I35", "I45", "I21", "I25", "I34"):
-        a, b = simulate(2, [], 1), simulate(2, [code], 1)
-        (pa, _), (pb, _) = demo_beats(a), demo_beats(b)
-        assert len(pa) == len(pb) and np.abs(pa - pb).max() <= 25, code  # a new R' moves the mark
-        assert (np.abs(a - b).max(axis=0) < 1e-6).any(), code  # far from any wave nothing moves
-
-
-def test_limb_leads_obey_einthoven_and_goldberger():
-    for codes in ([], ["I48"], ["I44", "I21", "I49"]):
-        i, ii, iii, avr, avl, avf = simulate(11, codes, 2)[:6]
-        for lead, wanted in ((iii, ii - i), (avr, -(i + ii) / 2), (avl, i - ii / 2),
-                             (avf, ii - i / 2)):
-            assert np.abs(lead - wanted).max() < 1e-5  # float32 rounding
+            if code in ("I10", "I35", "I45", "I21", "I25", "I34"):  # no beat moves
+                assert (np.abs(change).max(axis=0) < 1e-6).any(), code  # far from any wave
 
 
 def test_atrial_fibrillation_has_no_p_wave_and_irregular_beats_of_the_same_shape():
@@ -1526,13 +1481,8 @@ def test_two_recordings_of_one_state_are_nearer_than_two_patients():
     assert within <= 0.5 * between, (within, between)
 
 
-@pytest.fixture(scope="module")
-def demo_histories():
-    return [prepare_data.demo_history(10_000_000 + i) for i in range(2400)]
-
-
-def test_histories_are_shaped_like_mimic(demo_histories):
-    histories = demo_histories[:600]
+def test_histories_are_shaped_like_mimic():
+    histories = [prepare_data.demo_history(10_000_000 + i) for i in range(600)]
     rows = [row for history in histories for row in history]
     count = np.array([len(history) for history in histories])
     assert 0.28 < np.mean(count == 1) < 0.40 and np.median(count) == 2 and 3.9 < count.mean() < 5.6
@@ -1548,6 +1498,9 @@ def test_histories_are_shaped_like_mimic(demo_histories):
     frequency = [sum(code in c for c in classes.values()) for code in prepare_data.COURSE]
     assert max(frequency) > 12 * min(frequency) > 0  # a long tail
     assert len(classes) == len(rows)  # study_id is unique
+    folds = np.bincount([history[0]["fold"] for history in histories], minlength=20)
+    for found, wanted in ((folds[:18].sum(), 0.5), (folds[18], 0.1), (folds[19], 0.4)):
+        assert abs(found / 600 - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 600), folds
     for history in histories:
         assert sorted(history, key=lambda r: r["ecg_time"]) == history
         assert len({row["fold"] for row in history}) == 1
@@ -1555,20 +1508,6 @@ def test_histories_are_shaped_like_mimic(demo_histories):
             infarct = [i for i, row in enumerate(history) if "I21" in row["state"]]
             for row in history[infarct[0] + 1:] if infarct else ():  # a scar from the next stay on
                 assert row["ecg_no_within_stay"] > 0 or "I25" in row["state"]
-
-
-def test_half_of_the_demo_trains_a_tenth_validates_four_tenths_test_and_histories_stay(
-        demo_histories):
-    count = np.bincount([history[0]["fold"] for history in demo_histories], minlength=20)
-    for found, wanted in ((count[:18].sum(), 0.5), (count[18], 0.1), (count[19], 0.4)):
-        error = np.sqrt(wanted * (1 - wanted) / 2400)
-        assert abs(found / 2400 - wanted) < 4 * error, count
-    assert count.min() > 30 and len(count) == 20
-    rows = [{name: value for name, value in row.items() if "fold" not in name}
-            for history in demo_histories[:50] for row in history]
-    text = json.dumps(rows, sort_keys=True, default=bool)
-    # as they were when a tenth of the patients was held out
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d520e3659282e865"
 
 
 def test_full_label_fidelity_means_coded_is_expressed():
@@ -1599,14 +1538,7 @@ def demo_cohort(demo_root, tmp_path):
 def test_the_demo_lies_as_mimic_and_holds_what_was_simulated(demo_root, tmp_path):
     out = prepare_data.build("mimic", demo_root, tmp_path / "m.h5", fs=50, workers=1)
     assert prepare_data.Cohort(out).synthetic  # even so
-    rows = read_csv(demo_root / "records_w_diag_icd10.csv")
-    assert " ".join(rows[0]) == (
-        "file_name study_id subject_id ecg_time ed_stay_id ed_hadm_id hosp_hadm_id ed_diag_ed "
-        "ed_diag_hosp hosp_diag_hosp all_diag_hosp all_diag_all gender age anchor_year anchor_age "
-        "dod ecg_no_within_stay ecg_taken_in_ed ecg_taken_in_hosp ecg_taken_in_ed_or_hosp fold "
-        "strat_fold")
     listed = read_csv(demo_root / "record_list.csv")
-    assert " ".join(listed[0]) == PREPARE_LIST
     states = read_csv(demo_root / "demo_state.csv")
     for row, truth in zip(listed, states, strict=True):
         record = wfdb.rdrecord(str(demo_root / row["path"]), physical=False)
@@ -1655,17 +1587,6 @@ def test_a_demo_is_written_neither_over_another_one_nor_among_other_files(
     with pytest.raises(InputError, match="nothing there was touched"):
         prepare_data.write_demo(tmp_path, patients=6, **knob)
     assert demo_tree(tmp_path) == before
-
-
-def test_older_folds_are_told_from_new_ones(demo_root, demo_cohort):
-    assert prepare_data.notes(demo_cohort) == []
-    older = {name: value for name, value in demo_cohort.arguments.items() if name != "folds"}
-    with h5py.File(demo_cohort.path, "r+") as file:
-        file.attrs["arguments"] = json.dumps(older)
-    changed, = prepare_data.notes(prepare_data.Cohort(demo_cohort.path))
-    assert "attributes changed since it was built" in changed
-    with pytest.raises(InputError, match="differs in folds"):
-        prepare_data.build("demo", demo_root, demo_cohort.path, patients=6)
 
 
 def test_the_action_of_a_pair_is_the_coded_the_true_or_no_change(demo_cohort):
@@ -5155,33 +5076,6 @@ def write_checkpoint(root):
     return [root / "last.pt"]
 
 
-def write_run_files(root):
-    write_run(root, "run", init="base", objective="dynamics")
-    return [root / "run" / name for name in ("config.json", "log.jsonl", "predictions_test.npz")]
-
-
-NEEDED = {  # {file: {where: its type}}
-    "log.jsonl": {("step",): int},
-    "config.json": {("args", "mode"): str, ("args", "frac"): (int, float), ("args", "seed"): int,
-                    **{("cohort", name): str for name in ("name", "path", "source", "sha256")}}}
-
-
-def judge_run(path, data, truth, got):
-    """Legal: JSON whose needed values are of their types, and were read as they are."""
-    if path.suffix == ".npz":
-        return "WRONG"
-    log = path.name == "log.jsonl"
-    said = [json.loads(line) for line in (data.splitlines() if log else [data])]
-    found = got["log"] if log else [got["config"]]
-    for row in found:
-        (row.get("init") or {}).pop("transfer", None)  # added by the reader
-    fits = same(said, found) and (log or type(found[0]["cohort"]["synthetic"]) is bool)
-    for row, (where, kind) in itertools.product(found, NEEDED[path.name].items()):
-        value = functools.reduce(lambda value, name: value[name], where, row)
-        fits = fits and isinstance(value, kind) and not isinstance(value, bool)
-    return "legal change" if fits else "WRONG"
-
-
 def read_whole_record(path):
     return prepare_data.read_record(path.with_suffix(""), 50)
 
@@ -5192,8 +5086,7 @@ FAULTS = {  # {kind: (mutations, writer of the files, reader, judge of what was 
                 read_whole_record, judge_signal),
     "tables": (600, write_tables, read_tables, judge_table),
     "cohorts": (500, write_cohort, read_cohort, lambda *_: "WRONG"),
-    "checkpoints": (200, write_checkpoint, evaluate.load_checkpoint, lambda *_: "WRONG"),
-    "runs": (300, write_run_files, lambda path: evaluate.load_run(path.parent), judge_run)}
+    "checkpoints": (200, write_checkpoint, evaluate.load_checkpoint, lambda *_: "WRONG")}
 
 
 def mutate_in_this_process(kind, root):
@@ -5209,7 +5102,7 @@ def mutate_in_this_process(kind, root):
         path = files[rng.integers(len(files))]
         data = whole = path.read_bytes()
         while data == whole:
-            data = mutate(rng, whole, path.suffix in (".hea", ".csv", ".json", ".jsonl"))
+            data = mutate(rng, whole, path.suffix in (".hea", ".csv"))
         path.write_bytes(data)
         opened.clear()
         signals.alarm(20)  # its default action ends the process, wherever it hangs
@@ -5255,7 +5148,7 @@ def test_campaign_of_mutations(tmp_path):
     side_by_side([functools.partial(mutated, kind) for kind in FAULTS])
     print(f"  in all {counts.total()}: {dict(counts.most_common())}")
     assert not list(tmp_path.rglob("PWNED")) and not (HERE / "PWNED").exists()
-    assert counts.total() >= 2400 and not [name for name in counts if name.isupper()]
+    assert counts.total() >= 2100 and not [name for name in counts if name.isupper()]
 
 
 # Files made to harm: refused at once by name, nothing run, nothing outside read, little memory
