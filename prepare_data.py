@@ -157,7 +157,7 @@ def system_errors(what: str | Path = "") -> Iterator[None]:
         raise InputError(system_error(error, what)) from error
 
 
-def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") -> None:
+def replace_file(path: Path, *content: bytes, sync: bool = True, keep: str = "") -> None:
     """Write a file whole or not at all; `sync` also outlives a power cut. InputError if it cannot.
 
     The one place where a file is put under its final name. keep: what the old one is called then.
@@ -166,7 +166,7 @@ def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") 
     try:
         with system_errors(path):
             with open(temporary, "wb") as handle:
-                handle.write(content)
+                handle.writelines(content)
                 handle.flush()
                 if sync:
                     os.fsync(handle.fileno())
@@ -319,21 +319,19 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             signals.signal(signals.SIGTERM, before)
 
 
-def lack(found, wanted: dict, at: str = "") -> str:
+def lack(found, wanted: dict | tuple, at: str = "") -> str:
     """The first thing that an object read from JSON lacks, with what was found; "" if nothing.
 
     wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
     """
+    if not isinstance(wanted, dict):
+        return "" if type(found) in wanted else f"{at} is {found!r}, {wanted[0].__name__} wanted"
     if not isinstance(found, dict):
-        return f"{at[:-1] or 'a line'} is {found!r}, an object wanted"
-    for key, kinds in wanted.items():
+        return f"{at or 'a line'} is {found!r}, an object wanted"
+    for key, inner in wanted.items():
         for name in found if key == "*" else [key]:
-            value = found.get(name)
-            if isinstance(kinds, dict):
-                if why := lack(value, kinds, f"{at}{name}."):
-                    return why
-            elif type(value) not in kinds:
-                return f"{at}{name} is {value!r}, {kinds[0].__name__} wanted"
+            if why := lack(found.get(name), inner, f"{at}.{name}".lstrip(".")):
+                return why
     return ""
 
 
@@ -1165,8 +1163,7 @@ def read_chunk(folder: Path, root: Path, fs: int, job: tuple[int, list[str]]) ->
             kept += 1
         except Rejected as error:
             fates.append([error.reason, f"{path}: {error.found}"])
-    content = b"".join([json.dumps(fates).encode(), b"\n", signal[:kept]])
-    replace_file(Path(folder, f"{first}.chunk"), content)
+    replace_file(Path(folder, f"{first}.chunk"), json.dumps(fates).encode(), b"\n", signal[:kept])
     return len(paths)
 
 
