@@ -2473,7 +2473,7 @@ def test_read_outs_and_onsets_of_the_scorecard_equal_a_direct_computation(card):
         card.agree(name + "codes", "test records", evaluate.macro_auroc(
             label[:, classes], scores.numpy()))
         assert int(card.found[name + "codes", "test records"]["n"]) == len(rows)
-        shown = ~np.isin(classes, [cohort.class_name.index(name) for name in DEMO_SILENT])
+        shown = ~np.isin(classes, [cohort.class_name.index(name) for name in prepare_data.SILENT])
         card.agree(name + "true state, codes with signature", "test records", evaluate.macro_auroc(
             cohort.state[rows][:, classes[shown]], scores[:, shown].numpy()))
     zero, means = card.predict(rows, label, label, known, 1), card.z[fit].numpy()
