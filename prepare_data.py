@@ -713,22 +713,21 @@ SEX = {"f": 0, "female": 0, "m": 1, "male": 1}
 
 class Tally:
     """Reason -> count, of rows left out (`rejected`) and of what was found in rows that are kept
-    (`flaws`); `examples`: reason -> where the first one stands and what was found there.
+    (`flaws`); `rejected_examples`: reason -> where the first one stands and what was found there.
     """
 
     def __init__(self):
-        self.rejected, self.flaws, self.examples = collections.Counter(), collections.Counter(), {}
+        self.rejected, self.flaws = collections.Counter(), collections.Counter()
+        self.rejected_examples = {}
 
     def add(self, reason: str, example: str, kept: bool = False, n: int = 1) -> None:
         """Count n, and keep the example if it is the first."""
         (self.flaws if kept else self.rejected)[reason] += n
-        self.examples.setdefault(reason, printable(example))
+        self.rejected_examples.setdefault(reason, printable(example))
 
-
-def told(counts: dict, examples: dict) -> str:
-    """Counts with their examples, in one line."""
-    return "; ".join(f"{n:,} {reason}" + f" (e.g. {examples[reason]})" * (reason in examples)
-                     for reason, n in counts.items() if n) or "nothing"
+    def __str__(self) -> str:
+        return "; ".join(f"{n:,} {reason} (e.g. {self.rejected_examples[reason]})"
+                         for reason, n in self.rejected.items()) or "nothing"
 
 
 WHOLE = re.compile(r"\s*[+-]?([0-9]{1,18}|[0-9]{1,15}\.0*)\s*")  # a float holds 15 digits
@@ -920,7 +919,7 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
                              "only: correct the fold column")
     if all(row.ecg_time < 0 for row in rows):
         for name in ("ecg_time", "recording_date"):
-            if found := tally.examples.get(f"{name} unreadable, stored as missing"):
+            if found := tally.rejected_examples.get(f"{name} unreadable, stored as missing"):
                 raise InputError(f"{found} is no time, nor is any other of that column; wanted: "
                                  "such as '2180-07-23 08:44:00'; without times there are no pairs")
     found = []
@@ -932,7 +931,7 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
             tally.add("header file missing", f"{header}: {error.strerror}")
     if not found:
         raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
-                         f"soundly; left out: {told(tally.rejected, tally.examples)}; wanted: "
+                         f"soundly; left out: {tally}; wanted: "
                          "ids in digits, folds as in the release, codes as a list or dict, such as "
                          "['I10', 'I4891'], and the files below --root")
     first = set(sorted({row.subject_id for row in found})[:patients])
@@ -943,10 +942,9 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
     table["label"] = np.zeros((len(chosen), len(class_name)), np.uint8)
     for label, own in zip(table["label"], columns["codes"]):
         label[[position[class_of(code)] for code in own if class_of(code) in position]] = 1
-    about |= dict(rejected=tally.rejected, flaws=tally.flaws, rejected_examples=tally.examples,
-                  not_chosen=len(found) - len(chosen))
+    about |= {"not_chosen": len(found) - len(chosen)}
     return table | dict(code_count=np.array(list(map(len, columns["codes"]))), about=about,
-                        class_name=class_name, path=list(columns["path"]))
+                        tally=tally, class_name=class_name, path=list(columns["path"]))
 
 
 def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Callable,
@@ -1062,7 +1060,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[Path]:
     InputError where the folder belongs to another build or process, or the disk is too small.
     """
     folder, n, fs = out.with_name(out.name + ".partial"), len(paths), identity["arguments"]["fs"]
-    plan = folder / "plan.json"
+    plan, identity = folder / "plan.json", identity | {"chunk": CHUNK}
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
         if plan.exists():
@@ -1161,7 +1159,9 @@ def read_chunk(folder: Path, root: Path, fs: int, job: tuple[int, list[str]]) ->
             kept += 1
         except Rejected as error:
             fates.append([error.reason, f"{path}: {error.found}"])
-    replace_file(Path(folder, f"{first}.chunk"), json.dumps(fates).encode(), b"\n", signal[:kept])
+    own = folder / f"{first}.{os.getpid()}"  # a worker of a killed build may still be at the same
+    replace_file(own, json.dumps(fates).encode(), b"\n", signal[:kept])
+    own.replace(folder / f"{first}.chunk")
     return len(paths)
 
 
@@ -1183,25 +1183,24 @@ def write_cohort(folder: Path, out: Path, table: dict, identity: dict, fs: int,
                  synthetic: bool) -> None:
     """Compact the chunks of the workspace into `out`: written elsewhere, synced, renamed."""
     chunks = [folder / f"{first}.chunk" for first in range(0, len(table["path"]), CHUNK)]
-    fates, about, shape = [], table["about"], (len(LEADS), SECONDS * fs)
+    fates, tally, shape = [], table["tally"], (len(LEADS), SECONDS * fs)
     for chunk in chunks:
         with open(chunk, "rb") as handle:
             fates += json.loads(handle.readline())
     keep = [i for i, fate in enumerate(fates) if isinstance(fate, int)]
     for reason, found in (fate for fate in fates if isinstance(fate, list)):
-        about["rejected"][reason] += 1
-        about["rejected_examples"].setdefault(reason, found)
+        tally.add(reason, found)
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
-        raise InputError(f"{out}: no record could be read; left out: "
-                         f"{told(about['rejected'], about['rejected_examples'])}")
+        raise InputError(f"{out}: no record could be read; left out: {tally}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
     rows |= make_pairs(rows) | {
         "quality": np.array([fates[i] for i in keep], "<u2"),
         "class_name": np.array([name.encode() for name in table["class_name"]])}
-    codes = about["codes"] | {"per_record": float(table["code_count"][keep].mean())}
-    attributes = identity | about | dict(fs=fs, synthetic=synthetic, unit="mV", leads=LEADS,
-                                         codes=codes)
+    about, mean = table["about"], float(table["code_count"][keep].mean())
+    attributes = identity | about | vars(tally) | dict(
+        fs=fs, synthetic=synthetic, unit="mV", leads=LEADS,
+        codes=about["codes"] | {"per_record": mean})
     temporary = folder / "cohort.h5"
     h5py.File(temporary, "w", locking=False).close()  # the folder is held
     if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full

@@ -4972,7 +4972,7 @@ def read_tables(path):
     for i, study_id in enumerate(table["study_id"].tolist()):
         rows[study_id] = {name: table[name][i].item() for name in prepare_data.COLUMNS} | {
             "classes": set(names[table["label"][i] > 0].tolist()), "path": table["path"][i]}
-    counted = sum(sum(table["about"][name].values()) for name in ("rejected", "flaws"))
+    counted = table["tally"].rejected.total() + table["tally"].flaws.total()
     return rows, counted, output.getvalue()
 
 
