@@ -324,13 +324,15 @@ def lack(found, wanted: dict | tuple, at: str = "") -> str:
 
     wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
     """
-    if not isinstance(wanted, dict):
-        return "" if type(found) in wanted else f"{at} is {found!r}, {wanted[0].__name__} wanted"
-    if not isinstance(found, dict):
-        return f"{at or 'a line'} is {found!r}, an object wanted"
+    kinds = (dict,) if isinstance(wanted, dict) else wanted
+    if type(found) not in kinds:
+        kind = "an object" if kinds == (dict,) else kinds[0].__name__
+        return f"{at[:-1] or 'a line'} is {found!r}, {kind} wanted"
+    if kinds is wanted:
+        return ""
     for key, inner in wanted.items():
         for name in found if key == "*" else [key]:
-            if why := lack(found.get(name), inner, f"{at}.{name}".lstrip(".")):
+            if why := lack(found.get(name), inner, f"{at}{name}."):
                 return why
     return ""
 
