@@ -50,6 +50,7 @@ import numpy as np
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SECONDS = 10  # every record is cut or padded to this length (both releases are 10 s throughout)
 LIMIT_MV = 10.0  # beyond it a sample is no ECG; kept and flagged
+LEAST_MV = 1e-3  # a record that moves less in all its leads is no ECG: its gain or unit is wrong
 GAP_SECONDS = 0.1  # a run of missing samples up to this long is interpolated, a longer one set to 0
 QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samples that are kept
     "NaN gap up to 100 ms, interpolated": 1,
@@ -64,7 +65,7 @@ INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
 # silently learned from.
 REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
            "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16",
-           "header file missing")
+           "within 1 uV", "header file missing")
 MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 FLOAT16_MAX = 65504.0
 FORMAT_VERSION = 1
@@ -378,7 +379,7 @@ FORMATS = {  # signal(5): bytes of 6 samples (None: compressed), the code of a m
     8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 80: (6, -2**7),
     160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
     508: (None, -2**7), 516: (None, -2**15), 524: (None, -2**23)}
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"  # one way to match: no search
 RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
 FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
                           re.ASCII)
@@ -500,7 +501,7 @@ def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> 
     for i, found in zip(signals_read, sums):
         stated = header.checksum[i]  # signed in MIMIC's, in others not; or not stated
         if stated not in (None, str(found)) and not (
-                stated.lstrip("-").isdecimal() and len(stated) < 19
+                stated.lstrip("+-").isdecimal() and len(stated) < 19
                 and (int(stated) ^ found) & 0xFFFF == 0):
             raise Rejected("checksum differs", f"{(header.name[i] or '?')}: {stated} "
                                                f"stated, {(found + 2**15) % 2**16 - 2**15} found")
@@ -530,10 +531,11 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
             lines.append(f"{k}.dat {kind}x{layout[i][1]}+{offset} 200 16 0 {initial} 0 0 s")
         signals_read += own
     copies["r.hea"] = "\n".join([f"r {len(lines)} 500 {samples}", *lines, ""]).encode()
-    with tempfile.TemporaryDirectory() as there:
-        with system_errors(f"TMPDIR {there}"):  # no fault of the record's
-            for name, copy in copies.items():
-                Path(there, name).write_bytes(copy)
+    # what the folder lacks is no fault of the record's
+    with system_errors(f"TMPDIR {os.environ.get('TMPDIR', '')}"), \
+            tempfile.TemporaryDirectory() as there:
+        for name, copy in copies.items():
+            Path(there, name).write_bytes(copy)
         try:
             record = wfdb.rdrecord(f"{there}/r", physical=False, smooth_frames=False,
                                    ignore_skew=True, return_res=32)
@@ -683,6 +685,8 @@ def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]
     if dead := [lead for lead in range(12) if low[lead] == high[lead]]:
         quality |= DEAD
         x[dead] = 0
+    if 0 < max(b - a for a, b in zip(low, high)) < LEAST_MV:
+        raise Rejected("within 1 uV", f"{min(low):.3g} to {max(high):.3g} mV")  # as above
     if max(*high, -min(low)) > LIMIT_MV:
         quality |= BEYOND
     x = decimate(x, q)[:, :samples]
@@ -734,6 +738,7 @@ class Tally:
 
 WHOLE = re.compile(r"\s*[+-]?([0-9]{1,18}|[0-9]{1,15}\.0*)\s*")  # a float holds 15 digits
 ROUNDED = re.compile(r"\s*[+-]?[0-9.,]+[eE][+-]?[0-9]+\s*")
+DATE = re.compile(r"\d{4}-?\d\d-?\d\d([T _]|$)", re.ASCII)
 UNKNOWN = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}  # texts of a missing value
 
 
@@ -769,6 +774,8 @@ def one_clock() -> Callable[[str], int]:
     first: dict[bool, str] = {}
 
     def seconds(text: str) -> int:
+        if not DATE.match(text.strip()):  # Python takes `4541062950551` for a date and a time
+            raise ValueError(text)
         when = datetime.fromisoformat(text.strip())
         first.setdefault(when.tzinfo is not None, text)
         if len(first) == 2:
@@ -801,19 +808,21 @@ def record_path(text: str) -> str:
 STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
 # a code of a list and a comma, or (NumPy) nothing at all; of a dict, with its number
 ITEM = re.compile(rf"(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*(?:,\s*|(?=['\"])|$)")
-KEY = re.compile(rf"{STRING}\s*:\s*[0-9.eE+-]+\s*(?:,\s*|$)")
+KEY = re.compile(rf"{STRING}\s*:\s*{NUMBER}\s*(?:,\s*|$)", re.ASCII)
 
 
 @functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
 def icd10_codes(text: str) -> tuple[str, ...]:
-    """parse_codes with one way to write a code: `i48.91` -> `I4891`"""
+    """parse_codes of a list, with one way to write a code: `i48.91` -> `I4891`"""
+    if ":" in text:  # a dict, as PTB-XL's: are codes of value 0 there or not?
+        raise ValueError(text)
     return tuple(code.upper().replace(".", "", 1) for code in parse_codes(text))
 
 
 @functools.lru_cache(maxsize=200_000)
 def category(code: str) -> str:
     """`I4891` -> `I48`; "" for what is no code of ICD-10 (ICD-9: digits alone, mostly)."""
-    return code[:3] if re.fullmatch(r"[A-Z][0-9][0-9A-Z]{1,5}", code) else ""
+    return code[:3] if re.fullmatch(r"[A-Z][0-9][0-9AB][0-9A-Z]{0,4}", code) else ""
 
 
 def parse_codes(text: str) -> tuple[str, ...]:
@@ -844,10 +853,28 @@ def check_header(header: list[str], path: Path, required: dict, optional: dict,
     if lacking or not header:
         raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
                          f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}")
-    if twice := [name for name in required | optional if header.count(name) > 1]:
+    if twice := [name for name in required | optional if name and header.count(name) > 1]:
         raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
     if absent := [name for name in optional if name not in header]:
         print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
+
+
+def csv_rows(handle) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+    """Of each row that is not blank its last line, the number of its lines, and its fields.
+
+    A quote without end, which would give a row the fields of the next, is a csv.Error instead.
+    """
+    reader, before = csv.reader(handle, strict=True), 0
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = error
+        if row:
+            yield reader.line_num, reader.line_num - before, row
+        before = reader.line_num
 
 
 def read_rows(path: Path, required: dict, optional: dict, what: str,
@@ -861,25 +888,35 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     Raises: InputError, of a converter for one that makes the column useless, or no such file.
     """
     wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
-    rows, listed = {}, 0
+    rows, listed, line = {}, 0, 0
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: found a folder or a pipe; {wanted}")
     with system_errors(path), open(path, "rb") as raw:
-        opened = gzip.open if raw.read(2) == b"\x1f\x8b" else open
+        start = raw.read(2)
+    if start == b"PK":
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
+                         "export it as CSV")
+    opened = gzip.open if start == b"\x1f\x8b" else open
     with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as handle:
-        reader = csv.reader(handle)
         try:
-            header = [name.strip() for name in next(reader, [])]
+            read = csv_rows(handle)
+            line, _, header = next(read, (0, 0, []))
+            if isinstance(header, csv.Error):
+                raise header
+            header = [name.strip() for name in header]
             check_header(header, path, required, optional, wanted)
-            columns = [(name, header.index(name) if name in header else len(header) if name else 0,
-                        *(optional.get(name) or (required[name], None)))
+            columns = [(name, 0 if not name else header.index(name) if name in header
+                        else len(header), *(optional.get(name) or (required[name], None)))
                        for name in required | optional]
-            for row in filter(None, reader):
-                listed, place, values = listed + 1, f"{path.name} line {reader.line_num}", []
-                if len(row) != len(header):
-                    swallowed = "".join(row).count("\n")  # lines, so rows, by a quote without end
-                    listed += swallowed
-                    tally.add(f"{what} malformed", n=1 + swallowed, example=(
-                        f"{place}: {len(row)} fields for {len(header)} columns"))
+            for line, taken, row in read:
+                place, values = f"{path.name} line {line}", []
+                if isinstance(row, csv.Error) or len(row) != len(header):
+                    why = row if isinstance(row, csv.Error) else \
+                        f"{len(row)} fields for {len(header)} columns"
+                    listed += taken
+                    tally.add(f"{what} malformed", f"{place}: {why}", n=taken)
                     continue
+                listed += 1
                 row.append("")  # of the optional columns that are not there
                 for name, index, convert, missing in columns:
                     text = row[index]
@@ -893,14 +930,15 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                         if name in required:
                             tally.add(f"{what} malformed", found)
                             break
-                        tally.add(f"{name} unreadable, stored as missing", found, kept=True)
+                        tally.add(f"{name} unreadable, taken as missing", found, kept=True)
                         values.append(missing)
                 if values and values[0] in rows:
-                    tally.add(f"{what} duplicated", f"{place}: {values[0]}")
+                    other = " with other values" * (values != rows[values[0]])
+                    tally.add(f"{what} duplicated{other}", f"{place}: {values[0]}")
                 elif values:
                     rows[values[0]] = values if len(values) == len(columns) else None
         except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, an open quote
-            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}; "
+            raise InputError(f"{path}: damaged after line {line:,}: {error}; "
                              f"{wanted}") from None
     return rows, listed
 
@@ -919,13 +957,18 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
             raise InputError(f"patient {a.subject_id} lies in folds {a.fold} and {b.fold} "
                              f"(study_id {a.study_id}, {b.study_id}); a patient may be in one fold "
                              "only: correct the fold column")
-    if all(row.ecg_time < 0 for row in rows):
-        for name in ("ecg_time", "recording_date"):
-            if found := tally.rejected_examples.get(f"{name} unreadable, stored as missing"):
-                raise InputError(f"{found} is no time, nor is any other of that column; wanted: "
-                                 "such as '2180-07-23 08:44:00'; without times there are no pairs")
-    found = []
+    untimed = sum(row.ecg_time < 0 for row in rows)
+    for name in ("ecg_time", "recording_date"):
+        reason = f"{name} unreadable, taken as missing"
+        if 2 * min(untimed, tally.flaws[reason]) > len(rows):
+            raise InputError(f"{tally.rejected_examples[reason]} is no time, nor are most others of that "
+                             "column; wanted: such as '2180-07-23 08:44:00'; without times there "
+                             "are no pairs")
+    found, path_of = [], collections.Counter(row.path for row in rows)
     for row in rows:
+        if path_of[row.path] > 1:  # whose ECG it is cannot be known
+            tally.add("path of another record, too", f"study_id {row.study_id}: {row.path}")
+            continue
         try:
             os.stat(header := f"{root}/{row.path}.hea")
             found.append(row)
@@ -970,7 +1013,7 @@ def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Ca
         shown = ", ".join(f"{code!r} ({place})" for place, code in shown[:3]) or "no code at all"
         raise InputError(f"{column}: {usual:,} of {len(rows):,} rows carry a code that makes a "
                          f"class, {odd:,} one that is not of the system; found: {shown}; wanted: "
-                         f"codes of {wanted}; translate them first")
+                         f"codes of {wanted}; translate them first; rows left out: {tally}")
 
 
 def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
@@ -1000,6 +1043,9 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
                 tally.add("subject_id differs between the CSV files",
                           f"study_id {study_id}: {subject_id} and {patient}")
                 continue
+            if min(ecg_time, at) >= 0 and ecg_time != at:
+                tally.add("ecg_time differs between the CSV files, record_list.csv's taken",
+                          f"study_id {study_id}", kept=True)
             rows.append(ROW(
                 subject_id, ecg_time if ecg_time >= 0 else at, study_id, fold, max(fold - 17, 0),
                 ecg_no, hospital if hospital >= 0 else ed, age, sex, len(codes) > 0, codes, path))
@@ -1569,7 +1615,8 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     statements, _ = read_rows(root / "scp_statements.csv", {"": str.strip}, {}, "statement", tally)
     classes = sorted(filter(None, statements))
     known, listed = read_rows(database, {
-        "ecg_id": number, "patient_id": number, "scp_codes": parse_codes,
+        "ecg_id": number, "patient_id": number,
+        "scp_codes": lambda text: tuple(map(str.upper, parse_codes(text))),
         "strat_fold": within(1, 10),
         "filename_lr" if min(usable) == 100 else "filename_hr": record_path,
     }, {"recording_date": (one_clock(), -1), "age": (years, math.nan),
@@ -1582,7 +1629,8 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     check_codes(f"{database.name}, scp_codes",
                 [(f"ecg_id {row.study_id}", row.codes) for row in rows], classes,
                 lambda code: code if code in classes else "",
-                f"scp_statements.csv, such as {', '.join(classes[:3])}", tally)
+                f"scp_statements.csv, {len(classes)} in its first column, such as "
+                f"{printable(', '.join(classes[:3]))}", tally)
     distinct = set().union(*(row.codes for row in rows))
     return make_table(root, rows, classes, str, patients, tally, listed=listed,
                       codes={"distinct": len(distinct)},
