@@ -41,8 +41,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-if __name__ == "__main__":  # the products here are too small for threads, and idle ones spin
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which NumPy reads when it starts
+if __name__ == "__main__":
+    if signals.getsignal(signals.SIGINT) != signals.SIG_IGN:
+        signals.signal(signals.SIGINT, signals.SIG_DFL)  # quiet, until `run_script` takes over
+    # the products here are too small for threads, and idle ones spin; NumPy reads it at its start
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import h5py
 import numpy as np
@@ -300,6 +303,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             for stream in streams)
         with contextlib.suppress(ValueError):  # not in the main thread
             before = signals.signal(signals.SIGTERM, stop)
+            if signals.getsignal(signals.SIGINT) == signals.SIG_DFL:
+                signals.signal(signals.SIGINT, signals.default_int_handler)
         with system_errors():
             work()
         return 0
@@ -349,17 +354,26 @@ def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
         return value
 
     try:
-        content = path.read_bytes()
+        with system_errors(path):
+            content = path.read_bytes()
         objects = [json.loads(part, parse_float=finite, parse_constant=finite)
                    for part in (content.splitlines() if lines else [content])]
         why = next(filter(None, (lack(found, wanted) for found in objects)),
                    "" if objects else "it is empty")
-    except (OSError, ValueError, RecursionError) as error:
+    except InputError:  # of the system: the file may be sound
+        raise
+    except (ValueError, RecursionError) as error:
         why = str(error)
     if why:
         raise InputError(f"{path}: damaged, or of another program: {why[:200]}; move it aside and "
                          "make it anew (train.py: --overwrite)")
     return objects
+
+
+def refuse_irregular(path: Path, wanted: str) -> None:
+    """InputError for a folder, a pipe or a device: reading one might never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: found a folder, a pipe or a device; {wanted}")
 
 
 def sha256_of(path: Path) -> str:
@@ -862,9 +876,11 @@ def check_header(header: list[str], path: Path, required: dict, optional: dict,
 def csv_rows(handle) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
     """Of each row that is not blank its last line, the number of its lines, and its fields.
 
-    A quote without end, which would give a row the fields of the next, is a csv.Error instead.
+    A quote without end, which would give a row the fields of the next, is a csv.Error instead. No
+    more than 1 MB is taken at a time, of a file that has no lines.
     """
-    reader, before = csv.reader(handle, strict=True), 0
+    read = functools.partial(handle.readline, 2**20)
+    reader, before = csv.reader(iter(read, ""), strict=True), 0
     while True:
         try:
             row = next(reader)
@@ -889,8 +905,7 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     """
     wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
     rows, listed, line = {}, 0, 0
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: found a folder or a pipe; {wanted}")
+    refuse_irregular(path, wanted)
     with system_errors(path), open(path, "rb") as raw:
         start = raw.read(2)
     if start == b"PK":
@@ -937,7 +952,9 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                     tally.add(f"{what} duplicated{other}", f"{place}: {values[0]}")
                 elif values:
                     rows[values[0]] = values if len(values) == len(columns) else None
-        except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, an open quote
+        except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, mostly
+            if isinstance(error, OSError) and error.errno is not None:
+                raise InputError(system_error(error, path)) from error
             raise InputError(f"{path}: damaged after line {line:,}: {error}; "
                              f"{wanted}") from None
     return rows, listed
@@ -961,9 +978,9 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
     for name in ("ecg_time", "recording_date"):
         reason = f"{name} unreadable, taken as missing"
         if 2 * min(untimed, tally.flaws[reason]) > len(rows):
-            raise InputError(f"{tally.rejected_examples[reason]} is no time, nor are most others of that "
-                             "column; wanted: such as '2180-07-23 08:44:00'; without times there "
-                             "are no pairs")
+            raise InputError(f"{tally.rejected_examples[reason]} is no time, nor are most others of "
+                             "that column; wanted: such as '2180-07-23 08:44:00'; without times "
+                             "there are no pairs")
     found, path_of = [], collections.Counter(row.path for row in rows)
     for row in rows:
         if path_of[row.path] > 1:  # whose ECG it is cannot be known
@@ -1115,6 +1132,11 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[Path]:
             if differs := difference(*read_json(plan, {}), identity):
                 raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
                                  "repeat the command that began it, or delete that folder")
+            for chunk in folder.glob("*.chunk"):  # what was rejected is tried again
+                with open(chunk, "rb") as handle:
+                    fates = json.loads(handle.readline())
+                if not all(isinstance(fate, int) for fate in fates):
+                    chunk.unlink()
             there = CHUNK * len(list(folder.glob("*.chunk")))
             print(f"{folder}: going on, {min(there, n):,} of {n:,} records are there")
         else:
@@ -1124,6 +1146,7 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[Path]:
                     f"after; {free / 1e9:.2f} GB are free")
             print(f"{out}: {disk}")
             if need + 2**20 > free:
+                shutil.rmtree(folder, ignore_errors=True)
                 raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
                                  "lower --fs or fewer --patients")
             replace_file(plan, json.dumps(identity).encode())
@@ -1140,7 +1163,7 @@ def serve() -> None:
         for job in jobs:
             try:
                 answer = call(job)
-            except (OSError, InputError) as error:
+            except (OSError, InputError, MemoryError) as error:
                 answer = error
             answers.write(pickle.dumps(answer))
 
@@ -1161,13 +1184,13 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     env = os.environ | threads | {"PYTHONPATH": os.pathsep.join(
         [os.path.dirname(os.path.abspath(__file__)), *filter(None, sys.path)])}
-    command = [sys.executable, "-P", "-c", "import prepare_data; prepare_data.serve()"]
+    command = [sys.executable, "-P", "-c", "import signal; signal.signal(2, signal.SIG_IGN); "
+               "import prepare_data; prepare_data.serve()"]  # Ctrl-C is for the parent alone
     processes, n = [], min(workers, len(jobs))
     try:
         with system_errors(f"--workers {workers}"):
             while len(processes) < n:
-                processes.append(subprocess.Popen(  # Ctrl-C, to a session, is for the parent alone
-                    command, stdin=-1, stdout=-1, env=env, start_new_session=True))
+                processes.append(subprocess.Popen(command, stdin=-1, stdout=-1, env=env))
         for k, process in enumerate(processes):
             with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
                 pickle.dump((call, jobs[k::n]), pipe)
@@ -1176,17 +1199,17 @@ def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator:
             try:
                 answer = pickle.load(process.stdout)
             except (EOFError, pickle.UnpicklingError):
-                if (code := process.wait()) >= 0:
-                    raise RuntimeError(f"a worker ended early, exit code {code}") from None
-                raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as when "
-                                 "memory runs out: close other programs or take fewer --workers; "
-                                 "the same command goes on") from None
+                code = process.wait()
+                why = f"ended early, exit code {code}" if code >= 0 else \
+                    f"was killed by {signals.Signals(-code).name}"
+                raise InputError(f"a worker {why}; where memory ran out, close other programs or "
+                                 "take fewer --workers; the same command goes on") from None
             if isinstance(answer, Exception):
                 raise answer
             yield answer
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()  # also one that does not react; its files are whole or not there
         for process in processes:
             with process:  # which closes its pipes and waits for it
                 pass
@@ -1294,9 +1317,12 @@ SHAPES = {  # dataset -> type, shape in N records, K classes, P pairs, C checksu
     "signal": (np.dtype("<f2"), "NLT"), "signal_crc32": (np.dtype("<u4"), "C")}
 ATTRIBUTES = {  # in this order in the file
     "format_version": int, "source": str, "arguments": dict, "csv_sha256": dict,
-    "records_sha256": str, "fs": int, "synthetic": bool, "unit": str, "listed": int, "codes": dict,
-    "leads": list, "normal_codes": list, "rejected": dict, "rejected_examples": dict, "flaws": dict,
+    "records_sha256": str, "fs": int, "synthetic": bool, "unit": str, "listed": int,
+    "codes": {"distinct": (int,), "per_record": (float, int)}, "leads": list, "normal_codes": list,
+    "rejected": {"*": (int,)}, "rejected_examples": {"*": (str,)}, "flaws": {"*": (int,)},
     "not_chosen": int, "crc32": dict}
+# What an older file may lack, as what it then counts
+LATER = {"state": None, "rejected_examples": {}, "flaws": {}, "not_chosen": 0, "crc32": None}
 LIMITS = {"label": (0, 1), "state": (0, 1), "action": (-1, 1), "split": (0, 2), "sex": (-1, 1),
           "pair_kind": (0, 2), "fold": (0, 127), "ecg_no_within_stay": (-1, 2**15 - 1)}
 
@@ -1365,7 +1391,8 @@ class Cohort:
     uint8, what the simulator truly expressed, or None; class_name, leads, normal_codes lists of
     str; fs Hz; rejected, rejected_examples, flaws, arguments, csv_sha256, codes dicts. Beside them
     path, name (file stem), sha256 (hex, over all of it; the signal enters through its checksums, so
-    this is quick), changed (names of what differs from its stored checksum).
+    this is quick), changed (names of what differs from its checksum;
+    None: an older file has none).
     Raises: InputError for anything but a whole cohort file. Nothing outside the file is read, and
     no more memory is taken than the file is long.
     """
@@ -1373,6 +1400,7 @@ class Cohort:
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), Path(path).stem
         wanted = "wanted: a cohort .h5, as prepare_data.py writes it"
+        refuse_irregular(self.path, wanted)
         try:
             with open(path, "rb") as handle:
                 start = handle.read(4)
@@ -1389,9 +1417,9 @@ class Cohort:
             raise InputError(f"{path} {what}; {wanted}") from error
 
     def _read(self, file: h5py.File) -> None:
-        self.state = None  # unless the file has it
+        vars(self).update(LATER)
         content, size, digest = {*file, *file.attrs}, os.path.getsize(self.path), hashlib.sha256()
-        if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | {"state"}]:
+        if lacking := [name for name in (*SHAPES, *ATTRIBUTES) if name not in content | {*LATER}]:
             raise InputError(f"an HDF5 file without {', '.join(lacking[:4])}")
         datasets = {name: mapped(file, name) for name in sorted(SHAPES) if name in file}
         extents = sorted((d.id.get_offset(), d.nbytes) for d in datasets.values() if d.size)
@@ -1403,9 +1431,9 @@ class Cohort:
             with contextlib.suppress(ValueError, RecursionError):  # then it is no dict or list
                 if isinstance(value, str) and value[:1] in ("[", "{"):
                     value = json.loads(value)
-            if name in ATTRIBUTES and type(value) is not ATTRIBUTES[name]:
-                raise InputError(f"attribute {name} is {str(value)[:40]!r}, no "
-                                 f"{ATTRIBUTES[name].__name__}")
+            wanted = ATTRIBUTES.get(name, type(value))
+            if why := lack(value, wanted if isinstance(wanted, dict) else (wanted,), name):
+                raise InputError(f"attribute {why[:200]}")
             if name in ATTRIBUTES:
                 setattr(self, name, value)
         if self.format_version != FORMAT_VERSION or not 0 < self.fs <= MAX_FS:
@@ -1442,8 +1470,8 @@ class Cohort:
             raise InputError(f"{n} records, leads {self.leads} in {self.unit}, not one or more of "
                              f"{' '.join(LEADS)} in mV; build it anew")
         self.sha256 = digest.hexdigest()
-        self.changed = [name for name, crc in content_crc(arrays, file).items()
-                        if self.crc32.get(name) != crc]
+        self.changed = None if self.crc32 is None else [
+            name for name, crc in content_crc(arrays, file).items() if self.crc32.get(name) != crc]
         signal = datasets["signal"]
         self.signal = np.memmap(self.path, mode="r", offset=signal.id.get_offset(),
                                 shape=signal.shape, dtype=signal.dtype)
@@ -1474,7 +1502,7 @@ class Cohort:
 def check_cohort(cohort: Cohort) -> None:
     """Verify a file against its checksums; InputError if one differs."""
     progress = Progress(len(cohort), "records", "checking:")
-    faults = list(cohort.changed)
+    faults = list(cohort.changed or ())
     for k, crc in enumerate(cohort.signal_crc32):
         block = np.array(cohort.signal[k * CRC_ROWS:(k + 1) * CRC_ROWS])
         if zlib.crc32(block) != crc:
@@ -2100,7 +2128,9 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
 
 
 def notes(cohort: Cohort) -> list[str]:
-    """What is to be said of a file beside its numbers: what of it changed."""
+    """What is to be said of a file beside its numbers: what of it changed, an older version."""
+    if cohort.changed is None:
+        return [f"{cohort.path}: an older file, where the signal alone has checksums"]
     if not cohort.changed:
         return []
     return [f"{cohort.path}: {', '.join(cohort.changed)} changed since it was built (checksum): "
@@ -2126,7 +2156,8 @@ def summary(cohort: Cohort) -> str:
     rows += [(k, f"{counts[k]:,}", f"{counts[k] / len(cohort):.1%}") for k in often[:10]]
     for name, number_text, share in rows:
         out.append(f"  {name:<54}{number_text:>11}{share:>8}".rstrip())
-    out += [f"  {reason}: {cohort.rejected.get(reason, cohort.flaws.get(reason)):,}, e.g. {example}"
+    left_out = cohort.flaws | cohort.rejected
+    out += [f"  {reason}: {left_out.get(reason, 0):,}, e.g. {example}"
             for reason, example in sorted(cohort.rejected_examples.items())]
     out += golden_lines(cohort, counts) + notes(cohort)
     # What is lost, against the lines of the CSV file that lists the records; --patients loses none
