@@ -371,9 +371,9 @@ def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
 
 
 def refuse_irregular(path: Path, wanted: str) -> None:
-    """InputError for a folder, a pipe or a device: reading one might never end."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: found a folder, a pipe or a device; {wanted}")
+    """InputError for a pipe or a device: reading it might never end, and it is read twice."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: found a pipe or a device; {wanted}")
 
 
 def sha256_of(path: Path) -> str:
@@ -978,8 +978,8 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
     for name in ("ecg_time", "recording_date"):
         reason = f"{name} unreadable, taken as missing"
         if 2 * min(untimed, tally.flaws[reason]) > len(rows):
-            raise InputError(f"{tally.rejected_examples[reason]} is no time, nor are most others of "
-                             "that column; wanted: such as '2180-07-23 08:44:00'; without times "
+            raise InputError(f"{tally.rejected_examples[reason]} is no time, nor are most others "
+                             "of that column; wanted: such as '2180-07-23 08:44:00'; without times "
                              "there are no pairs")
     found, path_of = [], collections.Counter(row.path for row in rows)
     for row in rows:
@@ -1432,7 +1432,7 @@ class Cohort:
                 if isinstance(value, str) and value[:1] in ("[", "{"):
                     value = json.loads(value)
             wanted = ATTRIBUTES.get(name, type(value))
-            if why := lack(value, wanted if isinstance(wanted, dict) else (wanted,), name):
+            if why := lack(value, wanted if isinstance(wanted, dict) else (wanted,), f"{name}."):
                 raise InputError(f"attribute {why[:200]}")
             if name in ATTRIBUTES:
                 setattr(self, name, value)

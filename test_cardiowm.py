@@ -1197,7 +1197,7 @@ def test_workers_need_no_semaphores_and_a_killed_one_is_named(monkeypatch):
         list(prepare_data.in_workers(os.listdir, ["/", "/nowhere"], 2))
     with pytest.raises(InputError, match="a worker was killed by SIGKILL"):
         list(prepare_data.in_workers(signals.raise_signal, [signals.SIGKILL] * 2, 2))
-    with pytest.raises(RuntimeError, match="ended early, exit code 1"):
+    with pytest.raises(InputError, match="ended early, exit code 1"):
         list(prepare_data.in_workers(math.factorial, [-1, -1], 2))
 
 
