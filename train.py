@@ -154,6 +154,7 @@ class Signals:
 
     def __init__(self, cohort: Cohort, device: torch.device, cache: str, how: str):
         self.device, self.how = device, how
+        self.filename = cohort.path  # by which evaluate.embed names a record
         size = cohort.signal.nbytes
         if cache == "auto":
             # each process of this machine holds its own
@@ -567,7 +568,7 @@ def quoted(word: str | Path) -> str:
 
 
 def blame(cohort: Cohort, rows: np.ndarray) -> str:
-    """Which of these records made a loss, or a score, that is not finite, and what to do."""
+    """Which of these records made a loss that is not finite, and what to do."""
     rows = np.unique(rows[rows >= 0])
     for row in rows:
         if not np.isfinite(cohort.signal[row]).all():
@@ -948,17 +949,12 @@ class Finetuning(Task):
         # a sum over the global batch, of which DDP takes the mean over ranks; logged per record
         return loss * world_size(), {"loss": loss.detach() / len(items)}
 
-    @torch.no_grad()
     def score(self, split: str) -> np.ndarray:
-        rows = self.judged[split]
-        chunks = [rows[i:i + EMBED_BATCH] for i in range(0, len(rows), EMBED_BATCH)]
-        scores = torch.cat([self.model(self.signals.ready(x)).sigmoid()
-                            for _, x in prefetch(self.signals.read, chunks)]).cpu().numpy()
-        bad = ~np.isfinite(scores).all(axis=1)
-        if bad.any():
-            raise InputError(f"scores of {bad.sum():,} records are not finite: "
-                             f"{blame(self.cohort, rows[bad])}")
-        return scores
+        # in the one embedding loop, logits for h and probabilities for z
+        model = argparse.Namespace(parameters=self.model.parameters, encode=self.model,
+                                   project=torch.sigmoid)
+        return evaluate.embed(model, self.signals, self.judged[split],
+                              self.args.normalize)[1].cpu().numpy()
 
     def validate(self) -> dict:
         self.take_norms(lambda x, at: self.model(self.signals.ready(x)))
@@ -1420,9 +1416,7 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> 
 def untrained_draw(init: str | None) -> int | None:
     """0 for --init random, D for random:D; None where --init names something else."""
     word, _, draw = (init or "").partition(":")
-    if word != "random" or (draw and not draw.isdecimal()):
-        return None
-    return int(draw or 0)
+    return int(draw or 0) if word == "random" and (draw or "0").isdecimal() else None
 
 
 def finished_run(name: str | Path, flag: str) -> Path:
@@ -1597,9 +1591,10 @@ def check_arguments(args: Namespace, parser: ArgumentParser) -> None:
     rules = [
         (len(set(seeds)) < len(seeds) or (len(seeds) > 1 and mode != "reproduce"),
          f"--seed: found {' '.join(map(str, seeds))}, wanted one seed (--mode reproduce takes "
-         "several, each once)"),
-        (args.paper and args.quick, "--paper and --quick exclude each other: give one"),
-        (args.resume and args.overwrite, "--resume and --overwrite exclude each other: give one")]
+         "several, each once)")]
+    rules += [({one, other} <= {*given}, f"{flag_of(one)} and {flag_of(other)} exclude each other: "
+               "give one") for one, other in (
+        ("paper", "quick"), ("resume", "overwrite"), ("lam", "sigreg_ratio"))]
     for name, (low, high) in parser.within.items():
         values = seeds if name == "seed" else [getattr(args, name)]
         rules += [(value is not None and not low <= value <= high,  # NaN fails as well
@@ -1630,8 +1625,6 @@ def contradictions(args: Namespace, given: list[str]) -> list[tuple]:
         (args.objective == "labels" and (not switch["supervise"] or args.reg != "sigreg"),
          "--objective labels: learns labels, with SIGReg or nothing beside: give --supervise W and "
          "leave --reg out"),
-        (args.lam is not None and args.sigreg_ratio is not None,
-         "--lam and --sigreg-ratio exclude each other: give one"),
         (switch["self_pairs"] and switch["crop"] == 1,
          "--self-pairs: pairs two windows of a record, and without --crop they are one: add --crop "
          "0.8"),
