@@ -154,7 +154,6 @@ class Signals:
 
     def __init__(self, cohort: Cohort, device: torch.device, cache: str, how: str):
         self.device, self.how = device, how
-        self.filename = cohort.path  # by which evaluate.embed names a record
         size = cohort.signal.nbytes
         if cache == "auto":
             # each process of this machine holds its own
@@ -568,7 +567,7 @@ def quoted(word: str | Path) -> str:
 
 
 def blame(cohort: Cohort, rows: np.ndarray) -> str:
-    """Which of these records made a loss that is not finite, and what to do."""
+    """Which of these records made a loss, or a score, that is not finite, and what to do."""
     rows = np.unique(rows[rows >= 0])
     for row in rows:
         if not np.isfinite(cohort.signal[row]).all():
@@ -949,12 +948,17 @@ class Finetuning(Task):
         # a sum over the global batch, of which DDP takes the mean over ranks; logged per record
         return loss * world_size(), {"loss": loss.detach() / len(items)}
 
+    @torch.no_grad()
     def score(self, split: str) -> np.ndarray:
-        # in the one embedding loop, logits for h and probabilities for z
-        model = argparse.Namespace(parameters=self.model.parameters, encode=self.model,
-                                   project=torch.sigmoid)
-        return evaluate.embed(model, self.signals, self.judged[split],
-                              self.args.normalize)[1].cpu().numpy()
+        rows = self.judged[split]
+        chunks = [rows[i:i + EMBED_BATCH] for i in range(0, len(rows), EMBED_BATCH)]
+        scores = torch.cat([self.model(self.signals.ready(x)).sigmoid()
+                            for _, x in prefetch(self.signals.read, chunks)]).cpu().numpy()
+        bad = ~np.isfinite(scores).all(axis=1)
+        if bad.any():
+            raise InputError(f"scores of {bad.sum():,} records are not finite: "
+                             f"{blame(self.cohort, rows[bad])}")
+        return scores
 
     def validate(self) -> dict:
         self.take_norms(lambda x, at: self.model(self.signals.ready(x)))
@@ -1026,12 +1030,14 @@ def synthesise(args, model: cardiowm.WorldModel, plan: tuple, inputs: Tensor, y:
         batches = cardiowm.Interpolator(
             inputs[:n], y[:n], combinations, counts, args.total,
             neighbours=5 if args.augment == "smote" else 0).batches(SYNTHESIS_BATCH, generator)
-    at = n
+    progress, at = Progress(args.total, "rows", "augmentation"), n
     for z, label in batches:
         if args.augment_action == "shuffled":  # of the batch, in which combinations are mixed
             label = label[torch.randperm(len(label), generator=generator)]
         inputs[at:at + len(z)], y[at:at + len(z)] = z, label
         at += len(z)
+        progress.update(len(z))
+    progress.close()
 
 
 def probe_loss(head: nn.Module, inputs: Tensor, y: Tensor, n: int, pos_weight: Tensor) -> Callable:
@@ -1259,10 +1265,13 @@ class Run:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             text = str(error) if isinstance(error, InputError) else \
                 f"{self.found}: no checkpoint of this run ({type(error).__name__}: {error})"
-            previous, advice = self.path / "previous.pt", "Start anew with --overwrite"
-            if previous.exists() and previous != self.found:
-                advice = (f"Try the checkpoint before it: run `mv {quoted(previous)} "
-                          f"{quoted(self.found)}`, then the same command")
+            previous = self.path / "previous.pt"
+            advice = "No other checkpoint is there: start anew with --overwrite"
+            with contextlib.suppress(InputError, KeyError):
+                step = load_checkpoint(previous)["step"]
+                if self.found != previous:
+                    advice = (f"The checkpoint before it is whole, at step {step}: run `mv "
+                              f"{quoted(previous)} {quoted(self.found)}`, then the same command")
             raise InputError(f"{text}. {advice}") from None
 
     def _restore(self, wanted: dict, parts: dict) -> None:
@@ -1341,13 +1350,12 @@ class Run:
                 raise KeyboardInterrupt
             self.asked = number
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, note) for number in numbers]
-        try:
+        with contextlib.ExitStack() as until:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    if signal.getsignal(number) != signal.SIG_IGN:  # `&` in a script: ignored
+                        until.callback(signal.signal, number, signal.signal(number, note))
             yield
-        finally:
-            for number, handler in zip(numbers, before):
-                signal.signal(number, handler)
 
     def end(self, step: int) -> None:
         """End the process as the signal asked that `noting_signals` noted, here or on a rank."""
@@ -1877,6 +1885,7 @@ def train(args: Namespace, parser: ArgumentParser) -> None:
 
 BATCH_PAIRS = 512         # paper A's batch
 MIMIC_PAIRS = 638_683     # of MIMIC-IV-ECG
+MOVED_BYTES = 33_000      # that an eager bf16 training step moves per record and sample
 BENCH_COLUMNS = ("stage", "today", "today_seconds", "here", "here_seconds", "ratio", "wanted")
 
 
@@ -1932,11 +1941,11 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
         return sum(os.times()[:4])
 
     many = [os.path.relpath(path, root) for path in paths] * (1 if quick else 4)
-    repeats, users = 1 if quick else 3, ("wfdb.rdsamp + resample_poly", today)
-    yield compare(f"read {len(some)} records, one core", users, ("read_record", here), "≥ 15×",
-                  repeats, clock=time.process_time)
-    yield compare(f"build a cohort of {len(paths):,} records", users,
-                  ("one worker, whole process", build), "≥ 10×", repeats,
+    repeats = 1 if quick else 3
+    yield compare(f"read {len(some)} records, one core", ("wfdb.rdsamp + resample_poly", today),
+                  ("read_record", here), "≥ 15×", 1 if quick else 5, clock=time.process_time)
+    yield compare(f"build a cohort of {len(paths):,} records", ("wfdb.rdsamp + resample_poly",
+                  today), ("one worker, whole process", build), "≥ 10×", repeats,
                   scale=len(paths) / len(some), clock=cpu_seconds)
     yield compare(f"read {len(many):,} records", ("one worker", lambda: read(1)),
                   ("two workers, one map", lambda: read(2)), "≥ 1.7×", repeats)
@@ -1945,12 +1954,14 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
 def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
     """A batch of 512 pairs, (1024, 12, T) float16, in random order, from the page cache."""
     rows = np.random.default_rng(0).integers(0, len(cohort), 2 * BATCH_PAIRS)
-    disk = Signals(cohort, torch.device("cpu"), "disk", "zscore")
+    disk, ram = (Signals(cohort, torch.device("cpu"), cache, "zscore") for cache in ("disk", "ram"))
+    stage, here = f"read a batch of {BATCH_PAIRS} pairs", ("memory map", lambda: disk.read(rows))
     with prepare_data.h5py.File(cohort.path, "r") as file:
         signal = file["signal"]
-        yield compare(f"read a batch of {BATCH_PAIRS} pairs",
-                      ("h5py rows", lambda: np.stack([signal[row] for row in rows])),
-                      ("memory map", lambda: disk.read(rows)), "≥ 5×", 1 if quick else 5)
+        yield compare(stage, ("h5py rows", lambda: np.stack([signal[row] for row in rows])), here,
+                      "≥ 5×", 1 if quick else 5)
+    yield compare(stage, ("from RAM", lambda: ram.read(rows)), here, "≥ 0.83× (1.2 times RAM)",
+                  1 if quick else 25)
 
 
 def bench_encoder(args: Namespace, device: torch.device) -> Iterator[list[str]]:
@@ -1967,11 +1978,20 @@ def bench_encoder(args: Namespace, device: torch.device) -> Iterator[list[str]]:
             h.float().square().mean().backward()
             encoder.zero_grad()
 
-        for name, low, wanted in (("float32", False, "≥ 1.3×"), ("bf16", True, "≥ 2.5×")):
-            if not low or has_bf16(device.type):
-                yield compare(f"encoder step, {n} records, T={samples}",
-                              ("Conv1d, float32", lambda: step(plain, False)),
-                              (f"channels_last, {name}", lambda: step(fast, low)), wanted, repeats)
+        def move() -> None:  # what an eager step cannot do without
+            block = torch.empty(2**28, dtype=torch.uint8, device=device)
+            for _ in range(round(MOVED_BYTES * samples * n / (2 * len(block)))):
+                block.clone()  # reads and writes it
+
+        stage = f"encoder step, {n} records, T={samples}"
+        today = "Conv1d, float32", lambda: step(plain, False)
+        low = "channels_last, bf16", lambda: step(fast, True)
+        yield compare(stage, today, ("channels_last, float32", lambda: step(fast, False)),
+                      "≥ 1.3×", repeats)
+        if has_bf16(device.type):
+            yield compare(stage, today, low, "≥ 2.5×", repeats)
+        if device.type == "cuda":
+            yield compare(stage, ("moving its bytes", move), low, "≥ 0.5×", repeats)
 
 
 def complex_sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -1986,35 +2006,54 @@ def complex_sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
 
 def bench_training(args: Namespace, cohort: Cohort, device: torch.device) -> Iterator[list[str]]:
-    """SIGReg against its formula, and whole pretraining steps against the SIGReg in them."""
+    """SIGReg against its formula, and whole pretraining steps against the SIGReg in them; on CUDA
+    the steps as a graph against the same steps launched kernel by kernel."""
     cuda = device.type == "cuda"
     batch, steps = (8, 2) if args.quick else (64, 5) if not cuda else (BATCH_PAIRS, 25)
     task = Pretraining(args, cohort, device)
-    step = Step(task.loss_of, make_optimizer(task.modules.values(), 1e-3, 5e-4), None,
-                task.draws.values())
+    optimizer = make_optimizer(task.modules.values(), 1e-3, 5e-4)
     order = np.random.default_rng(0).integers(0, len(task.rows), (steps, batch))
     directions = task.sigreg.draw_directions(256, None, device)
     z, part = (torch.randn(n, 256, device=device, requires_grad=True) for n in (BATCH_PAIRS, batch))
+    calls = [lambda: complex_sigreg(z, directions).backward(),
+             lambda: task.sigreg(z, directions).backward(),
+             lambda: task.sigreg(part, directions).backward()]
+    if cuda:  # replays of their graphs, whose time is that of the kernels alone
+        for call in calls:
+            call()
+        calls = [record(call)[0].replay for call in calls]
+    typed, ours, in_step = calls
     repeats = 1 if args.quick else 5
-    yield compare(f"SIGReg with gradient, N={BATCH_PAIRS}",
-                  ("complex exponential", lambda: complex_sigreg(z, directions).backward()),
-                  ("SIGReg", lambda: task.sigreg(z, directions).backward()),
-                  "≥ 3×" if cuda else "≥ 10×", 10 * repeats)
+    yield compare(f"SIGReg with gradient, N={BATCH_PAIRS}", ("complex exponential", typed),
+                  ("SIGReg", ours), "≥ 3×" if cuda else "≥ 10×", 10 * repeats)
 
-    def train_steps() -> None:
+    def train_steps(step: Step) -> None:
         for items, loaded in prefetch(task.read, order):
             step(items, loaded, GRAD_RATIO_STEPS)  # past the steps that also compare gradients
 
     def sigreg_in_them() -> None:
         for _ in range(2 * steps):
-            task.sigreg(part, directions).backward()
+            in_step()
 
-    row = compare(f"{steps} pretraining steps, {batch} pairs", ("the steps", train_steps),
-                  ("SIGReg in them", sigreg_in_them), "≥ 50× (2 %)", repeats)
-    speed = order.size / float(row[2])
-    epochs = timedelta(seconds=round(50 * MIMIC_PAIRS / speed))
-    row[0] += f" ({speed:,.0f} pairs/s; 50 epochs of {MIMIC_PAIRS:,} pairs: {epochs})"
-    yield row
+    for samples in (1000, 5000)[:1 + cuda]:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if samples == 5000:  # a step's time depends on the length alone
+            task.signals.signal = torch.randn(len(cohort), 12, samples, device=device).half()
+        plain, graph = (Step(task.loss_of, optimizer, None, task.draws.values()) for _ in range(2))
+        plain.plain_left = math.inf
+        stage = f"{steps} pretraining steps, {batch} pairs, T={samples}"
+        rows = [compare(stage, ("the steps", functools.partial(train_steps, graph)),
+                        ("SIGReg in them", sigreg_in_them), "≥ 50× (2 %)", repeats)]
+        if cuda:
+            rows.append(compare(stage, ("kernel by kernel", functools.partial(train_steps, plain)),
+                                ("a CUDA graph", functools.partial(train_steps, graph)),
+                                "≥ 1.1×", repeats))
+        speed = order.size / float(rows[0][2])
+        epochs = timedelta(seconds=round(50 * MIMIC_PAIRS / speed))
+        rows[0][0] += (f" ({speed:,.0f} pairs/s; 50 epochs of {MIMIC_PAIRS:,} pairs: {epochs}"
+                       + f"; {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" * cuda + ")")
+        yield from rows
 
 
 def bench_bootstrap(quick: bool) -> Iterator[list[str]]:
