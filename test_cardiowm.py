@@ -1134,7 +1134,7 @@ def test_ranks_without_torchrun_are_refused_by_name(size, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError, match=f"WORLD_SIZE is '{size}'.*torchrun"):
-        train.join_ranks("cpu")
+        train.join_ranks(types.SimpleNamespace(device="cpu", mode="pretrain"))
 
 
 @pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
@@ -3005,8 +3005,7 @@ def test_training_rows_are_nested_fractions_of_patients_and_pairs_of_the_kind_as
     assert len(patients(0.1)) == round(0.1 * len(everyone))
     assert patients(0.3) == patients(0.3) != patients(0.3, seed=1)
     assert not everyone & set(tiny.subject_id[tiny.split != 0].tolist())
-    rows = train.training_rows(tiny, 0.5, 0, True)
-    assert tiny.has_label[rows].all() and (tiny.split[rows] == 0).all()
+    assert tiny.has_label[train.training_rows(tiny, 0.5, 0, True)].all()
     rows = train.training_rows(tiny, 0.5, 0, False)
     found = {(kinds, labelled): train.select_pairs(tiny, rows, kinds, labelled)
              for kinds in ("all", "labelled", "between") for labelled in (False, True)}
@@ -3024,13 +3023,6 @@ def test_epoch_order_is_a_permutation_of_full_batches_fixed_by_seed_and_epoch():
     np.testing.assert_array_equal(order, train.epoch_order(103, 10, 3, 5))
     assert not np.array_equal(order, train.epoch_order(103, 10, 3, 6))
     assert not np.array_equal(order, train.epoch_order(103, 10, 4, 5))
-
-
-def test_prefetch_yields_everything_in_order_and_passes_errors_on():
-    assert list(train.prefetch(lambda i: i * i, range(5))) == [(i, i * i) for i in range(5)]
-    assert list(train.prefetch(len, [])) == []
-    with pytest.raises(ZeroDivisionError):
-        list(train.prefetch(lambda i: 1 // i, [1, 0, 2]))
 
 
 def test_signals_are_the_same_wherever_they_are_held(tiny, monkeypatch, capsys):
@@ -3081,17 +3073,6 @@ def test_weight_decay_spares_everything_of_one_dimension():
     assert len(decayed["params"]) + len(spared["params"]) == 6
 
 
-def test_recalibrated_batch_norm_holds_the_average_over_the_batches():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    model(torch.randn(8, 3) * 100)  # an old memory
-    batches = [torch.randn(16, 3) * s + s for s in (1.0, 2.0, 3.0)]
-    train.recalibrate([model], model, batches)
-    for found, of in ((model[0].running_mean, torch.mean), (model[0].running_var, torch.var)):
-        torch.testing.assert_close(found, torch.stack([of(b, dim=0) for b in batches]).mean(0))
-    assert model[0].momentum == 0.1
-
-
 def test_gradient_ratio_is_the_ratio_of_the_gradient_norms():
     toy = types.SimpleNamespace(encoder=nn.Linear(1, 1, bias=False),
                                 projector=nn.Linear(1, 1, bias=False))
@@ -3102,13 +3083,11 @@ def test_gradient_ratio_is_the_ratio_of_the_gradient_norms():
     assert ratio == pytest.approx(5 / math.sqrt(37))  # |(4, 3)| / |(6, 1)|
 
 
-def plain_and_fast_encoder(dtype=torch.float32):
-    """cardiowm.py's encoder and the same as 2-D convolutions; no branch of a block is silent."""
-    torch.manual_seed(0)
-    plain = cardiowm.XResNet1d50().to(dtype)
-    for block in plain.blocks:
-        nn.init.normal_(block.convs[-1].weight, 0, 0.5)  # 0 at first, which would hide the branch
-    return plain, train.fast_encoder(copy.deepcopy(plain))
+def heard(encoder):
+    """An encoder no branch of whose blocks is silent, as each is at first."""
+    for block in encoder.blocks:
+        nn.init.normal_(block.convs[-1].weight, 0, 0.5)
+    return encoder
 
 
 def relative(a, b):
@@ -3121,25 +3100,8 @@ def whole(tensors):
     return torch.cat([t.ravel() for t in tensors])
 
 
-def test_fast_encoder_keeps_the_state_dict_and_can_be_applied_again_copied_and_loaded():
-    plain, fast = plain_and_fast_encoder()
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    for a, b in zip(fast.state_dict().values(), plain.state_dict().values()):
-        assert a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
-    assert isinstance(fast, cardiowm.XResNet1d50) and type(plain) is cardiowm.XResNet1d50
-    assert not {nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.MaxPool1d} & set(
-        map(type, fast.modules()))
-    fast.eval()
-    x = torch.randn(2, 12, 200, generator=generator())
-    once = fast(x)
-    assert torch.equal(copy.deepcopy(fast)(x), once)
-    assert train.fast_encoder(fast) is fast and torch.equal(fast(x), once)
-    plain.load_state_dict(fast.state_dict())  # strict
-    assert relative(plain.eval()(x), once) < 1e-5
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("samples, batch", [(1000, 4), (999, 4), (5000, 2)])
+@pytest.mark.parametrize("samples, batch", [(999, 4), (5000, 2)])
 def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples, batch, training):
     x = torch.randn(batch, 12, samples, generator=generator())
     weight = torch.randn(batch, 256, generator=generator(1))
@@ -3149,11 +3111,15 @@ def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples
     for dtype, of_h, of_gradients, of_statistics in (
             (torch.float64, 1e-12, 1e-10, 1e-12), (torch.float32, 2e-5, 5e-2, 1e-5)):
         results = []
-        for encoder in plain_and_fast_encoder(dtype):
+        torch.manual_seed(0)
+        plain = heard(cardiowm.XResNet1d50()).to(dtype)
+        for encoder in (plain, train.fast_encoder(copy.deepcopy(plain))):
             h = encoder.train(training)(x.to(dtype))
             (h * weight.to(dtype)).sum().backward()
             assert all(p.grad.stride() == p.stride() for p in encoder.parameters())  # DDP wants it
             results.append((h, [p.grad for p in encoder.parameters()], encoder.buffers()))
+        assert list(encoder.state_dict()) == list(plain.state_dict())
+        assert not {*train.FAST} & set(map(type, encoder.modules()))
         (h, gradients, buffers), (h_fast, gradients_fast, buffers_fast) = results
         assert (h_fast - h).abs().max() < of_h * h.abs().max()
         assert relative(whole(gradients_fast), whole(gradients)) < of_gradients
@@ -3161,21 +3127,6 @@ def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples
             map(relative, gradients_fast, gradients)) < of_gradients
         for b, b_fast in zip(buffers, buffers_fast, strict=True):
             assert relative(b_fast, b) <= of_statistics
-
-
-@needs_bf16
-@pytest.mark.parametrize("training", [True, False])
-def test_fast_encoder_in_bf16_stays_near_float32(training):
-    _, fast = plain_and_fast_encoder()
-    fast.train(training)
-    x = torch.randn(8, 12, 1000, generator=generator())
-    with torch.no_grad():
-        h = fast(x)
-        with train.autocast(torch.device("cpu")):
-            h_bf16 = fast(x)
-    # each of 53 layers rounds its input and its weights to 8 bits, at worst by 2^-9, on average by
-    # 2^-9 / sqrt(3) = 1.1e-3: sqrt(106) * 1.1e-3 = 1.2e-2 where nothing cancels
-    assert h_bf16.dtype == torch.bfloat16 and 1e-3 < relative(h_bf16, h) < 4e-2
 
 
 RANKS = '''"""Runs of train.py in one process, alone or as one of torchrun's; the tests start it."""
@@ -3266,7 +3217,7 @@ def ranks(workplace):
     data = "--data data/tiny.h5"
 
     def runs(prefix, batch_size):
-        how = {"sigreg": "--mode pretrain", "vicreg": "--mode pretrain --reg vicreg",
+        how = {"vicreg": "--mode pretrain --reg vicreg",
                # without windows and noise, of which each rank has its own
                "recipe": "--mode pretrain --recipe recommended --crop 1 --noise 0",
                "finetune": "--mode finetune --init scratch --epochs 1 --batch-size 24"}
@@ -3280,7 +3231,6 @@ def ranks(workplace):
     refused = {
         "probe": f"{data} --mode probe --init random --run refused",
         "cuda:0": f"{data} {pretrain} --device cuda:0",
-        "mps": f"{data} {pretrain} --device mps",
         "batch": f"{data} {pretrain} --device cpu --batch-size 3",
         "data": f"--data nowhere.h5 {pretrain} --device cpu",
         "finished": two["vicreg"],
@@ -3311,8 +3261,7 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     plain = train._WorldModel(5, in_leads=3)
-    for block in plain.encoder.blocks:
-        nn.init.normal_(block.convs[-1].weight, 0, 0.5)
+    heard(plain.encoder)
     x, x_next, a = torch.randn(8, 3, 200), torch.randn(8, 3, 200) + 1, torch.randn(8, 5)
     first = copy.deepcopy(plain.encoder)
     first(x)
@@ -3320,11 +3269,9 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     for both in (False, True, True):
         model = copy.deepcopy(plain).train()
         model.both = train.BothOnTwoThreads(model.encoder) if both else None
-        out = model(x, x_next, a)
+        h, _, *rest = out = model(x, x_next, a)
         wanted = cardiowm.WorldModel.forward(copy.deepcopy(plain), x, x_next, a)
-        for name, h in zip(("h", "z", "z_pred", "z_next"), wanted):
-            index = ("h", "h_next", "z", "z_pred", "z_next").index(name)
-            torch.testing.assert_close(out[index], h, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((h, *rest), wanted, rtol=1e-4, atol=1e-5)
         loss = sum((v * torch.linspace(-1, 2, v.shape[1])).square().mean() for v in out)
         parameters = [*model.encoder.parameters(), *model.projector.parameters()]
         kept = torch.autograd.grad(loss, parameters, retain_graph=True)  # as gradient_ratio does
@@ -3335,14 +3282,11 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     assert all(map(torch.equal, found[1], found[2]))          # the same bytes each time
     for name, value in model.encoder.named_buffers():         # the twin's are its own
         torch.testing.assert_close(value, first.get_buffer(name))
-    with torch.no_grad():
-        model(x, x_next, a)  # batch norm taken anew: both ECGs count
-    assert int(model.encoder.stem[1].num_batches_tracked) == 3
     assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("name, steps", [
-    ("sigreg", 10), ("vicreg", 10), ("recipe", 10), ("finetune", 2)])
+    ("vicreg", 10), ("recipe", 10), ("finetune", 2)])
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
     assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
@@ -3357,27 +3301,15 @@ def test_two_ranks_train_as_one_process(ranks, name, steps):
     ratios = [[row["grad_ratio"] for row in log if "grad_ratio" in row] for log in (rows, wanted)]
     assert len(rows) == steps and len(ratios[0]) == 4 * (steps > 2)
     assert ratios[0] == pytest.approx(ratios[1], rel=5e-4)
-    stored = state_of(f"two-{name}")["model"]
-    assert sum(torch.equal(v, w) for v in stored.values() for w in first["weights"][:3]) == 3
-
-
-def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
-    for name in ("sigreg", "vicreg", "finetune"):
-        first, second = ranks.both[name]
-        for file in ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions_test.npz"):
-            assert any(Path(w).name.startswith(file) for w in first["written"])
-        assert not [w for w in second["written"] if "runs" in Path(w).parts]
-        assert len(log_of(Path("runs") / f"two-{name}")) == len(
-            log_of(Path("runs") / f"alone-{name}"))
-        assert ranks.stdout.count(f"/two-{name}: done in ") == 1, ranks.stdout
-    config = json.loads(Path("runs/two-finetune/config.json").read_text())
-    assert config["speed"]["ranks"] == 2
+    # only the first writes and prints
+    assert any("predictions_test" in w for w in first["written"])
+    assert not [w for w in second["written"] if "runs" in Path(w).parts]
+    assert ranks.stdout.count(f"/two-{name}: done in ") == 1, ranks.stdout
 
 
 @pytest.mark.parametrize("name, message", [
-    ("probe", "torchrun: a probe trains on one device; run `python train.py` instead"),
+    ("probe", "torchrun: --mode probe uses one device; run `python train.py` instead"),
     ("cuda:0", "--device cuda:0: torchrun gives each process its own device"),
-    ("mps", "--device mps: torchrun gives each process its own device"),
     ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
     ("data", "nowhere.h5"),
     ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
@@ -3401,7 +3333,6 @@ def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
         folder = workplace / f"gpu-{n}-{name}"
         found += run_ranks(folder, n, {name: command}, freeze=False)[0][name]
     alone, first, second = found
-    assert [run["code"] for run in found] == [0, 0, 0]
     for key in ("gradients", "weights"):
         assert all(torch.equal(a, b) for a, b in zip(first[key], second[key]))
     # Over all parameters, since a bias before a batch norm has no gradient but rounding. A batch
@@ -3409,13 +3340,7 @@ def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
     # 1e-2. Batch norm of each rank by itself: 1.2
     assert relative(whole(first["gradients"]), whole(alone["gradients"])) < 5e-2
     # on CPUs 1e-4 after 10 steps, or 1e-1 unsynchronised
-    rows, _ = assert_rows_agree(f"gpu-2-{name}", f"gpu-1-{name}",
-                                lambda step: 1e-5 if step == 1 else 5e-3)
-    assert len(rows) == 10
-    states = [state_of(f"gpu-{n}-{name}")["model"] for n in (2, 1)]
-    for key in ("encoder.stem.1", "encoder.blocks.15.convs.7", "projector.1", "projector.7"):
-        got, one = (state[f"{key}.running_var"] for state in states)
-        assert relative(got, one) < 1e-2  # unbiased over both ranks; 1e-4 on CPUs
+    assert_rows_agree(f"gpu-2-{name}", f"gpu-1-{name}", lambda step: 1e-5 if step == 1 else 5e-3)
 
 
 # Runs: what pretraining, finetuning and probing leave behind
@@ -3457,7 +3382,6 @@ def test_pretraining_leaves_checkpoint_log_config_and_predictions(
                 "pair_first": np.isin(test, tiny.pair[:, 0])}.items():
             np.testing.assert_array_equal(p[name], wanted)
         assert ((p["y_score"] > 0) & (p["y_score"] < 1)).all()
-    assert evaluate.main(f"--mode score --runs {run.name} --n-boot 20 --out scores".split()) == 0
     # the validation losses follow from the stored weights, on whole records and whole batches
     model = cardiowm.WorldModel(**state["model_args"])
     model.load_state_dict(state["model"])
@@ -3522,25 +3446,17 @@ def test_single_records_become_pairs_of_two_windows_without_change(tiny, action)
     assert torch.equal(task.action[p:].float(), still)
     assert torch.equal(task.label[p:], torch.stack([y, y], dim=1))
     x, x_next, _ = task.read(np.arange(p, n))
-
-    def draw(seed):
-        return task.signals.windows(args, generator(seed), x, x_next)
-
-    (first, second), again = draw(0), draw(0)
+    (first, second), again = (task.signals.windows(args, generator(), x, x_next) for _ in range(2))
     assert torch.equal(x, x_next) and first.shape[2] == 250
     assert (first != second).flatten(1).any(dim=1).float().mean() > 0.9
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
-    args.crop = 1.0  # as in the papers
-    assert torch.equal(draw(1)[0], task.signals.ready(x))
 
 
 @pytest.mark.parametrize("flags, wanted", [
     ("", dict(action="coded", lam=0.1, crop=1.0, noise=0.0, supervise=0.0, sigreg_ratio=None)),
     ("--recipe recommended", dict(action="sets", lam=5 / 69, crop=0.8, noise=0.05, supervise=0.3)),
-    ("--recipe recommended --crop 1 --supervise 0 --action state",
-     dict(action="state", lam=5 / 69, crop=1.0, noise=0.05, supervise=0.0)),
-    ("--recipe recommended --lam 0.2", dict(lam=0.2, sigreg_ratio=None, action="sets")),
-    ("--sigreg-ratio 57", dict(lam=57 / 121, action="coded", crop=1.0)),
+    ("--recipe recommended --crop 1 --supervise 0 --action state --lam 0.2",
+     dict(action="state", lam=0.2, crop=1.0, noise=0.05, supervise=0.0, sigreg_ratio=None)),
     ("--recipe recommended --objective invariance", dict(action="coded", lam=5 / 69, crop=0.8)),
     ("--recipe recommended --reg vicreg", dict(action="sets", lam=None, sigreg_ratio=None)),
 ])
@@ -3551,9 +3467,8 @@ def test_switches_come_from_the_recipe_unless_given(tiny, flags, wanted):
 
 
 @pytest.mark.parametrize("flags", [
-    "probe --head mlp --augment dynamics --min-count 5",
     "probe --head mlp --augment dynamics --min-count 5 --augment-action zero",
-    "finetune --batch-size 16 --crop 0.6 --noise 0.1 --frac 1",
+    "finetune --batch-size 16 --crop 0.6 --noise 0.1",
 ])
 def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, flags):
     name = f"after-{len(flags)}"
@@ -3570,9 +3485,8 @@ def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, 
     "--init random",
     "--init random:1",
     "--init base --features z",
-    "--init base --head mlp --features h",
     "--init base --head mlp --augment dynamics --min-count 5",
-    "--init base --head mlp --augment smote --class-weight full --min-count 5",
+    "--init base --head mlp --features h --augment smote --class-weight full --min-count 5",
     "--init base --head mlp --augment oversample --class-weight none --labelled-only --min-count 5",
 ])
 def test_probes_train_and_predict(pretrained, tiny, flags):
@@ -3670,28 +3584,29 @@ class Stop(Exception):
     pass
 
 
-def stop_at(patch, *wanted):
-    """Interrupt the training in the place of its first, second ... step."""
-    steps, original = itertools.count(1), torch.optim.AdamW.step
+def stop_at(patch, wanted, act):
+    """Call act(step) in the place of the steps wanted, counted from 1, and then take them."""
+    steps, descend = itertools.count(1), train.descend
 
-    def step(self, *args, **kwargs):
-        if next(steps) in wanted:
-            raise Stop
-        return original(self, *args, **kwargs)
+    def counted(*args):
+        if (step := next(steps)) in wanted:
+            act(step)
+        return descend(*args)
 
-    patch.setattr(torch.optim.AdamW, "step", step)
+    patch.setattr(train, "descend", counted)
+
+
+def stop(step):
+    raise Stop
 
 
 @pytest.mark.parametrize("flags, n, wanted", [  # wanted: epochs, batch, lr, patience, validations
     ("--mode pretrain", 10_000, (8, 64, 1e-3, None, 8)),
     ("--mode pretrain", 100, (40, 64, 1e-3, None, 40)),  # 1 step an epoch, 40 at least
-    ("--mode pretrain --paper", 100, (50, 512, 1e-3, None, 50)),
-    ("--mode finetune", 10_000, (40, 32, 1e-3, 5, 40)),
     ("--mode finetune --init scratch", 64, (200, 32, 1e-3, 5, 40)),  # 400 steps at least
     ("--mode finetune --epochs 3", 64, (3, 32, 1e-3, None, 3)),
     ("--mode finetune --paper", 64, (30, 256, 1e-4, None, 30)),
-    ("--mode finetune --quick", 10_000, (1, 32, 1e-3, None, 1)),
-    ("--mode probe --head mlp", 1000, (400, 256, 1e-4, 50, 400)),
+    ("--mode probe --head mlp --quick", 10_000, (20, 256, 1e-4, 50, 20)),
 ])
 def test_what_is_unset_comes_from_the_recipe_and_the_preset(tiny, flags, n, wanted):
     args = train.build_parser().parse_args(flags.split())
@@ -3714,7 +3629,7 @@ def test_training_to_a_plateau_stops_after_so_many_validations_but_not_before_it
     flags = f"--mode finetune --init scratch --frac 0.2 --checkpoint-minutes 0 --run {run}"
     if interrupted:  # past the steps that are wanted
         with monkeypatch.context() as patch, pytest.raises(Stop):
-            stop_at(patch, steps + 2)
+            stop_at(patch, [steps + 2], stop)
             run_train(flags)
     assert run_train(flags) == 0
     assert log_of(Path("runs") / run)[-1]["step"] == epochs * per_epoch > steps + 1
@@ -3733,10 +3648,8 @@ def test_equal_compute_is_that_of_the_finetuned_run_and_its_pretraining(pretrain
     assert config["method"] == "supervised, equal compute"
     init = json.loads(Path("runs/tuned/config.json").read_text())["init"]
     assert init["steps"] == steps[0] and init["seconds"] == log_of(pretrained)[-1]["run_seconds"]
-    for run, message in (("same", "wanted the finetuning of a pretraining"),
-                         ("base", "found a pretrain run")):
-        capsys.readouterr()
-        assert run_train(same, run) == 2 and message in last_line(capsys)
+    for run, found in (("same", "a finetune run from scratch"), ("base", "a pretrain run from")):
+        assert run_train(same, run) == 2 and f"found {found}" in last_line(capsys)
 
 
 # The life cycle of a run
@@ -3760,7 +3673,6 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("flags", [
-    "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
     "--mode pretrain --recipe recommended --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny "
     "--self-pairs",
     "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24 --crop 0.8 --noise 0.1",
@@ -3769,28 +3681,19 @@ def assert_same_run(one, other):
 def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     pretrained, monkeypatch, capsys, flags
 ):
-    kind = flags.split()[1] + "-recipe" * ("recipe" in flags)
-    flags += f" --run {{}}-{kind}"
+    kind = flags.split()[1]
+    flags, path = f"{flags} --run {{}}-{kind}", f"runs/parts-{kind}/last.pt"
     assert run_train(flags.format("whole")) == 0
+    threads = torch.get_num_threads()
     pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # amid an epoch; at 4, as after a SIGKILL
-    steps, descend, threads = itertools.count(1), train.descend, torch.get_num_threads()
-
-    def pull(*args):
-        step = next(steps)
-        if step in pulled:
-            os.kill(os.getpid(), pulled[step])
-        elif step == 4:
-            raise Stop
-        return descend(*args)
-
-    monkeypatch.setattr(train, "descend", pull)
+    stop_at(monkeypatch, [2, 4, 5], lambda step: os.kill(os.getpid(), pulled[step])
+            if step in pulled else stop(step))
     parts = flags.format("parts") + " --checkpoint-minutes 0"
     assert run_train(parts, "--overwrite") == 143
-    path = f"runs/parts-{kind}/last.pt"
-    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same "
-                                 "command "
-                                 "without --overwrite goes on from there")
-    assert state_of(f"parts-{kind}")["step"] == 2
+    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same command"
+                                 " without --overwrite goes on from there")
+    state = state_of(f"parts-{kind}")
+    assert state["step"] == 2
     try:
         torch.set_num_threads(threads + 1)
         with pytest.raises(Stop):
@@ -3799,33 +3702,27 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    n = sum(len(state_of(f"parts-{kind}").get(k, ()))
-            for k in ("model", "online_probe", "supervised"))
+    n = sum(len(state.get(k, ())) for k in ("model", "online_probe", "supervised"))
     assert f"threads: {threads}, as when this run began" in out
     assert f"{n} of {n} tensors loaded from {path}" in out
     assert run_train(parts) == 130 and last_line(capsys).startswith("SIGINT: stopped at step 4")
     assert run_train(parts) == 0
     assert_same_run(f"whole-{kind}", f"parts-{kind}")
-    config = json.loads(Path(path).with_name("config.json").read_text())
-    assert config["speed"]["threads"] == threads
 
 
 def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offered(
     pretrained, monkeypatch, capsys
 ):
-    flags = "--mode finetune --init scratch --frac 0.3 --epochs 2 --batch-size 12 --run"
-    assert run_train(flags, "unspoilt") == 0
-    Path("runs/un spoilt").mkdir()
-    words = flags.split() + ["runs/un spoilt", "--data", "data/tiny.h5", "--device", "cpu"]
+    flags, folder = "--mode finetune --init scratch --frac 0.3 --epochs 2", Path("runs/sp oilt")
+    flags += " --batch-size 12 --checkpoint-minutes 0"
+    assert run_train(flags, "--run unspoilt") == 0
+    words = f"{flags} --data data/tiny.h5 --device cpu --run".split() + [str(folder)]
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, 6)
-        train.main([*words, "--checkpoint-minutes", "0"])
-    folder = Path("runs/un spoilt")
-    last, previous = ((folder / name).read_bytes() for name in ("last.pt", "previous.pt"))
+        stop_at(patch, [6], stop)
+        train.main(words)
     before = {file: file.read_bytes() for file in folder.iterdir() if file.name != "last.pt"}
-    state = torch.load(io.BytesIO(last), weights_only=True)
-    assert state["step"] == 5
-    assert torch.load(io.BytesIO(previous), weights_only=True)["step"] == 4
+    state = state_of("sp oilt")
+    assert state["step"] == 5 and state_of("sp oilt", "previous.pt")["step"] == 4
     some = next(iter(state["model"]))
     changes = {"holds a run with seed = 7, asked for 0": {"args": state["args"] | {"seed": 7}},
                "kind is probe, classifier wanted": {"kind": "probe"},
@@ -3837,28 +3734,23 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
                    "model": state["model"] | {some: state["model"][some] * math.nan}},
                "optimizer, parameter 0": {"optimizer": state["optimizer"] | {"state": {0: {}}}},
                "step is 'x', int wanted": {"step": "x"}, "best is 'x'": {"best": "x"},
-               "args is None": {"args": None}, "truncated": None}
+               "args is None": {"args": None}, "without model": {"model": None}}
     for message, change in changes.items():
-        if change is None:
-            (folder / "last.pt").write_bytes(last[:len(last) // 2])
-        else:
-            torch.save(state | change, folder / "last.pt")
+        torch.save({k: v for k, v in (state | change).items() if (k, v) != ("model", None)},
+                   folder / "last.pt")
         assert train.main(words) == 2
         line = last_line(capsys)
-        assert message in line and "The checkpoint before it is whole, at step 4" in line
+        assert message in line and "the checkpoint before it: run `mv 'runs/sp oilt/prev" in line
         assert before == {file: file.read_bytes() for file in before}
-    offered = shlex.split(re.search("`(mv .*)`", line)[1])
-    assert subprocess.run(offered).returncode == 0 and train.main(words) == 0
-    shutil.copytree(folder, "runs/spoilt")
-    assert_same_run("unspoilt", "spoilt")
     # a kill between the two renames: only the checkpoint before is there
+    offered = shlex.split(re.search("`(mv .*)`", line)[1])
+    (folder / "last.pt").unlink()
+    assert train.main(words) == 0 and "step 4 (epoch 1) of previous.pt" in capsys.readouterr().out
+    assert_same_run("unspoilt", "sp oilt")
     (folder / "predictions_test.npz").unlink()
-    (folder / "last.pt").rename(folder / "previous.pt")
-    assert train.main(words) == 0 and "last.pt is missing" in capsys.readouterr().out
-    (folder / "predictions_test.npz").unlink()
-    for name in ("last.pt", "previous.pt"):
-        (folder / name).write_text("x")
-    assert train.main(words) == 2 and "start anew with --overwrite" in last_line(capsys)
+    (folder / "previous.pt").write_text("x")
+    assert subprocess.run(offered).returncode == 0
+    assert train.main(words) == 2 and "Start anew with --overwrite" in last_line(capsys)
 
 
 def test_a_run_whose_disk_is_full_at_any_write_goes_on_when_there_is_space(
@@ -3906,33 +3798,20 @@ def test_a_second_process_is_kept_out_of_a_run_and_of_a_study(workplace, capsys)
 def test_a_folder_that_is_moved_while_it_is_being_locked_is_not_held(tmp_path, monkeypatch):
     import fcntl
     flock = fcntl.flock
-    for again in (False, True):  # what another process with --overwrite does
 
-        def move(*args):
-            (tmp_path / "run").rename(tmp_path / f"aside-{again}")
-            if again:
-                (tmp_path / "run").mkdir()
-                (tmp_path / "run/lock").touch()
-            flock(*args)
+    def move(*args):  # what another process with --overwrite does
+        (tmp_path / "run").rename(tmp_path / "aside")
+        flock(*args)
 
-        monkeypatch.setattr(fcntl, "flock", move)
-        with pytest.raises(prepare_data.InputError, match="held by another"):
-            with prepare_data.locked(tmp_path / "run", "held by another"):
-                pass
+    monkeypatch.setattr(fcntl, "flock", move)
+    with pytest.raises(prepare_data.InputError, match="held by another"):
+        with prepare_data.locked(tmp_path / "run", "held by another"):
+            pass
 
 
-def test_a_log_stays_readable_and_an_ignored_signal_ignored(tmp_path):
-    run = train.Run(tmp_path, {}, False, {})
-    run.log({"step": 1, "val_loss": math.inf, "grad_ratio": math.nan})
-    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "grad_ratio": None}
-    before = signals.signal(signals.SIGINT, signals.SIG_IGN)  # `train.py &` in a script
-    try:
-        with run.noting_signals():
-            os.kill(os.getpid(), signals.SIGINT)
-            os.kill(os.getpid(), signals.SIGTERM)
-        assert run.asked == signals.SIGTERM
-    finally:
-        signals.signal(signals.SIGINT, before)
+def test_a_log_without_a_number_stays_readable(tmp_path):
+    train.Run(tmp_path, {}, False, {}).log({"step": 1, "val_loss": math.inf, "pred": math.nan})
+    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "pred": None}
 
 
 def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_alone(
@@ -3957,36 +3836,27 @@ def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_
     assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == every
 
 
-@pytest.mark.parametrize("flags", [
-    "--mode probe --init base --epochs 2",
-    "--mode pretrain --epochs 1 --batch-size 64 --allow-tiny"])
-def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys, flags):
-    run = Path("runs/older-" + flags.split()[1])
-    flags += f" --run {run.name}"
+def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys):
+    flags, run = "--mode pretrain --run older --epochs 1 --allow-tiny", Path("runs/older")
     assert run_train(flags) == 0
     (run / "predictions_test.npz").unlink()  # as if interrupted at the end
-    config = json.loads((run / "config.json").read_text())
-    (new,) = config.pop("code")
-    state = state_of(run.name)
-    state.pop("action_form", None)
-    for key in ("patience compute_of class_weight recipe sigreg_ratio crop noise supervise "
-                "self_pairs augment_action").split():  # arguments that it did not know
-        del config["args"][key], state["args"][key]
+    config, state = json.loads((run / "config.json").read_text()), state_of(run.name)
+    (new,) = config["code"]
+    del state["action_form"]
+    for key in "patience recipe sigreg_ratio crop noise supervise self_pairs".split():
+        del config["args"][key], state["args"][key]  # arguments that it did not know
     config["args"]["decoys"] = state["args"]["decoys"] = 0.0  # a switch that is no more
     torch.save(state, run / "last.pt")
-    old = new["sha256"] | {"train.py": "0"}
-    (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
-    assert run_train(flags, "--seed 1") == 2  # another run all the same
-    before = (run / "config.json").read_text()
+    old = {"git": "abc", "sha256": new["sha256"] | {"train.py": "0"}, "step": 0}
     for part, found in (({"speed": {"threads": "many"}}, "speed.threads is 'many'"),
                         ({"code": []}, "code is None"), ({"code": [{}]}, "code.sha256 is None")):
         (run / "config.json").write_text(json.dumps(config | part))
-        assert run_train(flags) == 2 and f"damaged: {found}" in last_line(capsys)
-    (run / "config.json").write_text(before)
+        assert run_train(flags) == 2 and f"of an older version: {found}" in last_line(capsys)
+    (run / "config.json").write_text(json.dumps(config | {"code": [old]}))
+    assert run_train(flags, "--seed 1") == 2  # another run all the same
     assert run_train(flags) == 0
     code = json.loads((run / "config.json").read_text())["code"]
-    assert code == [{"git": "abc", "sha256": old, "step": 0},
-                    new | {"step": log_of(run)[-1]["step"]}]
+    assert code == [old, new | {"step": log_of(run)[-1]["step"]}]
 
 
 def test_a_second_interrupt_ends_the_training_at_once_and_a_pipe_without_a_reader_does_not(
@@ -4002,21 +3872,18 @@ def test_a_second_interrupt_ends_the_training_at_once_and_a_pipe_without_a_reade
         for name in ("stdout", "__stdout__", "stderr", "__stderr__"):
             monkeypatch.setattr(sys, name, pipe)
         assert run_train(flags, "piped") == 0
-    assert Path("runs/piped/predictions_test.npz").exists()
 
 
 @pytest.mark.parametrize("own, wanted", [  # started again, or the exit code of a wrong command
-    ({}, "passive"), ({"LOCAL_RANK": "0"}, 2), ({"GOMP_SPINCOUNT": "9"}, 2),
-    ({"OMP_WAIT_POLICY": "active"}, 2)])
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+    ({}, "passive"), ({"LOCAL_RANK": "0"}, 2), ({"GOMP_SPINCOUNT": "9"}, 2)])
 def test_a_script_starts_once_more_to_wait_passively_unless_it_is_told_how(
-    monkeypatch, script, own, wanted
+    monkeypatch, own, wanted
 ):
     def start(path, argv, env):
         assert [path, *argv] == [sys.executable, *command]
         sys.exit(env["OMP_WAIT_POLICY"])
 
-    command = [sys.executable, str(HERE / script), "--mode", "cohort"]
+    command = [sys.executable, str(HERE / "train.py"), "--mode", "cohort"]
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
@@ -4044,21 +3911,15 @@ def test_steps_that_become_slow_are_noted_once(capsys):
 def test_a_fraction_leaves_the_judged_records_alone_and_constant_classes_are_named(
     workplace, tiny, capsys
 ):
-    flags = "--mode probe --init random --epochs 1 --frac {0:g} --run share-{0:g}"
-    found = []
-    for frac in (1, 0.2):
-        assert run_train(flags.format(frac)) == 0
-        rows = train.training_rows(tiny, frac, 0, False)
-        constant = tiny.label[rows].min(axis=0) == tiny.label[rows].max(axis=0)
-        names = [name for name, same in zip(tiny.class_name, constant) if same]
-        assert (f"note: {len(names)} of {len(constant)} classes are constant among the training "
-                f"records, nothing is learned of them: {', '.join(names[:10])}"
-                + f" and {len(names) - 10} more" * (len(names) > 10) + "\n"
-                ) in capsys.readouterr().out
-        for split in ("val", "test"):
-            with np.load(f"runs/share-{frac:g}/predictions_{split}.npz") as file:
-                found.append([file[key].tolist() for key in ("study_id", "y_true")])
-    assert found[:2] == found[2:]
+    assert run_train("--mode probe --init random --epochs 1 --frac 0.2 --run share") == 0
+    label = tiny.label[train.training_rows(tiny, 0.2, 0, False)]
+    constant = label.min(axis=0) == label.max(axis=0)
+    names = [name for name, same in zip(tiny.class_name, constant) if same]
+    assert (f"note: {len(names)} of {len(constant)} classes are constant among the training "
+            f"records, nothing is learned of them: {', '.join(names)}\n") in capsys.readouterr().out
+    for split, number in (("val", 1), ("test", 2)):
+        with np.load(f"runs/share/predictions_{split}.npz") as file:
+            np.testing.assert_array_equal(file["study_id"], tiny.study_id[tiny.split == number])
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults():
@@ -4084,26 +3945,25 @@ def test_a_run_is_named_by_what_differs_from_the_defaults():
 def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_seed(
     pretrained, tiny
 ):
-    args = train.build_parser().parse_args(["--mode", "probe"])
-    args.seed, folder = 7, Path("runs/tiny-pretrain-seed7")
-    missing = "train.py --mode pretrain --data .*tiny.h5 --frac 1 --seed 7"
-    with pytest.raises(InputError, match=missing):
-        train.find_init(args, tiny)
+    args = train.build_parser().parse_args(["--mode", "probe", "--frac", "0.5"])
+    args.seed, folder = 7, Path("runs/tiny-pretrain-frac0.5-seed7")
+
+    def find(refused=None, recipe="papers"):
+        args.recipe = recipe
+        with pytest.raises(InputError, match=refused) if refused else contextlib.nullcontext():
+            assert train.find_init(args, tiny) == folder
+
+    missing = "--mode pretrain --data .*tiny.h5 --frac 0.5{} --seed 7` first"
+    find(missing.format(""))
     shutil.copytree(pretrained, folder)  # under that name, but of seed 0
-    with pytest.raises(InputError, match=missing):
-        train.find_init(args, tiny)
+    find(missing.format(""))
     config = json.loads((folder / "config.json").read_text())
-    config["args"]["seed"] = 7
+    config["args"] |= {"seed": 7, "frac": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
-    assert train.find_init(args, tiny) == folder
-    args.recipe = "recommended"
-    with pytest.raises(InputError, match=f"{missing} --recipe recommended` first"):
-        train.find_init(args, tiny)
-    args.recipe = "papers"
+    find()
+    find(missing.format(" --recipe recommended"), "recommended")
     (folder / "predictions_test.npz").unlink()
-    with pytest.raises(InputError, match="unfinished"):
-        train.find_init(args, tiny)
-    shutil.rmtree(folder)
+    find("unfinished")
 
 
 @pytest.fixture(scope="module")
@@ -4121,8 +3981,7 @@ def oddities(pretrained, workplace):
                 f["split"][row] = (f["split"][row] + 1) % 3
             else:
                 f["split"][f["split"][()] == 1] = 0
-    changes = {"leads": {"leads": ["I"]}, "shape": {"model_args": {"num_classes": 3}},
-               "huge": {"model_args": {"num_classes": 10**15}},
+    changes = {"leads": {"leads": ["I"]}, "huge": {"model_args": {"num_classes": 10**15}},
                "fine-scratch": {"kind": "classifier"}, "broken": {}}
     for name, change in changes.items():
         shutil.copytree(pretrained, workplace / "runs" / name, dirs_exist_ok=True)
@@ -4135,62 +3994,44 @@ MLP = "probe --init base --head mlp --augment dynamics"
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("pretrain --frac 0", "0 < frac <= 1"),
-    ("pretrain --frac 2", "0 < frac <= 1"),
-    ("pretrain --frac nan", "0 < frac <= 1"),
+    ("pretrain --frac 0", "--frac: found 0.0, wanted 1e-09 to 1.0"),
+    ("pretrain --frac nan", "--frac: found nan"),
     ("pretrain --frac 0.01", "training pairs, wanted at least 64"),
     ("pretrain --frac 0.01 --allow-tiny", "wanted at least 2;"),
     ("pretrain --data nowhere.h5", "nowhere.h5"),
     ("pretrain --data runs/base/last.pt", "cohort"),
-    ("pretrain --data runs/base/config.json", "cohort"),
-    ("pretrain --data runs", "runs"),
     ("pretrain --data data/stateless.h5 --action state", "no true states"),
     ("pretrain --data data/novalidation.h5", "no val record"),
     ("pretrain --data data/crossing.h5", "wanted in one fold alone; see `python prepare_data.py"),
-    ("pretrain --lam 1.5", "--lam: found 1.5"),
     ("pretrain --device tpu", "--device tpu"),
-    ("pretrain --cache gpu", "the device is the CPU"),
-    ("pretrain --objective invariance --action state", "no action"),
-    ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --reg vicreg --sigreg-ratio 5", "means nothing with --reg vicreg"),
     ("pretrain --sigreg-ratio 5 --lam 0.1", "--lam and --sigreg-ratio exclude each other"),
-    ("pretrain --sigreg-ratio -1", "--sigreg-ratio: found -1.0, wanted 0"),
-    ("pretrain --crop 0", "--crop: found 0.0, wanted 0.1 to 1"),
-    ("pretrain --noise nan", "--noise: found nan"),
-    ("pretrain --self-pairs", "--self-pairs: pairs two windows of a record, and without --crop"),
     ("pretrain --recipe recommended --self-pairs --crop 1", "add --crop 0.8"),
-    ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
     ("pretrain --objective labels", "--objective labels: learns labels"),
     ("pretrain --objective labels --supervise 1 --reg vicreg", "leave --reg out"),
-    ("probe --supervise 1 --init base", "--supervise: means nothing in --mode probe"),
+    ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
     ("probe --recipe recommended --init base", "and so does --init base; leave one out"),
-    ("finetune --recipe recommended --frac 0.5", "--recipe recommended` first, or name one"),
     ("probe --init base --head mlp --augment smote --augment-action zero --min-count 5",
      "--augment-action zero: a control of --augment dynamics"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file --allow-tiny", "File exists; name a folder"),
     ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
-    ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
     ("pretrain --seed 1 2", "--seed: found 1 2, wanted one seed"),
     ("finetune --init nosuchrun", "nosuchrun"),
     ("finetune --init fine-scratch", "is a classifier"),
-    ("finetune --init random", "--init scratch"),
+    ("finetune --init random", "--init random: means nothing in --mode finetune"),
     ("finetune --init base --normalize none", "--normalize zscore"),
     ("finetune --init base --compute-of base", "--compute-of: trains a supervised baseline"),
-    ("finetune --init scratch --compute-of base --epochs 3", "leave --epochs out"),
-    ("finetune --init scratch --compute-of nosuchrun", "nosuchrun"),
-    ("probe --init scratch", "random"),
+    ("probe --init scratch", "a finetuning takes a run or scratch, a probe a run or random"),
     ("probe --init random:x", "random:x"),
     ("probe --init leads", "leads"),
-    ("probe --init shape", "another architecture (the model: "),
     ("probe --init huge", "another architecture"),
     ("probe --init base --augment dynamics", "--head mlp"),
     ("probe --init base --min-count 5", "means nothing with --augment none"),
     (f"{MLP} --min-count 100000", "no combination"),
     (f"{MLP} --features h", "z"),
     (f"{MLP} --data data/other.h5", "another vocabulary"),
-    ("reproduce --frac 0.1", "--frac: means nothing in --mode reproduce"),
     ("reproduce --seed 1 1", "--seed: found 1 1"),
 ])
 def test_bad_input_gets_one_clear_line_and_exit_code_2(oddities, workplace, capsys, flags, message):
@@ -4269,42 +4110,9 @@ def test_what_cannot_be_captured_stays_plain_with_one_line(monkeypatch, capsys):
     rows, _, seen = steps_of_a_line(monkeypatch, record)
     assert seen == list(range(6))
     np.testing.assert_allclose(rows, steps_of_a_line(monkeypatch)[0], rtol=1e-6)
-    optimizer = train.make_optimizer([nn.Linear(3, 1)], 0.1, 0.1)
-    train.make_schedule(optimizer, "onecycle", 0.1, 6)  # which moves beta 1
-    on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    groups = [group | {"params": [on_a_gpu]} for group in optimizer.param_groups]
-    step = train.Step(None, types.SimpleNamespace(param_groups=groups))
-    assert step.plain_left == math.inf and not step.rates
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out == (
         "note: steps are launched kernel by kernel, not as a CUDA graph (operation not permitted "
-        "when stream is capturing)",
-        "note: a step of a one-cycle schedule is launched kernel by kernel, not as a CUDA graph"]
-
-
-@needs_cuda
-def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
-    rows = []
-    for waits in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1)).cuda()
-        noise = torch.Generator("cuda")
-
-        def loss_of(items, batch, step):
-            x = batch[0] + torch.randn(4, 3, generator=noise, device="cuda")
-            loss = model(x).square().mean()
-            return loss * (loss.item() > -1 if waits else 1), {"loss": loss}
-
-        step, found = train.Step(loss_of, train.make_optimizer([model], 1e-2, 0), 1.0, [noise]), []
-        for i in range(train.GRAPH_AFTER + 5):
-            torch.manual_seed(i)
-            noise.manual_seed(i)
-            x = torch.randn(4, 3, generator=generator(i)).cuda()
-            found.append(step(np.arange(4), (x,), i)["loss"].item())
-        assert (step.graph is None) == waits
-        rows.append(found)
-    np.testing.assert_allclose(*rows, rtol=1e-4)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: steps are launched kernel by kernel")
+        "when stream is capturing)\n")
 
 
 @needs_cuda
@@ -4339,21 +4147,15 @@ def test_a_run_on_a_gpu_is_a_graph_and_goes_on_where_it_was_stopped(
     assert {type(group["lr"]) for group in state["param_groups"]} == {float}
 
 
-def test_the_record_that_holds_a_nan_is_named_and_else_the_batch(tiny):
-    rows = np.arange(20)
-    words = train.blame(tiny, np.stack([rows, rows]))  # source and target rows of pairs
-    assert ", ".join(map(str, tiny.study_id[:8])) + " and 12 more)" in words and "--lr" in words
-    assert str(tiny.study_id[8]) not in words
+def test_the_record_that_holds_a_nan_is_named(tiny):
     tiny.signal, tiny.path = np.array(tiny.signal), Path("data/ward A.h5")
-    for value, word in ((math.nan, "NaN"), (math.inf, "infinity")):
-        tiny.signal[7, 3, 2] = value
-        assert train.blame(tiny, rows) == (
-            f"study_id {tiny.study_id[7]} (row 7, lead aVR) holds {word}: run `python "
-            "prepare_data.py --check 'data/ward A.h5'`")
+    tiny.signal[7, 3, 2] = math.inf
+    assert train.blame(tiny, np.array([[3, 5], [-1, 7]])) == (
+        f"study_id {tiny.study_id[7]} (row 7) holds NaN or infinity: run `python prepare_data.py "
+        "--check 'data/ward A.h5'`")
 
 
 @pytest.mark.parametrize("bad, minutes, may_wait, what", [
-    (0, 10, False, "minimised nan"),  # found at once: the first steps are logged
     (6, 10, False, "minimised nan"),  # found at the next log row, after 8 steps
     (6, 0, False, "gradient norm (nan|inf)"),  # before the checkpoint of the clock, after 7 steps
     (8, 10, False, "minimised nan"),  # found at the end of the epoch, after 9 steps
@@ -4385,12 +4187,10 @@ def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
     assert re.match(rf"error: step {bad}: .*{what}, .*pred .*records are finite \(study_id "
                     r"\d+, .* more\): give a lower --lr", last_line(capsys))
     rows = log_of(workplace / "runs" / name)
-    assert max((row["step"] for row in rows), default=0) == bad  # the row after it is older
+    assert rows[-1]["step"] == bad  # the row after it is older
     assert None not in [row.get("loss") for row in rows if "val_loss" not in row]
-    for file in ("last.pt", "best.pt") if bad else ():
-        state = state_of(name, file)
-        assert state["step"] <= 6 and all(v.isfinite().all() for v in state["model"].values())
-    assert not bad or state_of(name)["step"] == 6
+    state = state_of(name)
+    assert state["step"] == 6 and all(v.isfinite().all() for v in state["model"].values())
 
 
 # Bench
@@ -4405,16 +4205,13 @@ def test_the_sigreg_that_the_bench_compares_with_is_the_same_quantity():
 
 
 def test_a_row_of_the_bench_has_medians_of_calls_that_take_turns_without_the_first():
-    turns, now = [], [0.0]
-    seconds = {"a": iter([100, 1, 5, 2]), "b": iter([100, 6, 9, 7])}
+    now, seconds = [0.0], iter([100, 100, 1, 6, 5, 9, 2, 7])
 
-    def take(name):
-        turns.append(name)
-        now[0] += next(seconds[name])
+    def take():
+        now[0] += next(seconds)
 
-    a, b = ((name, functools.partial(take, name)) for name in "ab")
-    row = train.compare("stage", a, b, "≥ 1×", 3, scale=10, clock=lambda: now[0])
-    assert turns == list("abababab") and row == ["stage", "a", "20", "b", "7", "2.9×", "≥ 1×"]
+    row = train.compare("stage", ("a", take), ("b", take), "≥ 1×", 3, 10, lambda: now[0])
+    assert row == ["stage", "a", "20", "b", "7", "2.9×", "≥ 1×"]
 
 
 def test_quick_bench_fills_its_table(workplace, capsys):
@@ -4435,14 +4232,12 @@ def test_quick_bench_fills_its_table(workplace, capsys):
 # Reproduce
 
 
-def test_compile_of_an_older_command_does_nothing_but_say_so(workplace, capsys):
-    flags = "--mode pretrain --allow-tiny --epochs 1 --batch-size 13 --frac 0.3"
-    assert run_train(flags, "--compile") == 0
+def test_compile_of_an_older_command_finds_its_run_and_does_nothing_but_say_so(pretrained, capsys):
+    run = shutil.copytree(pretrained, "runs/tiny-pretrain-epochs2-batch-size48-compile-allow-tiny")
+    flags = "--mode pretrain --epochs 2 --batch-size 48 --allow-tiny --resume --compile"
+    assert run_train(flags) == 0
     out = capsys.readouterr().out
-    assert "note: --compile has no effect any more" in out and "pretrain-frac0.3" in out
-    (run,) = Path("runs").glob("*-compile-*")  # found under the name it had
-    assert run_train(flags, "--resume --run", run) == 0  # without the flag as well
-    assert "finished already" in capsys.readouterr().out
+    assert "note: --compile has no effect" in out and f"{run}: finished already" in out
 
 
 def study_of(cohort, *flags):
@@ -4454,8 +4249,9 @@ def study_of(cohort, *flags):
     return runs, train.plan_study(runs, parser, cohort, torch.device("cpu"))
 
 
-def test_a_study_holds_every_method_of_the_papers_tables_and_plans_its_work(tiny):
+def test_a_study_holds_every_method_of_the_papers_and_three_untrained_encoders(tiny):
     runs, plan = study_of(tiny, "--quick", "--min-count", "7", "--total", "100")
+    assert all("--quick" in argv for argv in runs.values())
     found = {(run["method"], run["frac"]) for run in plan.values()}
     wanted = {(m, frac) for _, frac, _, methods in evaluate.PAPER_TABLES for m in methods}
     wanted |= {(m, claim[5]) for claim in evaluate.CLAIMS for m in claim[3:5]}
@@ -4476,29 +4272,15 @@ def test_a_study_holds_every_method_of_the_papers_tables_and_plans_its_work(tiny
         "pretrain-dynamics", "finetune-dynamics", "supervised-compute"))
     epochs = max(2, math.ceil(20 / (pairs // min(64, pairs))))
     assert start["what"] == f"{pairs} pairs, {epochs} epochs"
-    assert [run["start"] for run in (start, tuned, same)] == [
-        None, "pretrain-dynamics", "finetune-dynamics"]
     assert start["work"] == 2 * pairs * epochs
     assert abs(same["work"] - start["work"] - tuned["work"]) <= records / 2
     assert plan["mlp-dynamics"]["work"] == 20 * (records + 100)
     tiny.state = None  # a real cohort
     assert not any("state" in name for name in study_of(tiny)[0])
-
-
-@pytest.mark.parametrize("seeds, draws", [("0", 3), ("0 3", 2), ("0 1 2", 1), ("5 6 7 8", 1)])
-def test_a_study_of_several_seeds_has_three_untrained_encoders_at_least(tiny, seeds, draws):
-    runs, _ = study_of(tiny, "--quick", "--min-count", "7", "--seed", *seeds.split())
-    ends = [f"-seed{seed}" if seed != "0" else "" for seed in seeds.split()]
-    first = list(runs)[:len(runs) // len(ends)]
-    assert list(runs) == [name.removesuffix(ends[0]) + end for end in ends for name in first]
-    untrained = [name for name in first if "untrained" in name]
-    assert len(untrained) == 3 * draws  # at 100, 10 and 1 %
-    assert len({runs[name][runs[name].index("--init") + 1] for name in untrained}) == draws
-    assert all("--quick" in argv for argv in runs.values())
-    few = [f"{name}-frac0.1" for name in ("mlp-dynamics", "mlp-recommended-dynamics")]
-    assert [name for name in first if "--min-count" in runs[name]] == [
-        name + ends[0] for name in ("mlp-dynamics", "mlp-smote", "mlp-oversample",
-                                    "mlp-recommended-dynamics", "mlp-state", *few)]
+    for seeds, draws in (("0", 3), ("0 3", 2), ("5 6 7 8", 1)):  # at 100, 10 and 1 %
+        inits = [argv[argv.index("--init") + 1] for name, argv in study_of(
+            tiny, "--seed", *seeds.split())[0].items() if "untrained" in name]
+        assert len(inits) == 3 * draws * len(seeds.split()) and len(set(inits)) == draws
 
 
 def test_a_report_has_every_page_that_its_cohort_and_its_finished_runs_allow(tiny, tmp_path):
@@ -4521,13 +4303,11 @@ def test_a_report_has_every_page_that_its_cohort_and_its_finished_runs_allow(tin
 
 
 def test_time_left_is_that_of_runs_of_the_same_kind():
-    def run(kind, work, seconds, reason=""):
-        return {"kind": kind, "work": work, "seconds": seconds, "reason": reason}
-
-    runs = [run("encoder", 10, 5.0), run("encoder", 30, 15.0), run("mlp", 4, 12.0),
-            run("encoder", 8, None, "not reached"), run("mlp", 2, None, "not reached")]
-    assert train.time_left(runs) == 8 * 0.5 + 2 * 3.0
-    assert train.time_left([*runs, run("linear", 1, None, "not reached")]) is None
+    done, rest, other = ([dict(zip(("kind", "work", "seconds"), run)) for run in runs] for runs in (
+        [("encoder", 10, 5.0), ("encoder", 30, 15.0), ("mlp", 4, 12.0)],
+        [("encoder", 8, None), ("mlp", 2, None)], [("linear", 1, None)]))
+    assert train.time_left(done, rest) == 8 * 0.5 + 2 * 3.0
+    assert train.time_left(done, rest + other) is None
 
 
 def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, capsys):
@@ -4553,10 +4333,9 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
     assert "finished already" in out
     study = json.loads((folder / "study.json").read_text())
     assert sorted(study["runs"]) == sorted(kept)
-    reasons = {name: run["reason"] for name, run in study["runs"].items()}
-    assert "training pairs, wanted at least 20" in reasons["pretrain-dynamics-frac0.01"]
-    assert reasons["probe-dynamics-frac0.01"] == reasons["pretrain-dynamics-frac0.01"]
-    assert not any(reasons[name] for name in kept[:4])
+    reasons = [study["runs"][name]["reason"] for name in kept]
+    assert reasons[:4] == [""] * 4 and reasons[4] == reasons[5]
+    assert "training pairs, wanted at least 20" in reasons[4]
     assert all(study["runs"][name]["seconds"] > 0 for name in kept[:4])
     text = (folder / "report/report.md").read_text()
     assert "SYNTHETIC" in text and "Paper B, Table 1" in text
@@ -4569,8 +4348,6 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
     for change, message in (("--min-count 3", "holds a study with min_count = 2, asked for 3"),
                             ("--run runs/study/mlp-dynamics", "found a training run")):
         assert run_train(flags, change) == 2 and message in last_line(capsys)
-    (folder / "study.json").write_text(json.dumps(study | {"cohort": "0" * 64}))
-    assert run_train(flags) == 2 and "holds a study with cohort = 0000" in last_line(capsys)
 
 
 # ----------------------------------------------------------------------------------------------
