@@ -282,8 +282,7 @@ def markdown(head: list[str], body: list[list[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:], ""]
 
 
-def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str = "",
-          note: str = "") -> list[str]:
+def pivot(entries: list[dict], corner: str, title: str, beside: tuple = ()) -> list[str]:
     """One table as Markdown: rows down, columns across, both in order of appearance.
 
     beside: keys whose values, alike in a row, stand between its name and its cells.
@@ -303,8 +302,7 @@ def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str 
         line = [cells.get((row, column), {"text": "-"}) for column in columns]
         body.append([row, *(told(line, key) for key in beside), *(
             e.get("text") or value_text(e["value"], e["low"], e["high"]) for e in line)])
-    lines = [f"### {title}", ""] * bool(title) + [note, ""] * bool(note) \
-        + markdown([corner, *beside, *columns], body)
+    lines = [f"### {title}", "", *markdown([corner, *beside, *columns], body)]
     reasons: dict[str, list[str]] = {}
     for e in entries:
         if e["why"]:
@@ -911,8 +909,8 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
     """What a task asks of every run judged on these records: chosen once, from the truth alone.
 
     among: mask of a sub-group. Returns: rows of the predictions, y_true, counts of records and
-    patients, positives (K,), eligible (K,) the classes of the macro mean, boot, the Bootstrap over
-    `--unit` (no draws of one unit alone), and why there is no record, if so.
+    patients, positives (K,), eligible (K,) the classes of the macro mean, and boot, the Bootstrap
+    over `--unit` (no draws of one unit alone).
     """
     labelled = run["has_label"] > 0
     mask = among & (run[TASKS[task]] > 0 if TASKS[task] else np.ones(len(labelled), bool))
@@ -928,14 +926,11 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
             "unit": args.unit, "patients": both.shape[1],
             "positives": y_true.sum(axis=0, dtype=np.int64),
             "eligible": (both.sum(axis=1) >= LEAST_PATIENTS).all(axis=0),
-            "boot": Bootstrap(unit, args.n_boot if len(np.unique(unit)) > 1 else 0),
-            "why": "" if len(rows) else "no record is labelled" if mask.any() else UNDEFINED[task]}
+            "boot": Bootstrap(unit, args.n_boot if len(np.unique(unit)) > 1 else 0)}
 
 
 def class_replicates(run: dict, chosen: dict) -> np.ndarray:
     """(1 + n_boot, K) float32 AUROC of a run on a task; one row where there is one unit alone."""
-    if not chosen["scored"]:
-        return np.full((1, run["y_true"].shape[1]), np.nan, np.float32)
     scores = run["y_score"][chosen["rows"]]
     return chosen["boot"].auroc(chosen["y_true"], scores).astype(np.float32)
 
@@ -1012,7 +1007,7 @@ def row_entry(table: str, row: dict, task: str, chosen: dict, column: str = "", 
     minutes = [float(run["minutes"]) for run in row["runs"] if run["minutes"]]
     return entry(table, row_name(row), column or task,
                  macro(row, task, chosen) if value is None else value, **{
-                     "why": chosen["why"] or "no class with enough patients",
+                     "why": "no class with enough patients",
                      "seeds": " ".join(str(seed) for seed in row["seeds"] if seed is not None),
                      "minutes": f"{np.mean(minutes):.1f}" if minutes else "",
                      "records": chosen["scored"], "patients": chosen["patients"],
@@ -1179,7 +1174,7 @@ def ecg_figure(cohort: Cohort, ecgs: list[tuple], head: list[str]):
 
 
 def publish_ecgs(out: str, parts: list[str], cohort: Cohort, ecgs: list[tuple], head: list[str],
-                 lines: list[str]) -> None:
+                 lines: list[str] | tuple = ()) -> None:
     """A page of ECGs: a title and lines, `head`, and the headings; more `lines` in the Markdown."""
     # a class may hold what has no place in a file's name (LAO/LAE)
     name = "-".join(re.sub(r"\W", "", part) for part in parts)
@@ -1199,15 +1194,11 @@ def run_transitions(args: argparse.Namespace) -> None:
         ("stayed", (cohort.label[source] > 0) & (action == 0))))
     between = "time between them unknown" if np.isnan(gap) else f"{gap:,.2f} days apart"
     head = [head, f"{caption(cohort)}; subject_id {cohort.subject_id[source]}, {between}",
-            "Labels are the SCP statements of each record's report." if cohort.source == "ptbxl"
-            else "Codes belong to a stay and were assigned after it: when anything began or ended "
-            "they do not say."]
+            f"{found:,} of {len(cohort.pair):,} pairs meet what is asked"]
     ecgs = [(f"{word}, {record_words(cohort, row)}", cohort.signal[row])
             for word, row in (("source", source), ("target", target))]
     parts = [text for word, names in asked.items() if names for text in (word, *names)]
-    publish_ecgs(args.out, ["transitions", *parts], cohort, ecgs, head, [
-        f"{found:,} of {len(cohort.pair):,} pairs meet what is asked; this one comes first by: no "
-        "quality flag, both labelled, fewest changes, shortest gap."])
+    publish_ecgs(args.out, ["transitions", *parts], cohort, ecgs, head)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1246,9 +1237,6 @@ def cohort_figure(cohort: Cohort):
         changes.margins(y=0.1)
     changes.set(title=f"labels that change, of {(change > 0).sum():,} changed pairs in "
                 f"{len(change):,}", xlabel="$|a|_1$", ylabel="pairs")
-    for axis in axes.flat:
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(caption(cohort), fontsize=11)
     return figure
 
@@ -1356,8 +1344,9 @@ def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, pro
 def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     """What B's Figure 2 shows: normal, abnormal and synthetic records, POINTS // 3 of each at most.
 
-    Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, y (N, K) label sets, rows of the real
-        records, number of sets to synthesise, min_count (B: 50, halved until one is found).
+    Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, rows of the real records, y (S, K)
+        label sets of the synthetic ones, number of sets to synthesise, min_count (B: 50, halved
+        until one is found).
     """
     import torch
     import cardiowm
@@ -1391,8 +1380,7 @@ def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     z_new, y_new = (torch.cat(parts) for parts in zip(*synthetic, strict=True))
     return {"z": torch.cat([z, z_new]), "rows": real, "min_count": min_count,
             "kind": np.repeat([0, 1, 2], [n, len(real) - n, len(z_new)]),
-            "y": np.concatenate([cohort.label[real], y_new.cpu().numpy().astype(np.uint8)]),
-            "sets": len(counts)}
+            "y": y_new.cpu().numpy().astype(np.uint8), "sets": len(counts)}
 
 
 def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
@@ -1458,9 +1446,7 @@ def run_embedding(args: argparse.Namespace) -> None:
         f"shown {(~cohort.has_label[normal]).sum():,} have no code at all, and may be ill.",
         f"- synthetic: r(z, y -> y_C) of the normal records shown; {points['sets']} "
         f"label sets C of 1 to 4 classes seen at least {points['min_count']} times in training "
-        "(B: 50), rows in proportion to 1/count.",
-        f"- plot: exact t-SNE, perplexity {perplexity:.3g}, 500 iterations; its distances between "
-        "groups mean little. B shows 7,000 points."], {"embedding.png": png(figure)})
+        "(B: 50), rows in proportion to 1/count."], {"embedding.png": png(figure)})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1557,7 +1543,6 @@ def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[di
                    if run.get("init")} for row in (a, b)]
         verdict = next((words for met, words in (
             (missing, f"not run: {', '.join(missing[:1])}"),
-            (chosen["why"], chosen["why"]),
             (any(len(found) not in (0, len(each)) for found in starts),
              "undecided: seeds of one pretraining, each wants its own"),
             (chosen["unit"] != "patient",  # resampled records would make V_p too small
@@ -1636,19 +1621,6 @@ def with_rare(tasks: dict) -> list[tuple]:
     return result
 
 
-def class_entries(rows: dict, pair: list[str], task: str, chosen: dict,
-                  names: list[str]) -> list[dict]:
-    """AUROC of every class by row, most frequent first; of the rows in `pair` the difference."""
-    columns = {row_name(row): row_replicates(row, task) for row in rows.values()}
-    if len(pair) == 2:
-        columns[f"{pair[1]} less {pair[0]}"] = columns[pair[1]] - columns[pair[0]]
-    return [entry(f"classes, {task}", names[k], column, replicates[:, k],
-                  "no positive or no negative", positives=int(chosen["positives"][k]),
-                  in_macro=bool(chosen["eligible"][k]))
-            for k in np.argsort(-chosen["positives"], kind="stable")
-            for column, replicates in columns.items()]
-
-
 def subgroups(cohort: Cohort, rows: np.ndarray) -> dict[str, np.ndarray]:
     """{name: mask (n,)} of cohort rows: sex, age band, labelled, and the pair that ends here."""
     age, sex = cohort.age[rows], cohort.sex[rows]
@@ -1686,7 +1658,7 @@ def fractions_figure(rows: dict, tasks: dict, title: str):
     if not methods or not wanted:
         return None
     figure, axes = plotter().subplots(1, len(wanted), figsize=(4.6 * len(wanted), 4.2),
-                                      sharey=True, squeeze=False)
+                                      sharey=True, squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], wanted, strict=True):
         for i, name in enumerate(methods):
             found = {frac: macro(rows[name, frac], task, tasks[task])
@@ -1705,10 +1677,9 @@ def fractions_figure(rows: dict, tasks: dict, title: str):
         axis.minorticks_off()
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("macro-AUROC [95 %]")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8,
-                  frameon=False)
-    figure.suptitle(title, fontsize=8, wrap=True)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=8, frameon=False)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=8)
     return png(figure)
 
 
@@ -1734,8 +1705,14 @@ def run_score(args: argparse.Namespace) -> None:
             raise
         left_out = str(error)
     runs += controls(runs[0], cohort) if cohort else []
-    tasks = {task: select_task(runs[0], task, args)
+    asked = {task: select_task(runs[0], task, args)
              for task in (TASKS if args.task == "all" else (args.task,))}
+    tasks = {task: chosen for task, chosen in asked.items() if chosen["scored"]}
+    undefined = [f"{task}: not defined, " + ("no record is labelled" if chosen["records"] else
+                                             UNDEFINED[task])
+                 for task, chosen in asked.items() if task not in tasks]
+    if not tasks:
+        raise InputError(f"--task {args.task}: {'; '.join(undefined)}; choose another")
     progress = Progress(len(tasks) * len(runs), "cells", "score")
     for run in runs:
         run["classes"] = {}
@@ -1752,17 +1729,18 @@ def run_score(args: argparse.Namespace) -> None:
         f"records of {chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
     entries, lines, figures = score_tables(rows, tasks, title, cohort, args, reasons)
     claims = claim_entries(rows, tasks, reasons)
-    lines += pivot(claims, "claim", ("seeds", "t", "df", "p_holm", "verdict"), "Claims",
-                   "t and Satterthwaite's df join the variances over patients and over seeds; Holm "
-                   f"at .05 over the {sum(not np.isnan(e['p']) for e in claims)} claims tested; a "
-                   ">= asks for no more than 0.01 below.")
+    tested = sum(not np.isnan(e["p"]) for e in claims)
+    lines += pivot(claims, "claim", f"Claims, Holm over the {tested} tested; >=: margin 0.01",
+                   ("seeds", "t", "df", "p_holm", "verdict"))
     for e in (*entries, *claims):
         e |= {"cohort": runs[0]["cohort"], "synthetic": runs[0]["synthetic"]}
-    publish(args.out, "score", score_head(title, runs[0], tasks, left_out, args) + lines,
+    if left_out:
+        undefined.append(f"left out, carry-forward, age and sex and the sub-groups: {left_out}")
+    publish(args.out, "score", score_head(title, runs[0], tasks, undefined, args) + lines,
             {"score.csv": csv_lines(entries + claims)} | figures)
 
 
-def score_head(title: str, run: dict, tasks: dict, left_out: str,
+def score_head(title: str, run: dict, tasks: dict, left_out: list[str],
                args: argparse.Namespace) -> list[str]:
     """What the tables of a test set rest on: records and classes of each task, what is left out."""
     names = run["class_name"].tolist()
@@ -1770,20 +1748,15 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
              f"bootstraps over {args.unit}s, seed {SEED}] of the classes with at least "
              f"{LEAST_PATIENTS} patients with and without them"
              + "; labelled records only" * args.labelled_only + ". Rows are means over their "
-             "seeds, and intervals of the test sample alone. Minutes: of the run and the "
-             "pretraining it began from.", ""]
+             "seeds, minutes those of the run and its pretraining.", ""]
     counted = ("records", "labelled", "scored", "patients")
     lines += markdown(["task", *counted, "classes"], [
         [task, *(f"{chosen[key]:,}" for key in counted),
          f"{chosen['eligible'].sum()} of {len(names)}"] for task, chosen in tasks.items()])
     for task, chosen in tasks.items():
         out = [name for name, kept in zip(names, chosen["eligible"], strict=True) if not kept]
-        lines.append(f"- {task}: " + (
-            f"not defined, {chosen['why']}." if chosen["why"] else
-            f"left out of the macro mean: {', '.join(out) or 'none'}."))
-    if left_out:
-        lines.append(f"- left out, carry-forward, age and sex and the sub-groups: {left_out}.")
-    return [*lines, ""]
+        lines.append(f"- {task}: left out of the macro mean: {', '.join(out) or 'none'}.")
+    return [*lines, *(f"- {reason}." for reason in left_out), ""]
 
 
 def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
@@ -1796,7 +1769,7 @@ def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
     shown = [row_name(row) for row in main]
     entries = paper_entries(rows, tasks, reasons)
     lines = [line for title in dict.fromkeys(e["table"] for e in entries) for line in pivot(
-        [e for e in entries if e["table"] == title], "method", ("seeds", "minutes"), title)]
+        [e for e in entries if e["table"] == title], "method", title, ("seeds", "minutes"))]
     methods = [row_entry("all methods", row, task, chosen, column) for row in rows.values()
                for task, column, chosen in with_rare(tasks)]
     # any two rows, paired on the same draws; seeds are averaged, not tested
@@ -1805,18 +1778,26 @@ def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
         for b, a in itertools.combinations(rows, 2) for task, column, chosen in with_rare(tasks)]
     first = row_name(next(iter(rows.values())))
     task = "monitoring" if "monitoring" in tasks else next(iter(tasks))
-    classes = class_entries(rows, shown[:2], task, tasks[task], run["class_name"].tolist())
-    columns, groups = (*shown[:2], " less ".join(shown[1::-1])), []
+    chosen, groups = tasks[task], []
+    of_class = {row_name(row): row_replicates(row, task) for row in rows.values()}
+    columns = shown[:2]
+    if len(columns) == 2:
+        columns = [*columns, " less ".join(columns[::-1])]
+        of_class[columns[2]] = of_class[columns[1]] - of_class[columns[0]]
+    classes = [entry(f"classes, {task}", run["class_name"][k], column, replicates[:, k],
+                     "no positive or no negative", positives=int(chosen["positives"][k]),
+                     in_macro=bool(chosen["eligible"][k]))
+               for k in np.argsort(-chosen["positives"], kind="stable")  # most frequent first
+               for column, replicates in of_class.items()]
     if cohort is not None and "monitoring" in tasks and not args.labelled_only:
         groups = subgroup_entries(main, cohort, args)
-    lines += pivot(methods, "method", ("seeds", "minutes"), "All methods")
+    lines += pivot(methods, "method", "All methods", ("seeds", "minutes"))
     lines += pivot([e for e in differences if e["against"] == first], f"less {first}",
-                   title="Paired differences")
-    lines += pivot([e for e in classes if e["column"] in columns], "class", ("positives",),
-                   f"Classes, {task}")
-    lines += pivot(groups, "sub-group", ("records", "patients", "classes"),
-                   "Sub-groups of all test records",
-                   "They differ in their classes: compare methods within a line, not lines.")
+                   "Paired differences")
+    lines += pivot([e for e in classes if e["column"] in columns], "class", f"Classes, {task}",
+                   ("positives",))
+    lines += pivot(groups, "sub-group", "Sub-groups of all test records",
+                   ("records", "patients", "classes"))
     forest = [e | {"row": f"{e['row']} ({e['positives']:,})"} for e in classes
               if e["in_macro"] and e["column"] in shown]
     figures = {"figure4.png": fractions_figure(rows, tasks, title)}
@@ -1942,7 +1923,7 @@ OWN_ONSET = "own onset moves the logit further than others, {}"
 SAME_PATIENT = "same patient nearest in h (cosine)"
 # Groups of the page begin so; all are in the CSV
 SHOWN = "changed", "state changed", "test", "records", "all classes", "with "
-MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
+TABLES = MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
     "1 Does the action matter?", "2 One-step error", "3 Retrieval of the true next state",
     "4 Reversal", "5 Onset read-out", "6 Latent space and re-identification",
     "7 Less the first model")
@@ -2185,11 +2166,11 @@ def latent_results(h, z, subject: np.ndarray, boot: Bootstrap) -> dict:
     import torch
     import cardiowm
     std, generator = z.std(dim=0), torch.Generator().manual_seed(SEED)
-    # SIGReg scales with N: its expectation on 512 rows of N(0, I) is 1.052
+    # SIGReg's expectation under N(0, I) holds for any N, but elsewhere it grows with N
     some = z[torch.randperm(len(z), generator=generator)[:512].to(z.device)].float().cpu()
     values = {"effective rank of z": cardiowm.effective_rank(z), "std of z, min": std.min(),
               "std of z, median": std.median(),
-              "SIGReg of z": cardiowm.SIGReg()(some, generator=generator)}
+              "SIGReg of z, 1.052 under N(0, I)": cardiowm.SIGReg()(some, generator=generator)}
     result = {(LATENT, name, "test records"): float(value) for name, value in values.items()}
     unit = torch.nn.functional.normalize(h.double(), dim=1)  # nearest in distance: in cosine
     patient = torch.from_numpy(np.unique(subject, return_inverse=True)[1]).to(h.device)
@@ -2272,17 +2253,16 @@ def study_entries(results: dict[str, dict], cell, compared, patients: int) -> li
 
 
 def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> list[dict]:
-    """worldmodel.csv, of {label: {seed: results}}; counts: {group: (what, how many, patients)}."""
+    """worldmodel.csv, of {label: {seed: results}}; counts: {group: (how many, patients)}."""
     def cell(key: tuple, label: str, value) -> dict:
         table, name, group = key
-        counted, n, patients = counts.get(group, ("records", "", ""))
+        n, patients = counts.get(group, ("", ""))
         return entry(table, f"{name} ({group})", label, value, "a share of what is not above 0",
-                     run=label, quantity=name, group=group, n=n, counted=counted,
-                     patients=patients, seeds=len(results[label]))
+                     quantity=name, group=group, n=n, patients=patients, seeds=len(results[label]))
 
     return study_entries(results, cell, lambda key: key[1] == SAME_PATIENT or (
         key[0] == MATTER and key[2] in (HEADLINE, "test records")),
-        counts.get(HEADLINE, (0, 0, 0))[2])
+        counts.get(HEADLINE, (0, 0))[1])
 
 
 def run_worldmodel(args: argparse.Namespace) -> None:
@@ -2321,45 +2301,25 @@ def run_worldmodel(args: argparse.Namespace) -> None:
                 | latent_results(e.h[e.at(used["test"])], e.z[e.at(used["test"])], subject,
                                  records))
     progress.close()
-    counts = {name: ("pairs", int(mask.sum()), len(np.unique(patient[mask])))
+    counts = {name: (int(mask.sum()), len(np.unique(patient[mask])))
               for name, mask in groups.items()}
-    counts["test records"] = ("records", len(subject), len(np.unique(subject)))
+    counts["test records"] = len(subject), len(np.unique(subject))
     entries = scorecard_entries(results, counts)
-    title = caption(cohort, used["test"], f"{args.split} split",
-                    {run["seed"] for run in runs}) \
-        + f"; {len(patient):,} pairs of {len(np.unique(patient)):,} patients"
+    title = caption(cohort, used["test"], f"{args.split} split", {run["seed"] for run in runs})
+    title += f"; {len(patient):,} pairs of {len(np.unique(patient)):,} patients"
     shown = [e | {"row": e["quantity"]} for e in entries if e["group"] == HEADLINE
              and e["table"] in (MATTER, RETRIEVAL, REVERSAL)
              and not e["quantity"].startswith(("p of", "share of"))]
-    publish(args.out, "worldmodel", scorecard_lines(entries, title, args), {
-        "worldmodel.csv": csv_lines(entries), "worldmodel.png": intervals_figure(
-            shown, 0, f"World-model scorecard, AG, skill and gain; {HEADLINE}; {title}")})
-
-
-def scorecard_lines(entries: list[dict], title: str, args: argparse.Namespace) -> list[str]:
-    """worldmodel.md: a table a part; of groups and classes what fits a page, all are in the CSV."""
-    about = {
-        MATTER: "AG: the share of the change of z that the action explains beyond z itself, pair "
-                "kind, elapsed time and whether anything changed, by ridge on residuals. Gain and "
-                "skill: 1 - sum of errors / sum of the errors held against; 0 is none.",
-        ERRORS: "Mean over the pairs of mean_d (z_pred - z_next)^2, of each model in its own z.",
-        RETRIEVAL: "By Euclidean distance to the predicted state, ties by mean rank.",
-        REVERSAL: "On real pairs; above 0, the undone action leads back.",
-        ONSET: "Share of the test records without a class. A class vector does so by construction, "
-               "and read-outs also move for codes that show in no ECG: this settles little.",
-        LATENT: "SIGReg, on min(512, records), is 1.052 under N(0, I).",
-        DIFFERENCE: "Means over the seeds that both have, of the same draws of patients; t and p "
-                    "over patients and seeds, and each seed's own: worldmodel.csv."}
     lines = [f"## World-model scorecard: {title}", "",
              f"[95 % percentile interval of {args.n_boot:,} bootstraps over patients, seed {SEED}];"
-             f" means over seeds. Headline group: {HEADLINE}, i.e. the label set changes and both "
-             "records carry a code. Fits are on all training pairs, whatever fraction a run was "
-             "trained on. Models have a z each: compare gains, not errors. -: no such pair, or a "
-             "model that has learnt no action.", ""]
-    for table, words in about.items():
+             f" means over seeds. {HEADLINE}: the label set changes and both records carry a code. "
+             "Models have a z each: compare gains, not errors.", ""]
+    for table in TABLES:  # of groups and classes what fits a page, all are in the CSV
         lines += pivot([e for e in entries if e["table"] == table and e["group"].startswith(SHOWN)],
-                       "quantity (group)", ("n", "patients"), table, words)
-    return lines
+                       "quantity (group)", table, ("n", "patients"))
+    publish(args.out, "worldmodel", lines, {
+        "worldmodel.csv": csv_lines(entries), "worldmodel.png": intervals_figure(
+            shown, 0, f"World-model scorecard, AG, skill and gain; {HEADLINE}; {title}")})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2454,12 +2414,11 @@ def judge_change(change: np.ndarray, candidate: np.ndarray,
     """How well candidate changes of the state fit the true ones, case by case.
 
     Args: change (R, K, D) true changes of z; changed (R, K) bool, the cases; candidate (R, K, D),
-        or (1, K, D) the same for every record, or (R, 1, D) for every class; NaN: not defined.
+        or (1, K, D) the same for every record; NaN: not defined.
     Returns: (R, K) each, NaN where there is no case or no candidate: cosine to the true change, 0
         for a candidate of length 0; length_ratio; right_code, 1 where among the record's cases it
         is this class's candidate that has the largest cosine to the true change, and its chance, 1
-        / number of them (both take two cases, and candidates that differ by class); and cosines
-        (R, K true, K candidate), NaN where either is none.
+        / number of them (both take two cases); and cosines (R, K true, K candidate).
     """
     case = changed & ~np.isnan(candidate).any(axis=2)                           # (R, K)
     true, full = (np.where(case[..., None], values, 0) for values in (change, candidate))
@@ -2470,12 +2429,12 @@ def judge_change(change: np.ndarray, candidate: np.ndarray,
     cosines[~(case[:, :, None] & case[:, None, :])] = np.nan
     chosen = np.where(case[:, None], cosines, -np.inf).argmax(axis=2)           # (R, K true)
     options, column = case.sum(axis=1, keepdims=True), np.arange(case.shape[1])
-    differ = case & (options > 1) & (candidate.shape[1] > 1)
+    choice = case & (options > 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"cosine": np.einsum("rkk->rk", cosines), "cosines": cosines,
                 "length_ratio": np.where(case, length / true_length, np.nan),
-                "right_code": np.where(differ, chosen == column, np.nan),
-                "chance": np.where(differ, 1 / options, np.nan)}
+                "right_code": np.where(choice, chosen == column, np.nan),
+                "chance": np.where(choice, 1 / options, np.nan)}
 
 
 def code_permutations(cosines: np.ndarray, permutations: int) -> np.ndarray:
@@ -2557,19 +2516,6 @@ def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np
     return result
 
 
-def truth_entries(results: dict[str, dict], counted: dict[str, int], patients: int) -> list[dict]:
-    """counterfactual.csv, of {method: {seed: `truth_results`}}; counted: {code: its cases}."""
-    def cell(key: tuple, method: str, value) -> dict:
-        table, row, column = key
-        more = {"cases": counted[row]} if row in counted else {}
-        if table == "difference":
-            row = method + row.removeprefix("model") * (row == STATE)
-        return entry(table, row, column, value, "too few records with it", method=method,
-                     patients=patients, **more)
-
-    return study_entries(results, cell, lambda key: key[:2] == ("difference", MODEL), patients)
-
-
 def run_counterfactual(args: argparse.Namespace) -> None:
     """`--mode counterfactual`: onsets against the demo's ground truth."""
     methods, runs, cohort = world_models(args)
@@ -2593,8 +2539,17 @@ def run_counterfactual(args: argparse.Namespace) -> None:
         judge_model(run, cohort, rows, changed), names, cases, changed, boot, args.permutations)
         for run in method["runs"]} for method in methods.values()
         if not method["runs"][0]["no_action"]}
-    counts = np.where(changed.any(axis=0), changed.sum(axis=0), cases.sum(axis=0))
-    entries = truth_entries(results, dict(zip(names, counts.tolist())), patients)
+    counts = np.where(changed.any(axis=0), changed.sum(axis=0), cases.sum(axis=0)).tolist()
+
+    def cell(key: tuple, method: str, value) -> dict:
+        table, row, column = key
+        more = {"cases": counts[names.index(row)]} if row in names else {}
+        if table == "difference":
+            row = method + row.removeprefix("model") * (row == STATE)
+        return entry(table, row, column, value, "too few records with it", method=method,
+                     patients=patients, **more)
+
+    entries = study_entries(results, cell, lambda key: key[:2] == ("difference", MODEL), patients)
     head = caption(cohort, rows[same], f"{args.split} split", {model["seed"] for model in models})
     title = (f"{head}; {cases.sum():,} cases (record, code not in its true state), "
              f"{changed.sum():,} of them with a signal that the code changes")
@@ -2613,31 +2568,25 @@ def truth_lines(entries: list[dict], title: str, left_out: list[str],
     """counterfactual.md: the methods against the controls, then the codes of the first method."""
     methods = list(dict.fromkeys(e["method"] for e in entries))
 
-    def table(name: str, corner: str, title: str, method: str = "", note: str = "", beside=()):
+    def table(name: str, corner: str, title: str, method: str = "", beside=()) -> list[str]:
         return pivot([e for e in entries if e["table"] == name and method in ("", e["method"])],
-                     corner, beside, title, note)
+                     corner, title, beside)
 
     lines = [f"## Counterfactual onsets against their simulation: {title}", "",
-             "Truth: the change of z when the simulator adds a code to the same patient and "
-             "recording. Means over the cases of a code, then over codes; "
-             f"[95 % interval of {args.n_boot:,} bootstraps over patients, seed {SEED}].", "",
-             *(f"- left out, {reason}." for reason in left_out), ""]
-    lines += table("difference", "method", "Cosine of the model less that of other rows", note=(
-        "Models are compared by these columns, never by cosine: each has its own z. p: codes "
-        f"permuted within each record, among its cases, {args.permutations:,} times."))
+             "Means over the cases of a code, then over codes; [95 % interval of "
+             f"{args.n_boot:,} bootstraps over patients, seed {SEED}]; p of {args.permutations:,} "
+             "permutations of a record's codes. Models have a z each: compare differences, not "
+             "cosines.", "", *(f"- left out, {reason}." for reason in left_out), ""]
+    lines += table("difference", "method", "Cosine of the model less that of other rows")
     lines += table(DIFFERENCE, "method", "The same, less the first method's, paired")
     for method in methods:
-        lines += table("truth", "change of z", method, method, (
-            "Wrong codes: the model's changes for the record's other codes, against this truth. "
-            "Left-out constant: the code's mean true change in other patients. Vector, ridge: "
-            "of all training records. Another recording: same patient and state, other noise."
-            ) * (method == methods[0]))
+        lines += table("truth", "change of z", method, method)
+    lines += table("cosine by code", "code", f"Cosine by code: {methods[0]}", methods[0],
+                   ("cases",))
     return lines + table(
-        "cosine by code", "code", f"Cosine by code: {methods[0]}", methods[0],
-        "Other methods: counterfactual.csv.", ("cases",)) + table(
-        "negative control", "code", f"Negative control: {methods[0]}", methods[0], "Length of the "
-        "change predicted for codes without signature (true change 0), relative to the mean of "
-        "codes with one.", ("cases",))
+        "negative control", "code", "Negative control: length of the change predicted for codes "
+        f"without signature, relative to the mean of codes with one: {methods[0]}", methods[0],
+        ("cases",))
 
 
 # One patient: the predicted next state, its nearest real ECG, and what a read-out says
@@ -2712,14 +2661,13 @@ def run_one_patient(args: argparse.Namespace) -> None:
             f"{caption(cohort, train, 'training records used')}; run {run['name']}",
             f"patient {cohort.subject_id[row]}, {SPLITS[cohort.split[row]]} split; |r(z, a) - z| "
             f"{onset:.1f}, |r(z, 0) - z| {zero:.1f}, |r(z, a) - r(z, 0)| {effect:.1f}",
-            *words, "A nearest ECG is an illustration, and a read-out also moves for codes that "
-            "change nothing; without --study-id predictions are judged (demo only)"]
+            *words]
     moved = scores[2] - scores[1]
     table = markdown(["class", "score at z", "at r(z, 0)", "at r(z, a)", "change by the action"], [
         [cohort.class_name[k], *(f"{score:.3f}" for score in scores[:, k]), f"{moved[k]:+.3f}"]
         for k in np.argsort(-np.abs(moved))])
-    publish_ecgs(args.out, ["counterfactual", str(args.study_id), *parts], cohort, ecgs, head, [
-        *table, f"Scores: logistic regression on frozen z, l2 {READOUT_L2:g}."])
+    publish_ecgs(args.out, ["counterfactual", str(args.study_id), *parts], cohort, ecgs, head,
+                 [*table, f"Scores: logistic regression on frozen z, l2 {READOUT_L2:g}."])
 
 
 # ----------------------------------------------------------------------------------------------

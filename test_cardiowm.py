@@ -2081,8 +2081,7 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, c
 # Verdicts, the share of the gap, controls, sub-groups
 
 
-CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient",
-          "why": ""}
+CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient"}
 
 
 def claim_of(rows, reasons=None, row="finetuned > supervised (A, Table 1)", **chosen):
@@ -2113,7 +2112,8 @@ BETTER_BY = [0.05, 0.06, 0.055]
     ([0.05, 0.06], [0, 0], {}, "undecided: 2 seeds, at least 3 are wanted"),
     ([0.05], [0, 0, 0], {}, "undecided: 1 seed, at least 3 are wanted"),
     (BETTER_BY, [], {}, "not run: supervised"),
-    (BETTER_BY, [0, 0, 0], {"unit": "record"}, "undecided: asked of patients alone, --unit patient"),
+    (BETTER_BY, [0, 0, 0], {"unit": "record"},
+     "undecided: asked of patients alone, --unit patient"),
     (BETTER_BY, [0, 0, 0], {"one start": True},
      "undecided: seeds of one pretraining, each wants its own")])
 def test_a_verdict_needs_three_seeds_and_a_difference_beyond_patients_and_seeds(
@@ -2142,7 +2142,7 @@ def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
             "seeds": {0: [{"classes": {"monitoring": np.full((9, 1), value)}}]}}
             for name, value in ((evaluate.MLP, probe), (evaluate.FINETUNED, finetuned),
                                 ("mlp probe on z + x", augmented))}
-        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3, "why": ""}
+        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3}
         return evaluate.gap_shares("t", rows, list(rows), chosen)
     (entry,) = shares(0.687, 0.789, 0.743)
     assert entry["value"] == pytest.approx(0.056 / 0.102)
@@ -2264,12 +2264,9 @@ def constructed(share, seed, patients=900, d=12, k=5):
 
 
 def test_ag_is_the_share_that_an_action_explains_by_two_ridges():
-    for share, tolerance in ((0.25, 0.03), (0.0, 0.01)):
-        with_a, without, null = evaluate.action_gain(*constructed(share, 1), permutations=19)
-        assert 1 - with_a.sum() / without.sum() == pytest.approx(share, abs=tolerance)
-        assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
     train, test = constructed(0.1, 3, patients=60)
-    with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
+    with_a, without, null = evaluate.action_gain(train, test, permutations=9)
+    assert null.max() < 1 - with_a.sum() / without.sum()
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
     fits = [evaluate.ridge(u, train["z_next"] - train["z"], train["patient"]),
             evaluate.ridge(u, train["a"], train["patient"])]  # the one on residuals of the other
@@ -2324,15 +2321,10 @@ def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
     changed = a.any(axis=1)
     dealt = evaluate.shuffled_actions(a, y, 3)
     assert dealt.shape == (3, 80, 5) and not dealt[:, ~changed].any()
-    assert (dealt[0] != dealt[1]).any()
-    for shuffled in dealt:
-        found = shuffled.any(axis=1)
-        assert found.sum() > 0.9 * changed.sum()  # most find one
-        assert np.isin(y + shuffled, (0, 1)).all()
-        assert (shuffled[found] != a[found]).any(axis=1).all()
-        assert {bytes(row) for row in shuffled[found]} <= {bytes(row) for row in a[changed]}
-    alone = np.array([[1, 0], [0, -1]], np.int8)  # the one needs a code that the other lacks
-    assert not evaluate.shuffled_actions(alone, np.array([[0, 0], [1, 1]], np.uint8)).any()
+    assert (dealt[0] != dealt[1]).any() and np.isin(y + dealt, (0, 1)).all()
+    found = dealt.any(axis=2)
+    assert found.sum() > 0.9 * 3 * changed.sum() and (dealt != a).any(axis=2)[found].all()
+    assert {bytes(row) for row in dealt[found]} <= {bytes(row) for row in a[changed]}
 
 
 def test_pair_groups_are_by_label_state_stay_and_gap():
@@ -2349,11 +2341,8 @@ def test_pair_groups_are_by_label_state_stay_and_gap():
         "touches unlabelled": [2], "all": [0, 1, 2, 3, 4], "gap < 1 day": [0],
         "gap 1-30 days": [1], "gap 30-365 days": [2], "gap > 1 year": [3]}
     known = evaluate.known_without_action(cohort, np.arange(5))
-    np.testing.assert_allclose(known[:, 0], [0, 1, 1, 0, 0])
-    np.testing.assert_allclose(known[:, -1], np.log1p([0.5, 1, 30, 365, 0]))
-    cohort.source, cohort.stay, cohort.state = "ptbxl", np.full(6, -1), None
-    assert set(evaluate.pair_groups(cohort, np.arange(5))) == {
-        "changed, labelled", "unchanged, labelled", "all, labelled", "touches unlabelled", "all"}
+    np.testing.assert_allclose(known[:, [0, -1]].T, [
+        [0, 1, 1, 0, 0], np.log1p([0.5, 1, 30, 365, 0])])
 
 
 def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
@@ -2365,7 +2354,8 @@ def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
     values = {key[1]: np.ravel(value)[0] for key, value in got.items()}
     assert values["effective rank of z"] == pytest.approx(16, rel=0.01)
     assert values["std of z, median"] == pytest.approx(1, abs=0.03)
-    assert values["SIGReg of z"] == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
+    sigreg = values["SIGReg of z, 1.052 under N(0, I)"]
+    assert sigreg == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
     assert values["same patient nearest in h (cosine)"] == pytest.approx(0.5, abs=0.02)
     assert values["chance of that"] == pytest.approx(1 / 1999)
 
@@ -2374,7 +2364,7 @@ def test_methods_are_means_of_seeds_compared_by_those_that_they_share():
     rng, key = np.random.default_rng(0), (evaluate.MATTER, "AG", evaluate.HEADLINE)
     values = {"papers": {s: {key: rng.normal(0, 1, 50)} for s in (0, 1, 2)},
               "other": {s: {key: rng.normal(3, 1, 50)} for s in (1, 2, 3)}}
-    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: ("pairs", 90, 40)})
+    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: (90, 40)})
     papers, _ = (e for e in entries if e["table"] == evaluate.MATTER)
     assert papers["value"] == np.mean([of[key][0] for of in values["papers"].values()])
     assert papers["n"] == 90
@@ -2442,7 +2432,7 @@ def card(request, pretrained, told_sets):
     (source, target), known = cohort.pair[pairs].T, cohort.has_label
     y, y_next = cohort.label[source], cohort.label[target]
     found = {(row["quantity"], row["group"]): row for row in read_csv(
-        f"card-{form}/worldmodel.csv", run="dynamics, sets, ratio 5" if form == "sets" else
+        f"card-{form}/worldmodel.csv", column="dynamics, sets, ratio 5" if form == "sets" else
         "dynamics") if "by seed" not in row["table"] and row["table"] != evaluate.DIFFERENCE}
 
     def agree(quantity, group, wanted):
@@ -2471,7 +2461,7 @@ def test_scorecard_is_of_the_fold_asked_for_and_asks_no_model_about_what_it_was_
     assert {"worldmodel.md", "worldmodel.png"} <= written.keys() and min(written.values()) > 1000
     rows = read_csv(folder / "worldmodel.csv")
     assert all(row["value"] or row["why"] for row in rows)
-    defined = {(row["run"], row["quantity"]) for row in rows if row["value"]}
+    defined = {(row["column"], row["quantity"]) for row in rows if row["value"]}
     for run in ("invariance", "dynamics, --action none"):
         assert (run, "persistence") in defined and (run, "zero action") not in defined
 
@@ -2597,18 +2587,11 @@ def test_find_transition_prefers_in_the_stated_order(source, wanted):
     assert found == wanted
 
 
-def test_find_transition_meets_every_condition_and_counts_each_when_none_does():
+def test_find_transition_meets_every_condition():
     cohort = toy_transitions()
     assert evaluate.find_transition(cohort, ["A", "B"], stable=["C"])[0] == 2
     cohort.action[3], cohort.label[6], cohort.label[7] = [-1, 0, 0], [1, 0, 1], [0, 0, 1]
     assert evaluate.find_transition(cohort, resolve=["A"])[0] == 3
-    for asked, words in (
-            (dict(onset=["A"], resolve=["B"]), ("none of 7 pairs", "A begins: 6", "B ends: 0")),
-            (dict(onset=["A"], stable=["X"]), ("--stable X", "classes are A B C")),
-            (dict(), ("--onset", "--stable"))):
-        with pytest.raises(InputError) as error:
-            evaluate.find_transition(cohort, **asked)
-        assert all(word in str(error.value) for word in words), error.value
 
 
 def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
@@ -2642,17 +2625,17 @@ def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
 
 def test_transitions_writes_the_pair_it_found(workplace, tiny, tmp_path, capsys):
     k = int((tiny.action == 1).sum(axis=0).argmax())
-    name, out = tiny.class_name[k], tmp_path / "out"
+    name = tiny.class_name[k]
     code, text, _ = run_evaluate(capsys, "--mode", "transitions", "--data", "data/tiny.h5", "--out",
-                                 out, "--onset", name)
+                                 tmp_path, "--onset", name)
     source, target = tiny.pair[evaluate.find_transition(tiny, [name])[0]]
     assert code == 0 and tiny.label[target, k] > tiny.label[source, k]
-    stem = f"transitions-onset-{name}"
-    assert {path.name for path in out.iterdir()} == {f"{stem}.png", f"{stem}.md"}
-    for word in ("SYNTHETIC", f"began: {name}", f"{(tiny.action[:, k] == 1).sum()} of ",
-                 f"source, study_id {tiny.study_id[source]}",
-                 f"target, study_id {tiny.study_id[target]}"):
-        assert word in text and word in (out / f"{stem}.md").read_text()
+    written = {path.name: path for path in tmp_path.iterdir()}
+    assert written.keys() == {f"transitions-onset-{name}.png", f"transitions-onset-{name}.md"}
+    assert written[f"transitions-onset-{name}.md"].read_text().strip() in text
+    for words in ("SYNTHETIC", f"began: {name}", f"source, study_id {tiny.study_id[source]}",
+                  f"target, study_id {tiny.study_id[target]}"):
+        assert words in text
 
 
 def test_jaccard_has_its_hand_computed_values():
@@ -2678,13 +2661,9 @@ def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path,
     rows, n = prepare_data.count(tiny), len(tiny.pair)
     for name in ("stable pairs", "pairs of Jaccard 1", "pairs within a stay"):
         assert re.search(rf"\| {name} +\| {rows[name]:,} +\| {rows[name] / n:.1%}", text)
-    tiny.source = "ptbxl"  # part of its dates are interpolated: nothing is said of time
-    assert not any("gap" in name for name in prepare_data.count(tiny) if "quality" not in name)
     for name in ("pair", "action", "gap_days", "pair_kind"):  # a cohort without pairs
         setattr(tiny, name, getattr(tiny, name)[:0])
     assert evaluate.png(evaluate.cohort_figure(tiny))[:4] == b"\x89PNG"
-    rows = prepare_data.count(tiny)
-    assert rows["pairs"] == 0 and "Jaccard, mean" not in rows
 
 
 def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity():
@@ -2706,8 +2685,7 @@ def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity():
         assert (got == got.T).all() and got.sum() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("exaggeration", [1.0, 12.0])
-def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
+def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration=12.0):
     p = evaluate.affinities(torch.randn(30, 5, generator=generator(), dtype=torch.float64), 8)
     y = torch.randn(30, 2, generator=generator(1), dtype=torch.float64).mul_(3).requires_grad_()
     off = ~torch.eye(30, dtype=torch.bool)
@@ -2722,9 +2700,7 @@ def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
 def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
     kind = np.repeat(np.arange(4), 30)
     x = torch.randn(120, 20, generator=generator()) + 8 * torch.eye(20)[torch.from_numpy(kind)]
-    ticks = []
-    y = evaluate.tsne(x, 10, progress=types.SimpleNamespace(update=lambda: ticks.append(1)))
-    assert y.shape == (120, 2) and y.isfinite().all() and len(ticks) == 500
+    y = evaluate.tsne(x, 10)
     nearest = (torch.cdist(y, y) + 1e9 * torch.eye(120)).topk(5, largest=False).indices
     assert (kind[nearest.numpy()] == kind[:, None]).mean() > 0.99
     assert torch.equal(y, evaluate.tsne(x, 10)) and not torch.equal(y, evaluate.tsne(x, 10, seed=1))
@@ -2744,11 +2720,10 @@ def test_embedding_points_are_what_the_page_says(
     empty, n = ~tiny.label.any(axis=1), len(rows)
     sizes = [min(40, int(((tiny.split == 0) & m).sum())) for m in (empty, ~empty)] + [40]
     assert np.bincount(kind).tolist() == sizes and len(np.unique(rows)) == n
-    assert (tiny.split[rows] == 0).all() and (y[:n] == tiny.label[rows]).all()
-    assert (empty[rows] == (kind[:n] == 0)).all()
+    assert (tiny.split[rows] == 0).all() and (empty[rows] == (kind[:n] == 0)).all()
     with torch.no_grad():
         for i in np.flatnonzero(kind == 2)[:10]:
-            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i], (sizes[0], 1))
+            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i - n], (sizes[0], 1))
             wanted = model.predict(  # from each of the normal ones
                 z[:sizes[0]], told(form, 0 * then, then, known, known | True))
             assert (wanted - z[i]).abs().amax(dim=1).min() < 1e-4
@@ -2797,13 +2772,6 @@ def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
                 wanted[name][i, c] = value
         for name, values in wanted.items():
             np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
-    still = evaluate.judge_change(change, np.zeros((40, 1, 5)), changed)  # no candidate by code
-    assert (still["cosine"][changed] == 0).all() and np.isnan(still["right_code"]).all()
-    change, changed, effect = linear_world()  # the closed form: a true model, codes swapped
-    for candidate, cosine, right in ((effect, 1, 1), (np.roll(effect, 1, axis=0), 0, 0)):
-        got = evaluate.judge_change(change, candidate[None], changed)
-        np.testing.assert_allclose(got["cosine"][changed], cosine, atol=1e-12)
-        assert cosine == 0 or (got["right_code"][changed] == right).all()
 
 
 def test_the_controls_of_a_change_are_their_definitions():
@@ -2947,6 +2915,8 @@ def test_bad_input_to_evaluate_gets_one_line_and_writes_nothing(pretrained, tiny
             ("--runs good --data runs/absent.h5", "absent.h5"),
             ("--runs good --out runs/c.h5/x", "runs/c.h5 is no folder"),
             ("--mode transitions --data data/tiny.h5 --onset I48 --resolve I48", "I48 ends: "),
+            ("--mode transitions --data data/tiny.h5", "at least one of --onset"),
+            ("--mode transitions --data data/tiny.h5 --stable X", "its classes are I"),
             ("--mode worldmodel --runs good", "pretraining"),
             ("--mode embedding --runs still", "--objective dynamics"),
             (f"{page} still", "--objective dynamics"),
