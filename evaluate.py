@@ -580,7 +580,7 @@ def method(args: dict, init: dict | None) -> str:
         features, augment = args.get("features") or "h", args.get("augment") or "none"
         words += " on z" if features == "z" else " on h" * mlp
         words += f" + {augment} augmentation" * (augment != "none")
-    changed = [(key, args.get(key), value) for key, value in usual.items()]
+    changed = [(args, usual)]
     if start == "scratch":
         words = "supervised" + ", equal compute" * bool(args.get("compute_of"))
     elif start.startswith("random"):
@@ -591,16 +591,18 @@ def method(args: dict, init: dict | None) -> str:
         usual = {"residual": False, "z_dim": 256, "pairs": "all"}
         usual |= {"slices": 256} if reg == "sigreg" else {}
         usual |= {"lam": 0.1} if reg == "sigreg" and source.get("sigreg_ratio") is None else {}
-        changed += [(key, source.get(key), value) for key, value in usual.items()]
+        changed.append((source, usual))
         if init:
             frac = float(source.get("frac", 1.0))
             words += f", pretrained on {frac:.0%}" * (frac != float(args.get("frac", 1.0)))
-            words += f", pretrained on cohort {init['cohort']['name']}" * init["transfer"]
+            if init.get("transfer"):
+                words += f", pretrained on cohort {init['cohort']['name']}"
             words += ", pretrained on labelled records" * (
                 bool(source.get("labelled_only")) > bool(args.get("labelled_only")))
     return words + "".join(
-        f", --{key.replace('_', '-')}" + ("" if found is True else f" {found}")
-        for key, found, value in changed if found is not None and str(found) != str(value))
+        f", --{key.replace('_', '-')}" + f" {of[key]}" * (of[key] is not True)
+        for of, usual in changed for key, value in usual.items()
+        if of.get(key) is not None and str(of[key]) != str(value))
 
 
 def load_run(folder: Path, split: str = "test") -> dict:
@@ -608,14 +610,12 @@ def load_run(folder: Path, split: str = "test") -> dict:
 
     minutes: of the run and the pretraining it began from; "" where one of them is not known.
     """
-    log, rows = folder / "log.jsonl", []
     (config,) = read_json(folder / "config.json", CONFIG)
     args, cohort, init = config["args"], config["cohort"], config.get("init")
     if init and (why := lack(init, INIT)):
         raise InputError(f"{folder / 'config.json'}: init.{why}; train the run again with "
                          "--overwrite")
-    if log.is_file():
-        rows = read_json(log, {"step": (int,)}, lines=True)
+    rows = read_json(folder / "log.jsonl", {"step": (int,)}, lines=True)
     seconds = [next((row["run_seconds"] for row in rows[::-1] if "run_seconds" in row), None),
                init.get("seconds") if init else 0.0]
     try:
@@ -1627,13 +1627,12 @@ def subgroups(cohort: Cohort, rows: np.ndarray) -> dict[str, np.ndarray]:
     kind = np.full(len(cohort.study_id), -1)
     kind[cohort.pair[:, 1]] = cohort.pair_kind
     kind = kind[rows]
-    other = "after a record of another stay" if (cohort.stay >= 0).any() else \
-        "after a labelled record"  # no stays are known
     return {"female": sex == 0, "male": sex == 1, "age < 50": age < 50,
             "age 50-64": (age >= 50) & (age < 65), "age 65-79": (age >= 65) & (age < 80),
             "age >= 80": age >= 80, "labelled": cohort.has_label[rows],
             "first record of the patient": kind < 0, "after a record of the same stay": kind == 0,
-            other: kind == 1, "pair touches unlabelled": kind == 2}
+            "after a labelled record of another or no stay": kind == 1,
+            "pair touches unlabelled": kind == 2}
 
 
 def subgroup_entries(rows: list[dict], cohort: Cohort, args: argparse.Namespace) -> list[dict]:
@@ -1704,7 +1703,7 @@ def run_score(args: argparse.Namespace) -> None:
         if args.data:
             raise
         left_out = str(error)
-    runs += controls(runs[0], cohort) if cohort else []
+    runs += controls(runs[0], cohort) if cohort is not None else []
     asked = {task: select_task(runs[0], task, args)
              for task in (TASKS if args.task == "all" else (args.task,))}
     tasks = {task: chosen for task, chosen in asked.items() if chosen["scored"]}
@@ -1722,11 +1721,11 @@ def run_score(args: argparse.Namespace) -> None:
     progress.close()
     rows, ambiguous = by_method(runs)
     reasons |= ambiguous
-    chosen = tasks.get("monitoring") or next(iter(tasks.values()))
+    main = tasks.get("monitoring") or next(iter(tasks.values()))
     seeds = sorted({run["seed"] for run in runs if run["seed"] is not None})
     kind = "SYNTHETIC" if runs[0]["synthetic"] else "real"
-    title = f"{runs[0]['cohort']}: {kind} records, {args.split} split, {chosen['scored']:,} " \
-        f"records of {chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
+    title = f"{runs[0]['cohort']}: {kind} records, {args.split} split, {main['scored']:,} " \
+        f"records of {main['patients']:,} patients, seed {' '.join(map(str, seeds))}"
     entries, lines, figures = score_tables(rows, tasks, title, cohort, args, reasons)
     claims = claim_entries(rows, tasks, reasons)
     tested = sum(not np.isnan(e["p"]) for e in claims)
@@ -2613,11 +2612,7 @@ def patient_action(cohort: Cohort, args: argparse.Namespace) -> tuple[int, np.nd
 
 
 def run_one_patient(args: argparse.Namespace) -> None:
-    """`--mode counterfactual --study-id`: a page, counterfactual-STUDY-ACTION.png and .md.
-
-    The record; on the demo its true counterfactual, simulated; of other patients' training records
-    with the resulting label that nearest to the prediction; what a read-out says.
-    """
+    """`--mode counterfactual --study-id`: a page, counterfactual-STUDY-ACTION.png and .md."""
     import torch
     run, cohort = one_model(args)
     row, action = patient_action(cohort, args)
