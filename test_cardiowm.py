@@ -1613,39 +1613,29 @@ def labels_and_scores(n=120, classes=6, seed=0, levels=9):
     return y, ((rng.integers(0, levels, (n, classes)) + higher) / levels).astype(np.float32)
 
 
-def test_auroc_has_its_known_values():
+def test_auroc_has_its_known_values_and_equals_the_pair_count_with_ties():
     assert evaluate.auroc([0, 0, 1, 1], [0.1, 0.5, 0.5, 0.9]).tolist() == [0.875]
     assert evaluate.auroc([0, 1, 1, 0, 1], np.full(5, 0.3)).tolist() == [0.5]
     assert evaluate.auroc([0, 1, 1], [-np.inf, 0.0, np.inf]).tolist() == [1.0]
-    assert evaluate.auroc([1, 0, 0], [0.1, 0.2, 0.3]).tolist() == [0.0]
-    both = evaluate.auroc(np.array([[0, 1], [1, 1]]), np.array([[0.2, 0.5], [0.4, 0.1]]))
-    assert both[0] == 1 and np.isnan(both[1]) and both.dtype == np.float64
     assert np.isnan(evaluate.macro_auroc(np.zeros((3, 2)), np.ones((3, 2))))
-
-
-@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.float32])
-def test_auroc_equals_the_pair_count_with_ties_whatever_the_label_dtype(dtype):
     y, s = labels_and_scores(seed=1)
-    got = evaluate.auroc(y.astype(dtype), s)
-    expected = [pair_count(y[:, k], s[:, k]) for k in range(5)]
-    np.testing.assert_allclose(got[:5], expected, rtol=0, atol=1e-12)
-    assert np.isnan(got[5])
-    assert evaluate.macro_auroc(y.astype(dtype), s) == pytest.approx(np.mean(expected), abs=1e-12)
+    expected = [pair_count(y[:, k], s[:, k]) for k in range(5)] + [np.nan]
+    for dtype in (bool, np.uint8, np.int8, np.float32):
+        got = evaluate.auroc(y.astype(dtype), s)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+    assert got.dtype == np.float64
+    assert evaluate.macro_auroc(y, s) == pytest.approx(np.mean(expected[:5]), abs=1e-12)
 
 
-@pytest.mark.parametrize("y, s", [
-    ([0, 1], [0.1, np.nan]), ([0, 1], [0.1, 0.2, 0.3]), ([0, 2], [0.1, 0.2]), ([], []),
-    ([0.0, np.nan], [0.1, 0.2]), ([0, 1], ["a", "b"]), (np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))])
-def test_auroc_refuses_what_has_no_rank(y, s):
-    for function in (evaluate.auroc, evaluate.bootstrap_auroc):
+@pytest.mark.parametrize("y, s, more", [
+    ([0, 1], [0.1, np.nan], {}), ([0, 1], [0.1, 0.2, 0.3], {}), ([0, 2], [0.1, 0.2], {}),
+    ([], [], {}), ([0.0, np.nan], [0.1, 0.2], {}), ([0, 1], ["a", "b"], {}),
+    (np.zeros((2, 2, 2)), np.zeros((2, 2, 2)), {}),
+    ([1, 0], [0.9, 0.4], {"unit": np.arange(3)}), ([1, 0], [0.9, 0.4], {"n_boot": 0})])
+def test_auroc_and_bootstrap_refuse_what_has_no_rank_or_no_draw(y, s, more):
+    for function in (evaluate.bootstrap_auroc, *[evaluate.auroc] * (not more)):
         with pytest.raises(ValueError):
-            function(y, s)
-
-
-@pytest.mark.parametrize("wrong", [dict(unit=np.arange(3)), dict(n_boot=0)])
-def test_bootstrap_refuses_units_of_other_records_and_no_draw(wrong):
-    with pytest.raises(ValueError):
-        evaluate.bootstrap_auroc(np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.3, 0.6]), **wrong)
+            function(y, s, **more)
 
 
 @pytest.mark.parametrize("by_patient", [False, True])
@@ -1755,23 +1745,20 @@ def test_load_checkpoint_returns_what_was_saved_and_names_what_it_found(tmp_path
         return file.getvalue()
 
     path, weight = tmp_path / "last.pt", torch.arange(3.0)
-    whole, npz, archive = saved(checkpoint_of()), io.BytesIO(), io.BytesIO()
+    whole, npz = saved(checkpoint_of()), io.BytesIO()
     path.write_bytes(whole)
     got = evaluate.load_checkpoint(path)
     assert got["class_name"] == ["I10"] and torch.equal(got["model"]["w"], weight)
     np.savez(npz, x=1)
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a.txt", "x")
     flipped = bytearray(whole)
     flipped[whole.index(weight.numpy().tobytes()) + 5] ^= 1
     short = {key: value for key, value in checkpoint_of().items() if key != "leads"}
     for content, words in (
-            (b"\x89HDF\r\n\x1a\n", "HDF5"), (npz.getvalue(), "npz"), (b"\xc3\xa9", "text file"),
-            (bytes(range(256)), "binary"), (b"", "empty"), (archive.getvalue(), "zip"),
-            (saved(checkpoint_of(format="cardiowm-9")), "cardiowm-9"),
+            (b"\x89HDF\r\n\x1a\n", "HDF5"), (npz.getvalue(), "no whole checkpoint"),
+            (b"abc", "begins with b'abc'"), (saved(checkpoint_of(format="cardiowm-9")), "wm-9"),
             (saved({"w": weight}), "another project"),
             (saved(checkpoint_of(path=Path("x"))), "tensors and plain values"),
-            (saved(short), "without leads"), (whole[:len(whole) // 2], "truncated"),
+            (saved(short), "without leads"), (whole[:len(whole) // 2], "no whole checkpoint"),
             (flipped, "checksum or kind of .*data/0"), (None, "folder"), (None, "no such file")):
         if content is not None:
             path.write_bytes(content)
@@ -1803,8 +1790,9 @@ def write_run(root, name, seed=0, cohort="toy", n=80, gain=0.2, method=None,
     init = None
     if not args["init"].startswith(("scratch", "random")) and args["mode"] != "pretrain":
         start = {"mode": "pretrain", "frac": 1.0} | (source or {})
+        other = start.pop("cohort", {})
         init = {"run": args["init"], "sha256": "0", "seconds": 60.0, "args": start,
-                "cohort": described | start.pop("cohort", {})}
+                "cohort": described | other, "transfer": bool(other)}
     (folder / "config.json").write_text(json.dumps(
         {"args": args, "init": init, "cohort": described} | ({"method": method} if method else {})))
     (folder / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\n{"step": 9, "run_seconds": 30}\n')
@@ -1837,37 +1825,37 @@ def test_score_equals_the_direct_computation_task_by_task(runs_root, capsys, uni
     a = write_run(runs_root, "one", seed=1)
     b = write_run(runs_root, "two", seed=2, init="one", source={"objective": "invariance"})
     code, out, _ = run_evaluate(capsys, "--runs", "one", "runs/two", "--n-boot", 50, "--unit", unit)
-    assert code == 0 and "SYNTHETIC" in out and "fold 19" in out and "seed 1 2" in out
+    assert code == 0 and "SYNTHETIC" in out and "test split" in out and "seed 1 2" in out
     masks = {"triage": a["first_in_stay"], "monitoring": np.ones(80, bool),
              "pairs": a["pair_first"]}
-    rows = read_csv("runs/score/score.csv", table="all runs")
-    assert [(r["row"], r["column"]) for r in rows] == [(n, t) for n in ("one", "two")
-                                                       for t in masks]
+
+    def bootstrapped(run, mask):
+        subject = run["subject_id"][mask] if unit == "patient" else None
+        return evaluate.bootstrap_auroc(run["y_true"][mask], run["y_score"][mask], 50, 0, subject)
+
+    rows = read_csv("runs/score/score.csv", table="all methods")
+    assert [(row["row"], row["column"]) for row in rows] == [
+        (name, task) for name in ("supervised", "finetuned, invariance") for task in masks]
     for row, run in zip(rows, [a] * 3 + [b] * 3, strict=True):
-        m = masks[row["task"]]
-        subject = run["subject_id"][m]
-        want = evaluate.bootstrap_auroc(run["y_true"][m], run["y_score"][m], 50, 0,
-                                        subject if unit == "patient" else None)
-        np.testing.assert_allclose([float(row[k]) for k in ("value", "low", "high")],
-                                   [want[k] for k in ("point", "low", "high")], atol=1e-6)
-        assert int(row["records"]) == m.sum() and int(row["patients"]) == len(set(subject))
-        assert row["classes"] == "3" and evaluate.value_text(
-            want["point"], want["low"], want["high"]) in out
+        m = masks[row["column"]]
+        want = [bootstrapped(run, m)[key] for key in ("point", "low", "high")]
+        np.testing.assert_allclose([float(row[k]) for k in ("value", "low", "high")], want,
+                                   atol=1e-6)
+        assert (int(row["records"]), row["classes"]) == (m.sum(), "3")
+        assert int(row["patients"]) == len(set(run["subject_id"][m]))
+        assert evaluate.value_text(*want) in out
     assert "left out of the macro mean: I99" in out
-    classes = read_csv("runs/score/score.csv", table="classes, monitoring")
-    got = [float(r["value"]) for r in classes if r["column"] == "supervised" and r["value"]]
-    by_name = {r["row"]: int(r["positives"]) for r in classes}
-    assert list(by_name.values()) == sorted(by_name.values(), reverse=True)
-    np.testing.assert_allclose(sorted(got[:3]), sorted(evaluate.auroc(
-        a["y_true"], a["y_score"])[:3]), atol=1e-6)
+    assert (rows[0]["minutes"], rows[3]["minutes"]) == ("0.5", "1.5")  # of the pretraining too
+    classes = read_csv("runs/score/score.csv", table="classes, monitoring", column="supervised")
+    positives = [int(row["positives"]) for row in classes]
+    assert positives == sorted(positives, reverse=True)
+    np.testing.assert_allclose(sorted(float(row["value"]) for row in classes if row["value"]),
+                               sorted(evaluate.auroc(a["y_true"], a["y_score"])[:3]), atol=1e-6)
     assert Path("runs/score/score.md").read_text().strip() in out
     difference, = read_csv("runs/score/score.csv", table="differences", column="monitoring")
-    boots = [evaluate.bootstrap_auroc(r["y_true"], r["y_score"], 50, 0, None if unit == "record"
-                                      else r["subject_id"]) for r in (b, a)]
-    np.testing.assert_allclose(
-        [float(difference["low"]), float(difference["high"])], evaluate.interval(
-            boots[0]["replicates"] - boots[1]["replicates"]), atol=1e-6)
-    assert (rows[0]["steps"], rows[0]["minutes"], rows[3]["minutes"]) == ("9", "0.5", "1.5")
+    of = [bootstrapped(run, masks["monitoring"])["replicates"] for run in (b, a)]
+    np.testing.assert_allclose([float(difference["low"]), float(difference["high"])],
+                               evaluate.interval(of[0] - of[1]), atol=1e-6)
 
 
 def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root, capsys):
@@ -1877,31 +1865,28 @@ def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root
         a["y_true"][:, k] = np.isin(of, carriers)  # I21 and I99 have two with and two without
     np.savez(runs_root / "one" / "predictions_test.npz", **a)
     assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
-    row, rare = read_csv("runs/score/score.csv", table="all runs")
+    row, rare = read_csv("runs/score/score.csv", table="all methods")
     auc = evaluate.auroc(a["y_true"], a["y_score"])
     assert row["classes"] == "2" and float(row["value"]) == pytest.approx(auc[[1, 3]].mean())
     assert float(row["all_class_value"]) == pytest.approx(auc.mean())
     # the rare ones have a mean of their own where not all are rare
     assert rare["column"] == "monitoring, classes below 5%"
     assert rare["classes"] == "1" and float(rare["value"]) == pytest.approx(auc[1])
-    a["y_true"][:, 3] = 0  # now all are
-    np.savez(runs_root / "one" / "predictions_test.npz", **a)
-    assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
-    assert len(read_csv("runs/score/score.csv", table="all runs")) == 1
 
 
-def test_score_says_not_defined_and_keeps_test_sets_apart(runs_root, capsys):
+def test_score_says_not_defined_and_refuses_other_test_sets(runs_root, capsys):
     a = write_run(runs_root, "one")
-    for name, cohort, n in (("b1", "bb", 80), ("a2", "toy", 80), ("a3", "toy", 60)):
-        write_run(runs_root, name, cohort=cohort, n=n, seed=1)
+    write_run(runs_root, "other", cohort="bb", seed=1)
+    write_run(runs_root, "fewer", n=60, seed=1)
     a["first_in_stay"][:] = False
     np.savez(runs_root / "one" / "predictions_test.npz", **a)
-    code, out, _ = run_evaluate(capsys, "--runs", "one", "b1", "a2", "a3", "--n-boot", 5)
-    assert code == 0 and "triage: not defined, the cohort has no stays" in out
-    assert out.count("\n## ") + out.startswith("## ") == 4  # four test sets, four tables
+    for wrong in ("other", "fewer"):
+        code, _, said = run_evaluate(capsys, "--runs", "one", wrong, "--n-boot", 5)
+        assert code == 2 and f"runs/{wrong} " in said and "not judged on the same records" in said
     code, out, _ = run_evaluate(capsys, "--runs", "one", "--labelled-only", "--n-boot", 5)
-    row, = read_csv("runs/score/score.csv", table="all runs", column="monitoring")
-    assert code == 0 and int(row["records"]) == a["has_label"].sum() and "| 80 " in out
+    row, = read_csv("runs/score/score.csv", table="all methods", column="monitoring")
+    assert code == 0 and "triage: not defined, the cohort has no stays" in out
+    assert int(row["records"]) == a["has_label"].sum() and "| 80 " in out
 
 
 FINE, PROBE = {"init": "x"}, {"mode": "probe", "init": "x", "head": "linear", "features": "h"}
@@ -1909,75 +1894,60 @@ MLP_ON_Z = PROBE | {"head": "mlp", "features": "z", "augment": "dynamics", "clas
 PAPERS, BETTER = evaluate.SWITCHES["papers"], evaluate.SWITCHES["recommended"]
 
 
-@pytest.mark.parametrize("args, source, words, printed", [
-    ({}, {}, "supervised", "0.735 [0.727..0.751]"),
-    ({"frac": 0.01}, {}, "supervised", "0.515"),
-    ({"compute_of": "x"}, {}, "supervised, equal compute", None),
-    ({"crop": 0.8, "noise": 0.0}, {}, "supervised, --crop 0.8", None),
-    ({"method": "mine"}, {}, "mine", None),
-    (PROBE, {}, "linear probe, dynamics", "0.744 [0.734..0.755]"),
-    (PROBE | {"init": "random:2"}, {}, "linear probe, untrained encoder", None),
-    (MLP_ON_Z, {}, "mlp probe on z + dynamics augmentation, dynamics", "0.743"),
+@pytest.mark.parametrize("args, source, words", [
+    ({}, {}, "supervised"), ({"compute_of": "x"}, {}, "supervised, equal compute"),
+    ({"crop": 0.8, "noise": 0.0}, {}, "supervised, --crop 0.8"), ({"method": "mine"}, {}, "mine"),
+    (PROBE, {}, "linear probe, dynamics"),
+    (PROBE | {"init": "random:2"}, {}, "linear probe, untrained encoder"),
     (MLP_ON_Z | {"augment_action": "zero"}, {},
-     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero", None),
-    (FINE, {"reg": "vicreg"}, "finetuned, dynamics, vicreg", "0.770"),
-    (FINE, {"lam": 0.02}, "finetuned, dynamics, --lam 0.02", None),
-    (FINE, {"objective": "invariance", "residual": True}, "finetuned, invariance, --residual",
-     None),
-    # of runs from before the switches, and what departs from the papers
-    (FINE, dict.fromkeys(PAPERS), "finetuned, dynamics", "0.742"),
-    (FINE, PAPERS | {"lam": 0.1}, "finetuned, dynamics", "0.742"),
-    (FINE, BETTER | {"lam": 0.009}, "finetuned, dynamics, recommended", None),
+     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero"),
+    (FINE, {"reg": "vicreg"}, "finetuned, dynamics, vicreg"),
+    (FINE, {"lam": 0.02}, "finetuned, dynamics, --lam 0.02"),
+    (FINE, {"objective": "invariance", "residual": True}, "finetuned, invariance, --residual"),
+    (FINE, dict.fromkeys(PAPERS), "finetuned, dynamics"), (FINE, PAPERS, "finetuned, dynamics"),
+    (FINE, BETTER | {"lam": 0.009}, "finetuned, dynamics, recommended"),
     (FINE, BETTER | {"objective": "invariance", "action": "coded"},
-     "finetuned, invariance, recommended", None),
+     "finetuned, invariance, recommended"),
     (FINE, BETTER | {"self_pairs": True}, "finetuned, dynamics, sets, ratio 5, crop 0.8, "
-     "noise 0.05, supervise 0.3, self-pairs", None),
-    (FINE, {"action": "state", "decoys": 0.1},  # a switch of before
-     "finetuned, dynamics, --action state, decoys 0.1", None),
-    (FINE | {"frac": 0.01}, {}, "finetuned, dynamics, pretrained on 100%", None),
-    (FINE | {"frac": 0.01}, {"frac": 0.01}, "finetuned, dynamics", "0.510"),
-    (FINE, {"labelled_only": True}, "finetuned, dynamics, pretrained on labelled records", None),
+     "noise 0.05, supervise 0.3, self-pairs"),
+    (FINE, {"action": "state"}, "finetuned, dynamics, --action state"),
+    (FINE | {"frac": 0.01}, {}, "finetuned, dynamics, pretrained on 100%"),
+    (FINE | {"frac": 0.01}, {"frac": 0.01}, "finetuned, dynamics"),
+    (FINE, {"labelled_only": True}, "finetuned, dynamics, pretrained on labelled records"),
     (FINE, {"cohort": {"name": "there", "sha256": "1"}},
-     "finetuned, dynamics, pretrained on cohort there", None)])
-def test_a_run_is_named_by_its_method_and_stands_beside_its_own_printed_numbers(
-        runs_root, capsys, args, source, words, printed):
-    write_run(runs_root, "one", source=source, **args)
-    assert evaluate.load_run(runs_root / "one")["method"] == words
-    code, out, _ = run_evaluate(capsys, "--runs", "one", "--n-boot", 2)
-    assert code == 0 and (printed is None or printed in out)
-    assert printed is not None or "### Paper" not in out
+     "finetuned, dynamics, pretrained on cohort there")])
+def test_a_run_is_named_by_its_method_and_what_departs_from_the_papers(
+        tmp_path, args, source, words):
+    write_run(tmp_path, "one", source=source, **args)
+    assert evaluate.load_run(tmp_path / "one")["method"] == words
 
 
-def test_seeds_become_one_row_of_their_mean(runs_root, capsys):
+def test_seeds_become_one_row_of_their_mean_beside_the_papers_number(runs_root, capsys):
     runs = [write_run(runs_root, f"s{seed}", seed=seed, epochs=seed + 8) for seed in range(2)]
     code, out, _ = run_evaluate(capsys, "--runs", "s0", "s1", "--n-boot", 20)
     boots = [evaluate.bootstrap_auroc(r["y_true"], r["y_score"], 20, 0, r["subject_id"])
              for r in runs]
     low, high = evaluate.interval(np.mean([b["replicates"] for b in boots], axis=0))
-    want = evaluate.value_text(np.mean([b["point"] for b in boots]), low, high)
-    assert code == 0 and want in out.split("### Paper A, Table 1")[1].split("###")[0]
+    table = out.split("### Paper A, Table 1")[1].split("###")[0]
+    assert code == 0 and "0.735 [0.727..0.751]" in table
+    assert evaluate.value_text(np.mean([b["point"] for b in boots]), low, high) in table
 
 
 PRETRAIN = {"mode": "pretrain"}
-NEWER = PAPERS | {"augment_action": "true", "recipe": "papers"}  # unknown to older runs
 
 
 @pytest.mark.parametrize("one, other, rows", [
     ({"epochs": 8}, {"epochs": 9}, 1),  # of the preset
-    ({"epochs": 8}, {"epochs": 9, "given": {"epochs": 9}}, 2),
-    ({"epochs": 8}, {"epochs": 9, "given": None}, 2),  # an older run
-    ({}, {"preset": "quick"}, 2),
+    ({"epochs": 8}, {"epochs": 9, "given": {"epochs": 9}}, 2), ({}, {"preset": "quick"}, 2),
     (PROBE | {"init": "random:0"}, PROBE | {"init": "random:1", "seed": 0}, 1),  # draws
-    (PRETRAIN | BETTER | {"lam": 0.07}, PRETRAIN | BETTER | {"lam": 0.08}, 1),  # from the ratio
-    (PRETRAIN | {"lam": 0.1}, PRETRAIN | NEWER, 1),
-    (PROBE | {"head": "mlp", "lam": 0.1}, PROBE | {"head": "mlp"} | NEWER, 1)])
+    (PRETRAIN | BETTER | {"lam": 0.07}, PRETRAIN | BETTER | {"lam": 0.08}, 1)])  # from the ratio
 def test_seeds_of_one_method_are_one_row_and_two_versions_of_it_none(
         runs_root, capsys, one, other, rows):
     write_run(runs_root, "a", **one)
     write_run(runs_root, "b", **{"seed": 1} | other)
     for order in ("ab", "ba"):
         code, out, _ = run_evaluate(capsys, "--runs", *order, "--n-boot", 2)
-        assert code == 0 and (" (a)" in out) == (" (b)" in out) == (rows == 2)
+        assert code == 0 and ("(runs/a)" in out) == ("(runs/b)" in out) == (rows == 2)
         assert rows == 1 or "### Paper" not in out
 
 
@@ -2004,73 +1974,68 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, c
 # Verdicts, the share of the gap, controls, sub-groups
 
 
-CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient",
-          "why": ""}
+CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient"}
 
 
 def claim_of(rows, reasons=None, row="finetuned > supervised (A, Table 1)", **chosen):
     entries = evaluate.claim_entries(rows, {"triage": CHOSEN | chosen}, reasons or {})
-    return next(e for e in evaluate.decide(entries) if row in e["row"])
+    return next(e for e in entries if row in e["row"])
 
 
-def rows_of(spread=0.005, **values):
+def rows_of(**values):
     """Rows as by_method makes them: each seed of a method so far above 0.7, in all replicates."""
-    noise = np.concatenate([[0], spread * np.random.default_rng(0).standard_normal(400)])
+    noise = np.concatenate([[0], 0.005 * np.random.default_rng(0).standard_normal(400)])
     rows = {}
     for name, shifts in values.items():
         name = name.replace("FD", "finetuned, dynamics")
         at = noise if name.startswith("fine") else 0 * noise
         rows[name, 1.0] = {"method": name, "frac": 1.0, "seeds": {
-            seed: [{"classes": {"triage": (0.7 + shift + at)[:, None]}}]
+            seed: [{"classes": {"triage": (0.7 + shift + at)[:, None]}, "init": {"sha256": seed}}]
             for seed, shift in enumerate(shifts)}}
     return rows
 
 
-@pytest.mark.parametrize("better, worse, verdict", [
-    ([0.05, 0.06, 0.055], [0, 0, 0], "holds"), ([-0.05, -0.06, -0.055], [0, 0, 0], "does not hold"),
-    ([0.05, -0.02, 0.06], [0, 0, 0], "undecided"), ([0.004, 0.005, 0.006], [0, 0, 0], "undecided"),
-    ([0.05, 0.06], [0, 0], "undecided: 2 seeds, at least 3 are wanted"),
-    ([0.05], [0, 0, 0], "undecided: 1 seed, at least 3 are wanted"),
-    ([0.05, 0.06, 0.055], [], "not run: supervised")])
+BETTER_BY = [0.05, 0.06, 0.055]
+
+
+@pytest.mark.parametrize("better, worse, more, verdict", [
+    (BETTER_BY, [0, 0, 0], {}, "holds"), ([-0.05, -0.06, -0.055], [0, 0, 0], {}, "does not hold"),
+    ([0.05, -0.02, 0.06], [0, 0, 0], {}, "undecided"),
+    ([0.004, 0.005, 0.006], [0, 0, 0], {}, "undecided"),
+    ([0.05, 0.06], [0, 0], {}, "undecided: 2 seeds, at least 3 are wanted"),
+    ([0.05], [0, 0, 0], {}, "undecided: 1 seed, at least 3 are wanted"),
+    (BETTER_BY, [], {}, "not run: supervised"),
+    (BETTER_BY, [0, 0, 0], {"unit": "record"},
+     "undecided: asked of patients alone, --unit patient"),
+    (BETTER_BY, [0, 0, 0], {"one start": True},
+     "undecided: seeds of one pretraining, each wants its own")])
 def test_a_verdict_needs_three_seeds_and_a_difference_beyond_patients_and_seeds(
-        better, worse, verdict):
-    rows = rows_of(FD=better, **{"supervised": worse} if worse else {})
-    found = claim_of(rows, {} if worse else {("supervised", 1.0): "12 pairs"})
+        better, worse, more, verdict):
+    rows, more = rows_of(FD=better, **{"supervised": worse} if worse else {}), dict(more)
+    if more.pop("one start", False):
+        for (run,) in rows["finetuned, dynamics", 1.0]["seeds"].values():
+            run["init"] = {"sha256": "x"}
+    found = claim_of(rows, {} if worse else {("supervised", 1.0): "12 pairs"}, **more)
     assert found["verdict"] == verdict and np.isnan(found["p"]) == (":" in verdict)
 
 
-def test_a_claim_is_asked_of_patients_and_one_of_non_inferiority_has_its_margin():
-    records = claim_of(rows_of(FD=[0.05, 0.06, 0.055], supervised=[0, 0, 0]), unit="record")
-    assert records["verdict"] == "undecided: asked of patients alone, --unit patient"
-    rows = rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
-                      "linear probe, invariance": [0.0, 0.0, 0.0]})
-    claim = claim_of(rows, row="naive")
+def test_seeds_are_paired_and_a_claim_of_non_inferiority_has_its_margin():
+    a, b = rows_of(FD=[0.05], supervised=[0.02, 0, 0]).values()
+    assert evaluate.paired(a, b, "triage", CHOSEN)[0] == pytest.approx(0.03)  # of seed 0 alone
+    claim = claim_of(rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
+                                "linear probe, invariance": [0.0, 0.0, 0.0]}), row="naive")
     assert claim["margin"] == 0.01 and claim["verdict"] == "holds"  # 0 is above -0.01
-    two = evaluate.decide([dict(claim, verdict="") for _ in range(2)])  # of two cohorts, one call
-    assert [e["p_holm"] for e in two] == [min(1, 2 * claim["p"])] * 2
-
-
-def test_seeds_are_paired_and_those_of_one_pretraining_are_no_seeds():
-    rows = rows_of(FD=[0.05, 0.06, 0.055], supervised=[0.02, 0, 0])
-    (a, b), chosen = rows.values(), {"eligible": np.ones(1, bool)}
-    del a["seeds"][1], a["seeds"][2]
-    assert evaluate.paired(a, b, "triage", chosen)[0] == pytest.approx(0.03)  # of seed 0 alone
-    rows = rows_of(FD=[0.05, 0.06, 0.055], supervised=[0, 0, 0])
-    for same, verdict in ((False, "holds"), (True, "undecided: seeds of one pretraining, each "
-                                                   "wants its own")):
-        for seed, (run,) in rows["finetuned, dynamics", 1.0]["seeds"].items():
-            run["init"] = {"sha256": "x" if same else str(seed)}
-        assert claim_of(rows)["verdict"] == verdict
+    assert claim["p_holm"] == claim["p"]  # the one claim that is tested
 
 
 def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
     def shares(probe, finetuned, augmented):
         rows = {(name, 1.0): {
-            "method": name, "frac": 1.0, "runs": [{"minutes": "", "steps": 1}],
+            "method": name, "frac": 1.0, "runs": [{"minutes": ""}],
             "seeds": {0: [{"classes": {"monitoring": np.full((9, 1), value)}}]}}
             for name, value in ((evaluate.MLP, probe), (evaluate.FINETUNED, finetuned),
                                 ("mlp probe on z + x", augmented))}
-        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3, "why": ""}
+        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3}
         return evaluate.gap_shares("t", rows, list(rows), chosen)
     (entry,) = shares(0.687, 0.789, 0.743)
     assert entry["value"] == pytest.approx(0.056 / 0.102)
@@ -2105,10 +2070,11 @@ def test_controls_follow_study_id_and_refuse_other_labels():
             evaluate.controls(run | change, cohort)
     groups = evaluate.subgroups(cohort, np.array([0, 1, 2, 3, 4]))
     got = {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()}
-    assert got["female"] == [0, 1, 2] and got["age 65-79"] == [3, 4] and got["age unknown"] == [2]
-    assert got["unlabelled"] == [4] and got["first record of the patient"] == [0, 3]
-    assert (got["after a record of the same stay"], got["after a record of another stay"],
-            got["pair touches unlabelled"]) == ([1], [2], [4])
+    assert got["female"] == [0, 1, 2] and got["age 65-79"] == [3, 4]
+    assert got["labelled"] == [0, 1, 2, 3] and got["first record of the patient"] == [0, 3]
+    assert [got[name] for name in (
+        "after a record of the same stay", "after a labelled record of another or no stay",
+        "pair touches unlabelled")] == [[1], [2], [4]]
 
 
 def test_age_and_sex_recovers_the_probabilities_it_was_made_from():
@@ -2155,15 +2121,14 @@ def test_ranks_among_neighbours_equal_a_loop_over_sorted_distances_with_ties():
     own[np.arange(25), rng.integers(0, 40, 25)] = True
     rival &= ~own
     pick = [torch.from_numpy(mask) for mask in (own, rival)]
-    rank, size, near = evaluate.distance_ranks(
+    rank, size = evaluate.distance_ranks(
         torch.from_numpy(query), torch.from_numpy(keys), lambda r: pick[0][r],
-        lambda r: pick[1][r], k=3, block=7)
+        lambda r: pick[1][r], block=7)
     for i in range(25):
         d = ((query[i] - keys)**2).sum(axis=1)
         mine, others = d[own[i]].min(), np.sort(d[rival[i]])
         places = np.flatnonzero(np.sort(np.append(others, mine)) == mine) + 1
         assert rank[i] == places.mean() and size[i] == own[i].sum() + rival[i].sum()
-        np.testing.assert_allclose(np.sort(d[near[i].numpy()]), others[:3])
 
 
 # AG
@@ -2193,12 +2158,9 @@ def constructed(share, seed, patients=900, d=12, k=5):
 
 
 def test_ag_is_the_share_that_an_action_explains_by_two_ridges():
-    for share, tolerance in ((0.25, 0.03), (0.0, 0.01)):
-        with_a, without, null = evaluate.action_gain(*constructed(share, 1), permutations=19)
-        assert 1 - with_a.sum() / without.sum() == pytest.approx(share, abs=tolerance)
-        assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
     train, test = constructed(0.1, 3, patients=60)
-    with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
+    with_a, without, null = evaluate.action_gain(train, test, permutations=9)
+    assert null.max() < 1 - with_a.sum() / without.sum()
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
     fits = [evaluate.ridge(u, train["z_next"] - train["z"], train["patient"]),
             evaluate.ridge(u, train["a"], train["patient"])]  # the one on residuals of the other
@@ -2253,15 +2215,10 @@ def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
     changed = a.any(axis=1)
     dealt = evaluate.shuffled_actions(a, y, 3)
     assert dealt.shape == (3, 80, 5) and not dealt[:, ~changed].any()
-    assert (dealt[0] != dealt[1]).any()
-    for shuffled in dealt:
-        found = shuffled.any(axis=1)
-        assert found.sum() > 0.9 * changed.sum()  # most find one
-        assert np.isin(y + shuffled, (0, 1)).all()
-        assert (shuffled[found] != a[found]).any(axis=1).all()
-        assert {bytes(row) for row in shuffled[found]} <= {bytes(row) for row in a[changed]}
-    alone = np.array([[1, 0], [0, -1]], np.int8)  # the one needs a code that the other lacks
-    assert not evaluate.shuffled_actions(alone, np.array([[0, 0], [1, 1]], np.uint8)).any()
+    assert (dealt[0] != dealt[1]).any() and np.isin(y + dealt, (0, 1)).all()
+    found = dealt.any(axis=2)
+    assert found.sum() > 0.9 * 3 * changed.sum() and (dealt != a).any(axis=2)[found].all()
+    assert {bytes(row) for row in dealt[found]} <= {bytes(row) for row in a[changed]}
 
 
 def test_pair_groups_are_by_label_state_stay_and_gap():
@@ -2278,11 +2235,8 @@ def test_pair_groups_are_by_label_state_stay_and_gap():
         "touches unlabelled": [2], "all": [0, 1, 2, 3, 4], "gap < 1 day": [0],
         "gap 1-30 days": [1], "gap 30-365 days": [2], "gap > 1 year": [3]}
     known = evaluate.known_without_action(cohort, np.arange(5))
-    np.testing.assert_allclose(known[:, 0], [0, 1, 1, 0, 0])
-    np.testing.assert_allclose(known[:, -1], np.log1p([0.5, 1, 30, 365, 0]))
-    cohort.source, cohort.stay, cohort.state = "ptbxl", np.full(6, -1), None
-    assert set(evaluate.pair_groups(cohort, np.arange(5))) == {
-        "changed, labelled", "unchanged, labelled", "all, labelled", "touches unlabelled", "all"}
+    np.testing.assert_allclose(known[:, [0, -1]].T, [
+        [0, 1, 1, 0, 0], np.log1p([0.5, 1, 30, 365, 0])])
 
 
 def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
@@ -2294,7 +2248,8 @@ def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
     values = {key[1]: np.ravel(value)[0] for key, value in got.items()}
     assert values["effective rank of z"] == pytest.approx(16, rel=0.01)
     assert values["std of z, median"] == pytest.approx(1, abs=0.03)
-    assert values["SIGReg of z"] == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
+    sigreg = values["SIGReg of z, 1.052 under N(0, I)"]
+    assert sigreg == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
     assert values["same patient nearest in h (cosine)"] == pytest.approx(0.5, abs=0.02)
     assert values["chance of that"] == pytest.approx(1 / 1999)
 
@@ -2303,7 +2258,7 @@ def test_methods_are_means_of_seeds_compared_by_those_that_they_share():
     rng, key = np.random.default_rng(0), (evaluate.MATTER, "AG", evaluate.HEADLINE)
     values = {"papers": {s: {key: rng.normal(0, 1, 50)} for s in (0, 1, 2)},
               "other": {s: {key: rng.normal(3, 1, 50)} for s in (1, 2, 3)}}
-    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: ("pairs", 90, 40)})
+    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: (90, 40)})
     papers, _ = (e for e in entries if e["table"] == evaluate.MATTER)
     assert papers["value"] == np.mean([of[key][0] for of in values["papers"].values()])
     assert papers["n"] == 90
@@ -2371,7 +2326,7 @@ def card(request, pretrained, told_sets):
     (source, target), known = cohort.pair[pairs].T, cohort.has_label
     y, y_next = cohort.label[source], cohort.label[target]
     found = {(row["quantity"], row["group"]): row for row in read_csv(
-        f"card-{form}/worldmodel.csv", run="dynamics, sets, ratio 5" if form == "sets" else
+        f"card-{form}/worldmodel.csv", column="dynamics, sets, ratio 5" if form == "sets" else
         "dynamics") if "by seed" not in row["table"] and row["table"] != evaluate.DIFFERENCE}
 
     def agree(quantity, group, wanted):
@@ -2394,13 +2349,13 @@ def card(request, pretrained, told_sets):
 
 def test_scorecard_is_of_the_fold_asked_for_and_asks_no_model_about_what_it_was_not_told(card):
     out, folder = card.out.getvalue(), Path(f"card-{card.form}")
-    assert {"sets": "validation fold 18", "difference": "test fold 19"}[card.form] + ": " in out
+    assert {"sets": "val split", "difference": "test split"}[card.form] + ": " in out
     assert "untrained encoder, 3 draws" in out
     written = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert {"worldmodel.md", "worldmodel.png"} <= written.keys() and min(written.values()) > 1000
     rows = read_csv(folder / "worldmodel.csv")
     assert all(row["value"] or row["why"] for row in rows)
-    defined = {(row["run"], row["quantity"]) for row in rows if row["value"]}
+    defined = {(row["column"], row["quantity"]) for row in rows if row["value"]}
     for run in ("invariance", "dynamics, --action none"):
         assert (run, "persistence") in defined and (run, "zero action") not in defined
 
@@ -2450,9 +2405,8 @@ def test_ag_retrieval_and_reversal_of_the_scorecard_equal_a_direct_computation(c
             ranks[among] += [1 / (1 + np.array(nearer))] if len(rivals) else []
     for among, places in ranks.items():
         own, still = np.mean(places, axis=0)
-        name = f"reciprocal rank, {{}}, among {among}".format
-        card.agree(name("model"), evaluate.HEADLINE, own)
-        card.agree(name("model - zero action"), evaluate.HEADLINE, own - still)
+        card.agree(f"reciprocal rank, model - zero action, among {among}", evaluate.HEADLINE,
+                   own - still)
     fixed = cohort.class_name.index("I21")
     use = headline & (card.y == card.y_next)[:, fixed]
     back, stay = (card.errors(card.predict(card.target, card.y_next, end, *card.known[::-1]),
@@ -2510,8 +2464,7 @@ def toy_transitions():
         name="toy", source="demo", synthetic=True, class_name=["A", "B", "C"], label=label,
         pair=pair, action=label[pair[:, 1]].astype(np.int8) - label[pair[:, 0]], quality=quality,
         has_label=has_label, gap_days=np.array([1, 1, 1, 5, np.nan, 2, 2], np.float32),
-        study_id=np.arange(14) + 100, subject_id=np.repeat(np.arange(7), 2), fs=100,
-        leads=list(prepare_data.LEADS))
+        fs=100, leads=list(prepare_data.LEADS))
 
 
 @pytest.mark.parametrize("source, wanted", [
@@ -2519,28 +2472,20 @@ def toy_transitions():
 def test_find_transition_prefers_in_the_stated_order(source, wanted):
     cohort, found = toy_transitions(), []
     cohort.source = source
-    for _ in wanted:
-        found.append(evaluate.find_transition(cohort, onset=["A"])[0])
-        cohort.action[found[-1]] = 0  # no onset any more
+    for left in range(7, 0, -1):
+        index, meeting, gap = evaluate.find_transition(cohort, onset=["A"])
+        assert meeting == left
+        np.testing.assert_equal(gap, cohort.gap_days[index] if source == "demo" else np.nan)
+        found.append(index)
+        cohort.action[index] = 0  # no onset any more
     assert found == wanted
 
 
-def test_find_transition_meets_every_condition_and_counts_each_when_none_does():
+def test_find_transition_meets_every_condition():
     cohort = toy_transitions()
-    assert evaluate.find_transition(cohort, ["A", "B"])[0] == 2
-    assert evaluate.find_transition(cohort, stable=["C"], study_id=108)[0] == 4
-    index, meets = evaluate.find_transition(cohort, study_id=100)  # flagged, but the only one
-    assert index == 0 and meets.startswith("1 of 7 pairs")
+    assert evaluate.find_transition(cohort, ["A", "B"], stable=["C"])[0] == 2
     cohort.action[3], cohort.label[6], cohort.label[7] = [-1, 0, 0], [1, 0, 1], [0, 0, 1]
     assert evaluate.find_transition(cohort, resolve=["A"])[0] == 3
-    for asked, words in (
-            (dict(onset=["A"], resolve=["B"], study_id=101), (
-                "A begins: 6", "B ends: 0", "study_id 101 is the source: 0", "0 of 7 pairs")),
-            (dict(onset=["A"], stable=["X"]), ("--stable X", "classes are A B C")),
-            (dict(), ("--onset", "--study-id"))):
-        with pytest.raises(InputError) as error:
-            evaluate.find_transition(cohort, **asked)
-        assert all(word in str(error.value) for word in words), error.value
 
 
 def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
@@ -2574,17 +2519,17 @@ def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
 
 def test_transitions_writes_the_pair_it_found(workplace, tiny, tmp_path, capsys):
     k = int((tiny.action == 1).sum(axis=0).argmax())
-    name, out = tiny.class_name[k], tmp_path / "out"
+    name = tiny.class_name[k]
     code, text, _ = run_evaluate(capsys, "--mode", "transitions", "--data", "data/tiny.h5", "--out",
-                                 out, "--onset", name)
+                                 tmp_path, "--onset", name)
     source, target = tiny.pair[evaluate.find_transition(tiny, [name])[0]]
     assert code == 0 and tiny.label[target, k] > tiny.label[source, k]
-    stem = f"transitions-onset-{name}"
-    assert {path.name for path in out.iterdir()} == {f"{stem}.png", f"{stem}.md"}
-    for word in ("SYNTHETIC", f"began: {name}", f"{(tiny.action[:, k] == 1).sum()} of ",
-                 f"source, study_id {tiny.study_id[source]}",
-                 f"target, study_id {tiny.study_id[target]}"):
-        assert word in text and word in (out / f"{stem}.md").read_text()
+    written = {path.name: path for path in tmp_path.iterdir()}
+    assert written.keys() == {f"transitions-onset-{name}.png", f"transitions-onset-{name}.md"}
+    assert written[f"transitions-onset-{name}.md"].read_text().strip() in text
+    for words in ("SYNTHETIC", f"began: {name}", f"source, study_id {tiny.study_id[source]}",
+                  f"target, study_id {tiny.study_id[target]}"):
+        assert words in text
 
 
 def test_jaccard_has_its_hand_computed_values():
@@ -2610,16 +2555,13 @@ def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path,
     rows, n = prepare_data.count(tiny), len(tiny.pair)
     for name in ("stable pairs", "pairs within a stay"):
         assert re.search(rf"\| {name} +\| {rows[name]:,} +\| {rows[name] / n:.1%}", text)
-    tiny.source = "ptbxl"  # part of its dates are interpolated: nothing is said of time
-    assert not any("gap" in name for name in prepare_data.count(tiny) if "quality" not in name)
     for name in ("pair", "action", "gap_days", "pair_kind"):  # a cohort without pairs
         setattr(tiny, name, getattr(tiny, name)[:0])
     assert evaluate.png(evaluate.cohort_figure(tiny))[:4] == b"\x89PNG"
     assert prepare_data.count(tiny)["pairs"] == 0
 
 
-@pytest.mark.parametrize("rows", [30, 7])
-def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows):
+def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity():
     x = np.random.default_rng(0).normal(size=(30, 5)) * np.linspace(0.2, 3, 30)[:, None]
     conditional = np.zeros((30, 30))
     for i in range(30):
@@ -2632,14 +2574,13 @@ def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows):
         assert np.exp(entropy) == pytest.approx(8, rel=1e-6)  # the oracle does what it says
         conditional[i, others] = p
     for dtype in (torch.float64, torch.float32):
-        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8, rows).numpy()
+        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8, block=7).numpy()
         # the search stops within 1e-5 of the entropy, so p is good to about 1e-5 of itself
         np.testing.assert_allclose(got, (conditional + conditional.T) / 60, rtol=1e-3, atol=1e-7)
         assert (got == got.T).all() and got.sum() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("exaggeration", [1.0, 12.0])
-def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
+def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration=12.0):
     p = evaluate.affinities(torch.randn(30, 5, generator=generator(), dtype=torch.float64), 8)
     y = torch.randn(30, 2, generator=generator(1), dtype=torch.float64).mul_(3).requires_grad_()
     off = ~torch.eye(30, dtype=torch.bool)
@@ -2654,9 +2595,7 @@ def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
 def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
     kind = np.repeat(np.arange(4), 30)
     x = torch.randn(120, 20, generator=generator()) + 8 * torch.eye(20)[torch.from_numpy(kind)]
-    ticks = []
-    y = evaluate.tsne(x, 10, progress=types.SimpleNamespace(update=lambda: ticks.append(1)))
-    assert y.shape == (120, 2) and y.isfinite().all() and len(ticks) == 500
+    y = evaluate.tsne(x, 10)
     nearest = (torch.cdist(y, y) + 1e9 * torch.eye(120)).topk(5, largest=False).indices
     assert (kind[nearest.numpy()] == kind[:, None]).mean() > 0.99
     assert torch.equal(y, evaluate.tsne(x, 10)) and not torch.equal(y, evaluate.tsne(x, 10, seed=1))
@@ -2664,7 +2603,7 @@ def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
 
 
 @pytest.mark.parametrize("form, run", [("difference", "base"), ("sets", "sets")])
-def test_embedding_points_and_their_neighbours_are_what_the_page_says(
+def test_embedding_points_are_what_the_page_says(
         form, run, told_sets, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "POINTS", 120)
     code, text, _ = run_evaluate(capsys, "--mode", "embedding", "--runs", run, "--out", tmp_path)
@@ -2676,23 +2615,13 @@ def test_embedding_points_and_their_neighbours_are_what_the_page_says(
     empty, n = ~tiny.label.any(axis=1), len(rows)
     sizes = [min(40, int(((tiny.split == 0) & m).sum())) for m in (empty, ~empty)] + [40]
     assert np.bincount(kind).tolist() == sizes and len(np.unique(rows)) == n
-    assert (tiny.split[rows] == 0).all() and (y[:n] == tiny.label[rows]).all()
-    assert (empty[rows] == (kind[:n] == 0)).all()
+    assert (tiny.split[rows] == 0).all() and (empty[rows] == (kind[:n] == 0)).all()
     with torch.no_grad():
         for i in np.flatnonzero(kind == 2)[:10]:
-            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i], (sizes[0], 1))
-            told = evaluate.action_input(form, 0 * then, then, known, known | True)
-            wanted = model.predict(z[:sizes[0]], told)  # from each of the normal ones
+            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i - n], (sizes[0], 1))
+            wanted = model.predict(  # from each of the normal ones
+                z[:sizes[0]], told(form, 0 * then, then, known, known | True))
             assert (wanted - z[i]).abs().amax(dim=1).min() < 1e-4
-    patient, same = np.append(tiny.subject_id[rows], -1 - np.arange(40)), [[], [], []]
-    distance = torch.cdist(z.double(), z.double()).numpy()
-    for i in range(len(z)):
-        order = [j for j in distance[i].argsort(kind="stable") if patient[j] != patient[i]][:10]
-        same[kind[i]].append(np.mean(kind[order] == kind[i]))
-    for name, shares in zip(evaluate.POINT_COLOUR, same, strict=True):
-        line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
-        values = [float(cell) for cell in line.split("|")[3:5]]  # three digits
-        assert values == pytest.approx([np.mean(shares), len(shares) / len(z)], abs=1e-3)
     tiny.label[tiny.split == 0] = 0
     with pytest.raises(InputError, match="no abnormal training record"):
         evaluate.embedding_points(None, tiny, "zscore", "difference")
@@ -2738,13 +2667,6 @@ def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
                 wanted[name][i, c] = value
         for name, values in wanted.items():
             np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
-    still = evaluate.judge_change(change, np.zeros((40, 1, 5)), changed)  # no candidate by code
-    assert (still["cosine"][changed] == 0).all() and np.isnan(still["right_code"]).all()
-    change, changed, effect = linear_world()  # the closed form: a true model, codes swapped
-    for candidate, cosine, right in ((effect, 1, 1), (np.roll(effect, 1, axis=0), 0, 0)):
-        got = evaluate.judge_change(change, candidate[None], changed)
-        np.testing.assert_allclose(got["cosine"][changed], cosine, atol=1e-12)
-        assert cosine == 0 or (got["right_code"][changed] == right).all()
 
 
 def test_the_controls_of_a_change_are_their_definitions():
@@ -2784,38 +2706,19 @@ def test_p_of_permuted_codes_is_uniform_without_an_effect_and_small_with_one():
     assert (null[1:] >= null[0]).mean() < 0.02
 
 
-def test_cases_are_first_records_unless_they_are_too_few(monkeypatch):
+def test_cases_are_the_first_records_of_drawn_patients(monkeypatch):
     subject = np.repeat([1, 2, 3, 4], [3, 1, 2, 2])
-    cohort = types.SimpleNamespace(
-        subject_id=subject, split=np.array([2, 2, 2, 2, 2, 2, 0, 0]),
-        state=np.array([[1, 0], [0, 0], [0, 0], [0, 0], [1, 1], [0, 1], [0, 0], [0, 0]]))
-    for wanted, rows in ((3, [0, 3, 4]), (4, [0, 1, 3, 4, 5]), (99, [0, 1, 2, 3, 4, 5])):
-        monkeypatch.setattr(evaluate, "CASES", wanted)
-        assert evaluate.choose_records(cohort, [0, 1]).tolist() == rows
+    cohort = types.SimpleNamespace(subject_id=subject, split=np.repeat([2, 0], [6, 2]))
+    assert evaluate.choose_records(cohort).tolist() == [0, 3, 4]
     monkeypatch.setattr(evaluate, "CASE_PATIENTS", 2)
-    drawn = {tuple(np.unique(subject[evaluate.choose_records(cohort, [0, 1], seed=seed)]))
-             for seed in range(20)}
-    assert drawn == {(1, 2), (1, 3), (2, 3)}
-
-
-def test_simulation_without_a_code_is_the_stored_record(tiny):
-    sound = np.flatnonzero(tiny.quality == 0)[:40]
-    for row in sound:
-        state = {tiny.class_name[k] for k in np.flatnonzero(tiny.state[row])}
-        stored = tiny.signal[row].astype(np.float32)
-        got = prepare_data.resimulate(tiny, row, state).astype(np.float32)
-        # half a step of 5 uV through a filter of unit gain, and two roundings to float16
-        assert got.shape == stored.shape
-        assert (np.abs(got - stored) < 0.005 + 2**-10 * np.abs(stored)).all()
-    other = prepare_data.resimulate(tiny, row, state, 1).astype(np.float32)
-    assert np.abs(other - stored).max() > 0.02  # another recording
+    drawn = {tuple(evaluate.choose_records(cohort, seed=seed)) for seed in range(20)}
+    assert drawn == {(0, 3), (0, 4), (3, 4)}
 
 
 @pytest.mark.parametrize("form, split", [("difference", "test"), ("sets", "val")])
 def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
         form, split, pretrained, told_sets, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "CASES", 5)
-    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 6)  # the first record of each
+    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 6)
     runs, k = [told_sets], tiny.class_name.index("I45")
     if form == "difference":
         runs = [pretrained, fork(pretrained, "twin", {"num_classes": len(tiny.class_name)}, seed=1)]
@@ -2826,7 +2729,7 @@ def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
     assert Path(f"truth-{form}/counterfactual.png").read_bytes()[:4] == b"\x89PNG"
     cells = {(e["table"], e["row"], e["column"]): float(e["value"] or "nan")
              for e in read_csv(f"truth-{form}/counterfactual.csv")}
-    rows = evaluate.choose_records(tiny, [k, tiny.class_name.index("I63")], split)
+    rows = evaluate.choose_records(tiny, split)
     assert (tiny.split[rows] == prepare_data.SPLITS.index(split)).all()
     of_codes, of_state = [], []
     for row, run in itertools.product(rows[tiny.state[rows, k] == 0], runs):
@@ -2849,7 +2752,6 @@ def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
     name = "dynamics, sets, ratio 5" if form == "sets" else "dynamics, 2 seeds"
     assert cells["difference", name, f"less {evaluate.RIDGE}"] == pytest.approx(
         np.mean(of_codes) - cells["cosine by code", "I45", evaluate.RIDGE], abs=1e-4)
-    assert cells["truth", "no change", cosine] == 0
     assert ("cosine by code", "I63", evaluate.MODEL) not in cells  # a bit-identical signal
     assert cells["negative control", "I63", evaluate.MODEL] > 0
 
@@ -2885,11 +2787,9 @@ def test_page_of_one_patient_shows_what_the_model_predicts(
 
 
 def test_bad_input_to_evaluate_gets_one_line_and_writes_nothing(pretrained, tiny, capsys):
-    for name in ("good", "unfinished", "cut", "keyless", "misfit"):
+    for name in ("good", "unfinished", "keyless", "misfit"):
         arrays = write_run("runs", name)
     Path("runs/unfinished/predictions_test.npz").unlink()
-    whole = Path("runs/cut/predictions_test.npz").read_bytes()
-    Path("runs/cut/predictions_test.npz").write_bytes(whole[:500])
     np.savez("runs/misfit/predictions_test.npz", **arrays | {"has_label": np.ones(3, bool)})
     del arrays["has_label"]
     np.savez("runs/keyless/predictions_test.npz", **arrays)
@@ -2902,29 +2802,25 @@ def test_bad_input_to_evaluate_gets_one_line_and_writes_nothing(pretrained, tiny
     of, page = f"--study-id {tiny.study_id[row]}", "--mode counterfactual --runs"
     for flags, words in (
             ("--runs goood", "closest first: good, "), ("--runs unfinished", "--resume"),
-            ("--runs cut", "damaged"), ("--runs keyless", "has_label"),
-            ("--runs misfit", "do not fit"), ("--runs good runs/good", "twice"),
-            ("--runs runs/good/last.pt", "PyTorch"), ("--runs runs/c.h5", "HDF5"),
+            ("--runs keyless", "has_label"), ("--runs misfit", "do not fit"),
+            ("--runs good runs/good", "twice"), ("--runs runs/good/last.pt", "a zip file"),
             ("", "--runs"), ("--runs runs", "folder"),
             ("--runs good --mode cohort", "of no use to --mode cohort"),
-            ("--runs good --onset I44", "--onset"),
-            ("--runs good --permutations 7", "--permutations"),
             ("--runs good --n-boot 0", "--n-boot"),
             ("--runs good --data runs/absent.h5", "absent.h5"),
-            ("--runs good --out runs/c.h5/x", "HDF5"),
+            ("--runs good --out runs/c.h5/x", "runs/c.h5 is no folder"),
             ("--mode transitions --data data/tiny.h5 --onset I48 --resolve I48", "I48 ends: "),
+            ("--mode transitions --data data/tiny.h5", "at least one of --onset"),
+            ("--mode transitions --data data/tiny.h5 --stable X", "its classes are I"),
             ("--mode worldmodel --runs good", "pretraining"),
             ("--mode embedding --runs still", "--objective dynamics"),
             (f"{page} still", "--objective dynamics"),
-            (f"{page} still {of} --onset {absent}", "--objective invariance"),
             (f"{page} base still {of} --onset {absent}", "2 given"),
             (f"{page} base {of} --onset {absent} --n-boot 9", "--n-boot: of no use to"),
-            (f"{page} base --onset I99", "its classes are I"),
-            (f"{page} base --resolve I48", "--study-id"), (f"{page} base {of}", "--onset or"),
+            (f"{page} base --onset I99", "its classes are I"), (f"{page} base {of}", "--onset or"),
             (f"{page} base --study-id 7 --onset {held}", "known are"),
             (f"{page} base {of} --onset {held}", "the record carries"),
-            (f"{page} base {of} --resolve {absent}", "the record carries"),
-            (f"{page} base {of} --onset {absent} --resolve {absent}", f"--resolve {absent}: ")):
+            (f"{page} base {of} --resolve {absent}", "the record carries")):
         before = sorted(Path().rglob("*"))
         capsys.readouterr()
         code = evaluate.main(flags.split())
