@@ -39,8 +39,9 @@ from pathlib import Path
 import numpy as np
 
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
-                          count_rows, golden_lines, lack, read_json, replace_file, resimulate,
-                          run_script, system_errors, wait_passively, without_signature)
+                          count_rows, golden_lines, lack, of_system, read_json, refuse_irregular,
+                          replace_file, resimulate, run_script, start_script, system_error,
+                          system_errors, without_signature)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
@@ -355,8 +356,7 @@ def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all rec
 
 def plotter():
     """pyplot, drawing into files only."""
-    import matplotlib
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # read on import: a notebook's means nothing here
     from matplotlib import pyplot
     return pyplot
 
@@ -405,8 +405,8 @@ def file_kind(path: Path) -> str:
     """What lies at a path, in words, judged by its first bytes and never by its name."""
     if not path.exists():
         return "no such file"
-    if path.is_dir():
-        return "a folder"
+    if not path.is_file():  # reading a pipe might never end
+        return "a folder, a pipe or a device"
     with path.open("rb") as file:
         head = file.read(8)
     return "a zip file" if head.startswith(b"PK") else "an HDF5 file, as cohorts are" \
@@ -468,6 +468,8 @@ def load_checkpoint(path: str | Path) -> dict:
         except pickle.UnpicklingError:
             found = "a PyTorch file that holds more than tensors and plain values, so not unpickled"
         except Exception as error:  # a file made to harm may end in any
+            if of_system(error):
+                raise
             found = f"a zip file that is no whole checkpoint ({type(error).__name__})"
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
@@ -635,6 +637,7 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a predictions_*.npz of train.py; InputError where they cannot be scored."""
     kinds = {"y_true": "bui", "y_score": "f", "class_name": "U", "study_id": "iu",
              "subject_id": "iu", "first_in_stay": "bui", "pair_first": "bui", "has_label": "bui"}
+    refuse_irregular(path, "predictions of train.py are wanted")
     try:
         if fault := zip_fault(path):
             raise ValueError(fault)
@@ -652,6 +655,8 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
                          "config.json)") from None
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError, KeyError,
             NotImplementedError, RuntimeError) as error:  # whatever a bad zip file may cause
+        if of_system(error):
+            raise InputError(system_error(error, path)) from error
         raise InputError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); delete "
                          "it and repeat the train.py command with --resume") from None
     shape = found["y_true"].shape
@@ -686,6 +691,8 @@ def pick_device(name: str = "auto"):
             "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"a device of type {device.type}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); wanted "
@@ -2748,5 +2755,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    start_script()
     sys.exit(main())

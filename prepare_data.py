@@ -152,6 +152,11 @@ def system_error(error: OSError, what: str | Path = "") -> str:
     return f"{what}: {os.strerror(error.errno)}; {remedy}"
 
 
+def of_system(error: Exception) -> bool:
+    """Whether an error at a file is one of the system, and no sign of what the file holds."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 @contextlib.contextmanager
 def system_errors(what: str | Path = "") -> Iterator[None]:
     """An OSError inside becomes an InputError that names it: `system_error`."""
@@ -240,13 +245,16 @@ def available_memory() -> float:
     return max(0, min(free, default=0))
 
 
-def wait_passively() -> None:
-    """Start this script once more with OpenMP threads that sleep soon when they wait (Linux).
+def start_script() -> None:
+    """Under `if __name__ == "__main__"` alone, before torch is imported, which takes longest:
+    Ctrl-C ends the process quietly until `run_script` takes over, and on Linux the script starts
+    once more with OpenMP threads that sleep soon when they wait.
 
-    Beside a busy process, threads that spin for each other take their own cores away. Called under
-    `if __name__ == "__main__"` alone, before torch is imported. The user's own settings win, and
-    torchrun's. The number of threads stays: results depend on it.
+    Beside a busy process, threads that spin for each other take their own cores away. The user's
+    own settings win, and torchrun's. The number of threads stays: results depend on it.
     """
+    if signals.getsignal(signals.SIGINT) != signals.SIG_IGN:
+        signals.signal(signals.SIGINT, signals.SIG_DFL)
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"} & os.environ.keys()
     argv = getattr(sys, "orig_argv", ())  # Python 3.9 has none
     if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in argv:
@@ -953,7 +961,7 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                 elif values:
                     rows[values[0]] = values if len(values) == len(columns) else None
         except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, mostly
-            if isinstance(error, OSError) and error.errno is not None:
+            if of_system(error):
                 raise InputError(system_error(error, path)) from error
             raise InputError(f"{path}: damaged after line {line:,}: {error}; "
                              f"{wanted}") from None

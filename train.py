@@ -49,7 +49,7 @@ import numpy as np
 import prepare_data
 
 if __name__ == "__main__":
-    prepare_data.wait_passively()  # starts this script again, so before torch, which takes longest
+    prepare_data.start_script()
 
 import torch
 import torch.distributed as dist
@@ -157,7 +157,8 @@ class Signals:
         size = cohort.signal.nbytes
         if cache == "auto":
             # each process of this machine holds its own
-            ram = prepare_data.available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            local = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+            ram = prepare_data.available_memory() / local
             torch.cuda.empty_cache()  # what an earlier run of this process left; no CUDA: nothing
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
@@ -640,6 +641,12 @@ class Loop:
         run.begin({"kind": task.kind, "batch_size": self.batch_size}, self.parts)
         if run.state:
             self.at = {key: run.state[key] for key in self.at}
+            step, epoch = self.at["step"], self.at["epoch"]
+            refuse([(not (0 <= epoch * self.per_epoch <= step <= (epoch + 1) * self.per_epoch
+                          and epoch <= args.epochs and step == self.schedule.last_epoch),
+                     f"{run.found}: step {step}, epoch {epoch} and {self.schedule.last_epoch} "
+                     f"steps of the schedule do not fit {self.per_epoch} an epoch; start anew "
+                     "with --overwrite")])
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace = self.began, [], []
         self.may_wait = not args.device.startswith("cuda")  # for the values of each step
@@ -1200,7 +1207,7 @@ class Run:
         defaults: value of each argument that the config.json of an older version may lack.
         """
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
-        self.began, self.asked, self.log_rows = time.monotonic(), 0, 0
+        self.began, self.asked, self.log_lines = time.monotonic(), 0, []
         self.finished = is_finished(path)
         if not (path / "config.json").exists():
             if resume:
@@ -1210,8 +1217,11 @@ class Run:
         why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
                          "init": (dict, type(None))}) or lack(
             (old["code"] or [None])[-1], {"sha256": (dict,)}, "code.")
+        threads = why or old["speed"]["threads"]
         refuse([(why, f"{path / 'config.json'}: damaged, or of an older version: {why}; start anew "
-                 "with --overwrite")])
+                 "with --overwrite"),
+                (not why and not 1 <= threads <= 1024, f"{path / 'config.json'}: damaged: found "
+                 f"{threads} threads; start anew with --overwrite")])
         self._check_same(path, defaults | old["args"], old)
         refuse([(self.finished and not resume,
                  f"{path}: this run is finished; score it with `python evaluate.py --mode "
@@ -1224,6 +1234,7 @@ class Run:
         if not self.found.exists():
             print(f"{path}: found unfinished, without a checkpoint; starting at step 0")
             return
+        log = path / "log.jsonl"
         with self._usable():
             self.state = load_checkpoint(self.found)
             why = lack(self.state, {
@@ -1232,6 +1243,13 @@ class Run:
                 "run_seconds": evaluate.NUMBER})
             refuse([(why, f"{self.found}: no checkpoint of this run ({why})")])
             self._check_same(self.found, self.state["args"], config)
+            # only the rows that the checkpoint has seen stay in the log: no step is logged twice
+            wanted = self.state["log_rows"]
+            if log.exists():
+                self.log_lines = log.read_bytes().splitlines(keepends=True)[:max(0, wanted)]
+            whole = sum(line.endswith(b"\n") for line in self.log_lines)
+            refuse([(whole != wanted, f"{log}: found {whole} whole rows, {self.found} counts "
+                     f"{wanted}: lines of the log are lost")])
         print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}) of "
               f"{self.found.name}: found unfinished, same configuration, same cohort")
         self.began -= self.state["run_seconds"]
@@ -1253,8 +1271,9 @@ class Run:
 
         now = {"decoys": 0.0} | content(self.config["args"], self.config)  # a switch of before
         refuse([(value != now.get(key),
-                 f"{where}: holds a run with {key} = {value}, asked for {now.get(key)}; choose "
-                 "another --run, or move the old one aside with --overwrite")
+                 f"{where}: holds a run with {key} = {prepare_data.printable(str(value)[:80])}, "
+                 f"asked for {now.get(key)}; choose another --run, or move the old one aside with "
+                 "--overwrite")
                 for key, value in content(args, config).items()])
 
     @contextlib.contextmanager
@@ -1264,7 +1283,8 @@ class Run:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             text = str(error) if isinstance(error, InputError) else \
-                f"{self.found}: no checkpoint of this run ({type(error).__name__}: {error})"
+                f"{self.found}: no checkpoint of this run ({type(error).__name__}: " \
+                + f"{str(error)[:200].splitlines()[0]})"
             previous = self.path / "previous.pt"
             advice = "No other checkpoint is there: start anew with --overwrite"
             with contextlib.suppress(InputError, KeyError):
@@ -1283,6 +1303,9 @@ class Run:
         for name, module in modules.items():
             check_tensors(module.state_dict(), state[name], f"{self.found}: {name}")
         parameters = [p for group in parts["optimizer"].param_groups for p in group["params"]]
+        refuse([(state["step"] > 0 and len(state["optimizer"]["state"]) != len(parameters),
+                 f"{self.found}: the optimizer holds {len(state['optimizer']['state'])} of "
+                 f"{len(parameters)} parameters")])
         for i, moments in state["optimizer"]["state"].items():
             like = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[i])
             check_tensors(like | {"step": torch.tensor(0.0)}, moments,
@@ -1298,17 +1321,23 @@ class Run:
         if self.state:
             with self._usable():
                 self._restore(wanted, parts)
+        if self.state and self.state["best"] is not None:  # which the end of the training needs
+            best = self.path / "best.pt"
+            try:
+                state = load_checkpoint(best)
+                for name, module in parts.items():
+                    if isinstance(module, nn.Module):
+                        check_tensors(module.state_dict(), state.get(name, {}), f"{best}: {name}")
+            except InputError as error:
+                raise InputError(f"{error}; {self.found} alone cannot go on: start anew with "
+                                 "--overwrite") from None
         if rank() > 0:
             return
         for left in self.path.glob("*.tmp"):  # by a process that was killed
             left.unlink()
         replace_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
-        # only the rows that the checkpoint has seen stay in the log: no step is logged twice
-        log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        lines = lines[:self.state["log_rows"] if self.state else 0]
-        self.log_rows = len(lines)
-        replace_file(log, "".join(lines).encode())
+        self.log_rows = len(self.log_lines)
+        replace_file(self.path / "log.jsonl", b"".join(self.log_lines))
 
     def seconds(self) -> float:
         """Time spent in this run, the parts before each interruption included."""
