@@ -822,7 +822,7 @@ def record_path(text: str) -> str:
     """A record's path below the root; ValueError for one that leads out of it, or none."""
     text = text.strip().replace("\\", "/")
     parts = text.split("/")
-    if not parts[0] or ".." in parts or ":" in parts[0] or "\0" in text:
+    if not parts[0] or ".." in parts or ":" in parts[0] or not text.isprintable():
         raise ValueError(text)
     return text
 
@@ -951,7 +951,8 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                         if isinstance(error, InputError):
                             raise InputError(f"{found} {error}") from None
                         if name in required:
-                            tally.add(f"{what} malformed", found)
+                            listed += taken - 1
+                            tally.add(f"{what} malformed", found, n=taken)
                             break
                         tally.add(f"{name} unreadable, taken as missing", found, kept=True)
                         values.append(missing)

@@ -850,7 +850,9 @@ BROKEN_HEADERS = {  # reason: edits of the plain header, and what was found
         (r"\(0\)/mV 16 0", "/mV 16 x", "'x'"), ("^x.dat", "/etc/passwd", "'/etc/passwd'"),
         ("^x.dat", "../x.dat", "'../x.dat'"), ("^x.dat", "x\0.dat", "null"),
         ("^x.dat", ".", "no regular file"), ("^x.dat", "pipe", "pipe is no regular"),
-        (r"\Z", "#" * 2**20, "more than 1,048,576")]}
+        (r"\Z", "#" * 2**20, "more than 1,048,576"),
+        (" 500 ", f" {'1' * 10**5}x ", "frequency '111")],  # a search would take for ever
+    "within 1 uV": [(GAIN, "1e9/mV", "e-07 mV"), (GAIN, "200/nV", "mV")]}
 
 
 @pytest.mark.parametrize("reason, edits", [
@@ -1052,7 +1054,11 @@ def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
     ("study_id", "1e400", [3], "line 5: study_id '1e400' is a rounded number"),
     ("study_id", "90071992547409921.0", range(12), "malformed .*409921[.]0'.*; wanted: ids in"),
     ("fold", "20", range(12), "left out: 12 label row malformed .*line 2: fold '20'"),
-    ("fold", "15", [1], "patient 100 lies in folds 14 and 15")])
+    ("fold", "15", [1], "patient 100 lies in folds 14 and 15"),
+    ("all_diag_all", "{'I10': 0}", range(12), "12 label row malformed .*{'I10': 0}"),
+    ("all_diag_all", "['I1O']", [3], "1 one that is not of the system; found: 'I1O'"),
+    ("ecg_time", "4541062950551", range(2, 12), "line 4: ecg_time '4541062950551' is no time"),
+    ("path", "files/0", range(12), "12 path of another record, too")])
 def test_a_column_of_another_meaning_is_named_with_row_and_text(
         column, text, where, wanted, tmp_path):
     build = prepare_small(tmp_path, lambda row, i: row.update({column: text} if i in where else {}))
@@ -1126,6 +1132,33 @@ def test_lines_that_an_open_quote_swallows_are_counted(tmp_path):
     rows, listed = prepare_data.read_rows(path, {"study_id": int, "path": str}, {}, "row", tally)
     assert list(rows) == [1, 2, 9] and tally.rejected["row malformed"] == 3  # 6, and 7 with 8
     assert listed == len(rows) + 3
+    # quotes without end in the same column of two lines: no row gets the fields of the next
+    path.write_text('study_id,text,path\n1,"x,a\n2,"y,b\n3,z,c\n')
+    rows, listed = prepare_data.read_rows(path, {"study_id": int, "path": str}, {}, "row", tally)
+    assert rows == {3: [3, "c"]} and listed == 3 and tally.rejected["row malformed"] == 5
+    with open(path, "wb") as file:  # as a download that has only been given its room
+        file.truncate(2 * 2**20)
+    with pytest.raises(InputError, match="t.csv: (no column|damaged)"):
+        prepare_data.read_rows(path, {"study_id": int}, {}, "row", tally)
+
+
+def test_what_two_rows_of_one_record_or_two_tables_tell_differently_is_counted(tmp_path):
+    def edit(row, i):
+        row["path"] = "files/2" if i == 3 else row["path"]
+        row["all_diag_all"] = "[]" if i % 2 else "[u'I10']" if i == 6 else "['I10']"
+
+    build = prepare_small(tmp_path, edit)
+    labels = tmp_path / "records_w_diag_icd10.csv"
+    first, *lines = labels.read_text().splitlines()
+    other = [line.replace(" 08:00:00", " 09:00:00") for line in lines[:1]]
+    labels.write_text("\n".join(["", first, *other, *lines[1:], *lines[4:5], *lines[:1], ""]))
+    cohort = prepare_data.Cohort(build())
+    assert cohort.study_id.tolist() == [1000, 1001, 1004, 1005, *range(1007, 1012)]
+    assert cohort.rejected == {
+        "path of another record, too": 2, "label row malformed": 1, "label row duplicated": 1,
+        "label row duplicated with other values": 1}
+    (flaw, n), = cohort.flaws.items()
+    assert "ecg_time differs" in flaw and n == 1 and "1000" in cohort.rejected_examples[flaw]
 
 
 @pytest.mark.parametrize("size", ["4", "four"])
@@ -1266,6 +1299,7 @@ def test_counts_are_those_of_loops_over_records_and_pairs(prepare_cohort):
 @pytest.mark.parametrize("wanted, make", [
     ("No such file", lambda path, whole: None),
     ("Is a directory", lambda path, whole: path.mkdir()),
+    ("found a pipe", lambda path, whole: os.mkfifo(path)),
     ("is no HDF5 file", lambda path, whole: path.write_text("a,b\n")),
     ("HDF5 file without", lambda path, whole: h5py.File(path, "w").close()),
     ("checkpoint", lambda path, whole: torch.save({"model": 1}, path)),
@@ -3628,16 +3662,26 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
                f"tensors fit; {some} is (1,)": {"model": state["model"] | {some: torch.ones(1)}},
                f"tensors fit; {some} holds a NaN": {
                    "model": state["model"] | {some: state["model"][some] * math.nan}},
-               "optimizer, parameter 0": {"optimizer": state["optimizer"] | {"state": {0: {}}}},
+               "optimizer, parameter 0": {"optimizer": state["optimizer"] | {
+                   "state": state["optimizer"]["state"] | {0: {}}}},
+               "the optimizer holds 0 of": {"optimizer": state["optimizer"] | {"state": {}}},
                "step is 'x', int wanted": {"step": "x"}, "best is 'x'": {"best": "x"},
+               "step 9, epoch 1 and 5 steps of the schedule do not fit": {"step": 9},
+               "log.jsonl: found 5 whole rows": {"log_rows": 10**6},
                "args is None": {"args": None}, "without model": {"model": None}}
     for message, change in changes.items():
         torch.save({k: v for k, v in (state | change).items() if (k, v) != ("model", None)},
                    folder / "last.pt")
         assert train.main(words) == 2
         line = last_line(capsys)
-        assert message in line and "the checkpoint before it: run `mv 'runs/sp oilt/prev" in line
+        assert message in line and "is whole, at step 4: run `mv 'runs/sp oilt/prev" in line
         assert before == {file: file.read_bytes() for file in before}
+    torch.save(state, folder / "last.pt")
+    (folder / "best.pt").unlink()
+    assert train.main(words) == 2
+    line_of_best = last_line(capsys)
+    assert "best.pt: no such file" in line_of_best and "--overwrite" in line_of_best
+    (folder / "best.pt").write_bytes(before[folder / "best.pt"])
     # a kill between the two renames: only the checkpoint before is there
     offered = shlex.split(re.search("`(mv .*)`", line)[1])
     (folder / "last.pt").unlink()
@@ -3787,7 +3831,8 @@ def test_a_script_starts_once_more_to_wait_passively_unless_it_is_told_how(
     for owner, name, value in ((sys, "orig_argv", command), (sys, "argv", command[1:]),
                                (os, "execve", start)):
         monkeypatch.setattr(owner, name, value)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, monkeypatch.context() as patch:
+        patch.setattr(signals, "signal", lambda number, handler: handler)  # pytest keeps its own
         runpy.run_path(command[1], run_name="__main__")
     assert ended.value.code == wanted
 
@@ -4897,7 +4942,7 @@ def hostile_zip(path, compression, pickled, shape, content=b""):
 
 
 HOSTILE_ZIPS = {  # what a checkpoint and predictions may be: writes a path
-    "a folder": lambda path: path.mkdir(),
+    "a folder": lambda path: path.mkdir(), "a pipe": lambda path: os.mkfifo(path),
     "empty": lambda path: path.touch(),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Harm())),
     "a pickle in zip": lambda path: torch.save(checkpoint_of(x=Harm()), path),
@@ -4953,6 +4998,24 @@ def test_a_broken_run_is_refused_by_file_and_value(file, content, words, tmp_pat
     with pytest.raises(InputError, match=re.escape(words)) as error:
         evaluate.load_run(tmp_path / "run")
     assert str(tmp_path / "run" / file) in str(error.value)
+
+
+@pytest.mark.parametrize("target, read", [
+    ("pathlib.Path.read_bytes", lambda run: evaluate.load_run(run)),
+    ("numpy.load", lambda run: evaluate.load_run(run)),
+    ("torch.load", lambda run: evaluate.load_checkpoint(run / "last.pt")),
+    ("csv.reader", lambda run: prepare_data.read_rows(
+        run / "config.json", {"x": str}, {}, "row", prepare_data.Tally()))])
+def test_an_error_of_the_system_is_no_damage_of_the_file(target, read, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_run(tmp_path, "run")
+    torch.save(checkpoint_of(), tmp_path / "run/last.pt")
+    monkeypatch.setattr(target, fails)
+    with pytest.raises((InputError, OSError), match="Input/output error") as error:
+        read(tmp_path / "run")
+    assert "damaged" not in str(error.value)
 
 
 def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace, tmp_path):

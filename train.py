@@ -642,11 +642,11 @@ class Loop:
         if run.state:
             self.at = {key: run.state[key] for key in self.at}
             step, epoch = self.at["step"], self.at["epoch"]
-            refuse([(not (0 <= epoch * self.per_epoch <= step <= (epoch + 1) * self.per_epoch
-                          and epoch <= args.epochs and step == self.schedule.last_epoch),
-                     f"{run.found}: step {step}, epoch {epoch} and {self.schedule.last_epoch} "
-                     f"steps of the schedule do not fit {self.per_epoch} an epoch; start anew "
-                     "with --overwrite")])
+            there = 0 <= epoch * self.per_epoch <= step <= (epoch + 1) * self.per_epoch
+            with run.usable():
+                refuse([(not there or epoch > args.epochs or step != self.schedule.last_epoch,
+                         f"{run.found}: step {step}, epoch {epoch} and {self.schedule.last_epoch} "
+                         f"steps of the schedule do not fit {self.per_epoch} an epoch")])
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace = self.began, [], []
         self.may_wait = not args.device.startswith("cuda")  # for the values of each step
@@ -1235,7 +1235,7 @@ class Run:
             print(f"{path}: found unfinished, without a checkpoint; starting at step 0")
             return
         log = path / "log.jsonl"
-        with self._usable():
+        with self.usable():
             self.state = load_checkpoint(self.found)
             why = lack(self.state, {
                 **dict.fromkeys(("step", "epoch", "bad_epochs", "log_rows"), (int,)),
@@ -1277,7 +1277,7 @@ class Run:
                 for key, value in content(args, config).items()])
 
     @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
+    def usable(self) -> Iterator[None]:
         """InputError where this run cannot go on from the checkpoint found, and what to do then."""
         try:
             yield
@@ -1319,7 +1319,7 @@ class Run:
         """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
         nothing; open the folder."""
         if self.state:
-            with self._usable():
+            with self.usable():
                 self._restore(wanted, parts)
         if self.state and self.state["best"] is not None:  # which the end of the training needs
             best = self.path / "best.pt"
