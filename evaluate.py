@@ -38,6 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # as always, but under `python -P`
+
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
                           count_rows, golden_lines, lack, of_system, read_json, refuse_irregular,
                           replace_file, resimulate, run_script, start_script, system_error,

@@ -3667,7 +3667,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
                "the optimizer holds 0 of": {"optimizer": state["optimizer"] | {"state": {}}},
                "step is 'x', int wanted": {"step": "x"}, "best is 'x'": {"best": "x"},
                "step 9, epoch 1 and 5 steps of the schedule do not fit": {"step": 9},
-               "log.jsonl: found 5 whole rows": {"log_rows": 10**6},
+               "log.jsonl: found 6 whole rows": {"log_rows": 10**6},
                "args is None": {"args": None}, "without model": {"model": None}}
     for message, change in changes.items():
         torch.save({k: v for k, v in (state | change).items() if (k, v) != ("model", None)},

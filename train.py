@@ -46,6 +46,9 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # as always, but under `python -P`
+
 import prepare_data
 
 if __name__ == "__main__":
