@@ -3382,6 +3382,32 @@ def test_single_records_become_pairs_of_two_windows_without_change(tiny, action)
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
 
 
+def test_the_supervised_head_learns_each_ends_own_labels_where_they_are_known(tiny, monkeypatch):
+    monkeypatch.setattr(train, "has_bf16", lambda device: False)
+    flags = "--mode pretrain --frac 0.5 --seed 0 --supervise 0.3"
+    args = train.settle(train.build_parser().parse_args(flags.split()))
+    (args.seed,), args.lam = args.seed, 0.1
+    torch.manual_seed(0)
+    task = train.Pretraining(args, tiny, torch.device("cpu"))
+    pairs = task.rows  # (n, 2)
+    differ = (tiny.label[pairs[:, 0]] != tiny.label[pairs[:, 1]]).any(axis=1)
+    items = np.concatenate([np.flatnonzero(differ)[:12], np.flatnonzero(~differ)[:12]])
+    assert len(items) == 24 and (~tiny.has_label[pairs[items]]).any()
+    head = task.modules["supervised"]
+    nn.init.normal_(head[1].weight)  # far from indifferent, so that each label counts
+    encoder = copy.deepcopy(task.model.encoder)  # which the step below leaves at other statistics
+    _, terms = task.loss_of(items, task.read(items), step=99)
+    wanted = 0
+    for end in (0, 1):
+        rows = pairs[items, end]
+        h = encoder(cardiowm.normalize(torch.from_numpy(tiny.signal[rows])))
+        own = F.binary_cross_entropy_with_logits(
+            head(h), torch.from_numpy(tiny.label[rows]).float(), reduction="none").sum(dim=1)
+        known = torch.from_numpy(tiny.has_label[rows])
+        wanted += own[known].sum() / known.sum() / 2
+    assert terms["supervised_bce"].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("flags, wanted", [
     ("", dict(action="coded", lam=0.1, crop=1.0, noise=0.0, supervise=0.0, sigreg_ratio=None)),
     ("--recipe recommended", dict(action="sets", lam=5 / 69, crop=0.8, noise=0.05, supervise=0.3)),
