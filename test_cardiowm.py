@@ -3716,7 +3716,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
     (folder / "predictions_test.npz").unlink()
     (folder / "previous.pt").write_text("x")
     assert subprocess.run(offered).returncode == 0
-    assert train.main(words) == 2 and "Start anew with --overwrite" in last_line(capsys)
+    assert train.main(words) == 2 and "start anew with --overwrite" in last_line(capsys)
 
 
 def test_a_run_whose_disk_is_full_at_any_write_goes_on_when_there_is_space(
