@@ -160,8 +160,8 @@ class Signals:
         size = cohort.signal.nbytes
         if cache == "auto":
             # each process of this machine holds its own
-            local = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
-            ram = prepare_data.available_memory() / local
+            local = os.environ.get("LOCAL_WORLD_SIZE", "")
+            ram = prepare_data.available_memory() / max(1, int(local) if local.isdecimal() else 1)
             torch.cuda.empty_cache()  # what an earlier run of this process left; no CUDA: nothing
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
@@ -647,9 +647,10 @@ class Loop:
             step, epoch = self.at["step"], self.at["epoch"]
             there = 0 <= epoch * self.per_epoch <= step <= (epoch + 1) * self.per_epoch
             with run.usable():
-                refuse([(not there or epoch > args.epochs or step != self.schedule.last_epoch,
-                         f"{run.found}: step {step}, epoch {epoch} and {self.schedule.last_epoch} "
-                         f"steps of the schedule do not fit {self.per_epoch} an epoch")])
+                if not there or epoch > args.epochs or step != self.schedule.last_epoch:
+                    raise InputError(
+                        f"{run.found}: step {step}, epoch {epoch} and {self.schedule.last_epoch} "
+                        f"steps of the schedule do not fit {self.per_epoch} an epoch")
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
         self.saved, self.unchecked, self.pace = self.began, [], []
         self.may_wait = not args.device.startswith("cuda")  # for the values of each step
@@ -1210,7 +1211,8 @@ class Run:
         defaults: value of each argument that the config.json of an older version may lack.
         """
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
-        self.began, self.asked, self.log_lines = time.monotonic(), 0, []
+        self.began, self.asked = time.monotonic(), 0
+        self.log_rows, self.log_lines = 0, []
         self.finished = is_finished(path)
         if not (path / "config.json").exists():
             if resume:
