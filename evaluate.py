@@ -38,9 +38,13 @@ from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # as always, but under `python -P`
+
 from prepare_data import (QUALITY, SIGNATURE, SPLITS, Cohort, InputError, Progress, count,
-                          count_rows, golden_lines, lack, read_json, replace_file, resimulate,
-                          run_script, system_errors, wait_passively, without_signature)
+                          count_rows, golden_lines, lack, of_system, read_json, refuse_irregular,
+                          replace_file, resimulate, run_script, start_script, system_error,
+                          system_errors, without_signature)
 
 CHECKPOINT_FORMAT = "cardiowm-1"  # "<project>-<version>", the "format" key of every checkpoint
 CHECKPOINT_KEYS = ("kind", "model_args", "model", "class_name", "leads", "fs", "normalize")
@@ -49,9 +53,10 @@ SEED = 0  # of every bootstrap, permutation and draw below: all models are judge
 # The mask in predictions_*.npz that selects a task's records; monitoring takes the whole fold.
 # `pairs` is what paper A's code calls monitoring: first records of the fold's pairs.
 TASKS = {"triage": "first_in_stay", "monitoring": None, "pairs": "pair_first"}
+TRUTH = ("class_name", "study_id", "subject_id", "y_true", "first_in_stay", "pair_first",
+         "has_label")  # what runs of one table share
 UNDEFINED = {"triage": "the cohort has no stays", "monitoring": "no record in this fold",
              "pairs": "no patient of this fold has two records"}
-FOLD = {"mimic": (18, 19), "demo": (18, 19), "ptbxl": (9, 10)}  # of validation, test
 
 # ----------------------------------------------------------------------------------------------
 # AUROC by midranks (A and B report macro-AUROC)
@@ -281,8 +286,7 @@ def markdown(head: list[str], body: list[list[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:], ""]
 
 
-def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str = "",
-          note: str = "") -> list[str]:
+def pivot(entries: list[dict], corner: str, title: str, beside: tuple = ()) -> list[str]:
     """One table as Markdown: rows down, columns across, both in order of appearance.
 
     beside: keys whose values, alike in a row, stand between its name and its cells.
@@ -302,17 +306,14 @@ def pivot(entries: list[dict], corner: str = "", beside: tuple = (), title: str 
         line = [cells.get((row, column), {"text": "-"}) for column in columns]
         body.append([row, *(told(line, key) for key in beside), *(
             e.get("text") or value_text(e["value"], e["low"], e["high"]) for e in line)])
-    lines = [f"### {title}", ""] * bool(title) + [note, ""] * bool(note) \
-        + markdown([corner, *beside, *columns], body)
+    lines = [f"### {title}", "", *markdown([corner, *beside, *columns], body)]
     reasons: dict[str, list[str]] = {}
     for e in entries:
         if e["why"]:
-            reasons.setdefault(f"{e.get('text', 'not defined')}, {e['why']}", []).append(
+            reasons.setdefault(f"- {e.get('text', 'not defined')}, {e['why']}", []).append(
                 f"{e['row']}, {e['column']}")
-    for why, where in reasons.items():
-        more = f" and {len(where) - 4} more" if len(where) > 4 else ""
-        lines.append(f"- {why}: {'; '.join(where[:4])}{more}.")
-    return lines + [""] * bool(reasons)
+    return lines + [f"{why}: {'; '.join(where)}." for why, where in reasons.items()] \
+        + [""] * bool(reasons)
 
 
 def csv_lines(entries: list[dict]) -> list[list]:
@@ -343,19 +344,12 @@ def publish(out: str | Path, name: str, lines: list[str], files: dict[str, list 
 
 def caption(cohort: Cohort, rows: np.ndarray | None = None, what: str = "all records",
             seeds=()) -> str:
-    """`SYNTHETIC cohort demo, test fold 19: 227 records of 66 patients, 21 classes, seed 0`."""
+    """`SYNTHETIC cohort demo, test split: 227 records of 66 patients, 21 classes, seed 0`."""
     name = cohort.name if "cohort" in cohort.name else f"cohort {cohort.name}"
     subject = cohort.subject_id if rows is None else cohort.subject_id[rows]
     return (f"{'SYNTHETIC' if cohort.synthetic else 'real'} {name}, {what}: {len(subject):,} "
             f"records of {len(np.unique(subject)):,} patients, {len(cohort.class_name)} classes"
             + (f", seed {' '.join(sorted({str(seed) for seed in seeds}))}" if seeds else ""))
-
-
-def fold_text(source: str, split: str) -> str:
-    """`test fold 19`, or `test split` of a source whose folds have no number here."""
-    test = split == "test"
-    name = "test" if test else "validation"
-    return f"{name} fold {FOLD[source][test]}" if source in FOLD else f"{name} split"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -365,8 +359,7 @@ def fold_text(source: str, split: str) -> str:
 
 def plotter():
     """pyplot, drawing into files only."""
-    import matplotlib
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # read on import: a notebook's means nothing here
     from matplotlib import pyplot
     return pyplot
 
@@ -411,23 +404,16 @@ def intervals_figure(entries: list[dict], rule: float, title: str) -> bytes:
 # ----------------------------------------------------------------------------------------------
 
 
-def file_kind(path: str | Path) -> str:
-    """What a file is, in words, judged by its first bytes and never by its name."""
-    path = Path(path)
-    if path.is_dir():
-        return "a run folder" if (path / "config.json").is_file() else "a folder"
+def file_kind(path: Path) -> str:
+    """What lies at a path, in words, judged by its first bytes and never by its name."""
+    if not path.exists():
+        return "no such file"
+    if not path.is_file():  # reading a pipe might never end
+        return "a folder, a pipe or a device"
     with path.open("rb") as file:
-        head = file.read(4096)
-    if head.startswith(b"PK"):
-        try:
-            names = " ".join(zipfile.ZipFile(path).namelist())
-        except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):  # of a damaged directory
-            return "a truncated or damaged zip file (checkpoint or npz)"
-        return "a PyTorch file" if "data.pkl" in names else "a zip file, e.g. npz"
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return "an HDF5 file, as cohorts are"
-    return "a binary file of another kind" if b"\0" in head else \
-        "a text file" if head else "an empty file"
+        head = file.read(8)
+    return "a zip file" if head.startswith(b"PK") else "an HDF5 file, as cohorts are" \
+        if head.startswith(b"\x89HDF") else f"a file that begins with {head!r}"
 
 
 def zip_fault(path: Path) -> str:
@@ -475,8 +461,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     import torch
     path, checkpoint = Path(path), None
-    found = file_kind(path) if path.exists() else "no such file"
-    if found == "a PyTorch file":
+    found = file_kind(path)
+    if found == "a zip file":
         try:
             found = zip_fault(path)
             if not found:
@@ -485,7 +471,9 @@ def load_checkpoint(path: str | Path) -> dict:
         except pickle.UnpicklingError:
             found = "a PyTorch file that holds more than tensors and plain values, so not unpickled"
         except Exception as error:  # a file made to harm may end in any
-            found = f"a damaged PyTorch file ({type(error).__name__})"
+            if of_system(error):
+                raise
+            found = f"a zip file that is no whole checkpoint ({type(error).__name__})"
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
         if checkpoint["format"] == CHECKPOINT_FORMAT and not missing:
@@ -502,13 +490,13 @@ def find_run(name: str | Path, root: str | Path = "runs") -> Path:
     for folder in folders:
         if (folder / "config.json").is_file():
             return folder
-    what = next((f"{folder} is {file_kind(folder)}, not a run folder" for folder in folders
+    what = next((f"{folder} is {file_kind(folder)} without config.json" for folder in folders
                  if folder.exists()), "no such run")
-    runs = sorted((path.parent.name for path in Path(root).glob("*/config.json")), key=lambda run: (
-        -difflib.SequenceMatcher(None, run, str(name)).ratio(), run))
+    runs = [path.parent.name for path in sorted(Path(root).glob("*/config.json"))]
+    runs = difflib.get_close_matches(str(name), runs, 10, cutoff=0)
     raise InputError(f"run {str(name)!r}: {what}; wanted is a name under {root}/ or the path of a "
                      "folder with config.json; runs there, closest first: "
-                     + (", ".join(runs[:10]) or "none"))
+                     + (", ".join(runs) or "none"))
 
 
 NUMBER = (float, int)
@@ -516,8 +504,8 @@ CONFIG = {  # what is read of a config.json, and of the `init` in it
     "args": {"mode": (str,), "frac": NUMBER, "seed": (int,)},
     "cohort": {"name": (str,), "path": (str,), "source": (str,), "synthetic": (bool,),
                "sha256": (str,)}}
-INIT = {"args": {"mode": (str,)}, "sha256": (str,), "cohort": {"sha256": (str,)},
-        "seconds": (*NUMBER, type(None))}
+INIT = {"args": {"mode": (str,)}, "sha256": (str,), "cohort": {"name": (str,), "sha256": (str,)},
+        "transfer": (bool,), "seconds": (*NUMBER, type(None))}
 
 
 def find_runs(names: list[str], mode: str = "") -> tuple[list[Path], dict]:
@@ -562,10 +550,9 @@ SWITCHES = {
 def recipe_words(args: dict) -> str:
     """`, recommended`, or the switches in which a pretraining departs from the papers' recipe.
 
-    args: of its config.json; a key that an older one lacks, or that is None, is the papers' value.
+    args: of its config.json; a key that is absent or None has the papers' value.
     """
-    usual, better = (SWITCHES[name] | {"decoys": 0.0}  # which older runs may have
-                     for name in ("papers", "recommended"))
+    usual, better = SWITCHES["papers"], SWITCHES["recommended"]
     names = [name for name in usual if name != "lam" and (  # other objectives have no action
         name != "action" or args.get("objective", "dynamics") == "dynamics")]
     used = {name: usual[name] if args.get(name) is None else args[name] for name in names}
@@ -598,7 +585,7 @@ def method(args: dict, init: dict | None) -> str:
         features, augment = args.get("features") or "h", args.get("augment") or "none"
         words += " on z" if features == "z" else " on h" * mlp
         words += f" + {augment} augmentation" * (augment != "none")
-    changed = [(key, args.get(key), value) for key, value in usual.items()]
+    changed = [(args, usual)]
     if start == "scratch":
         words = "supervised" + ", equal compute" * bool(args.get("compute_of"))
     elif start.startswith("random"):
@@ -609,16 +596,18 @@ def method(args: dict, init: dict | None) -> str:
         usual = {"residual": False, "z_dim": 256, "pairs": "all"}
         usual |= {"slices": 256} if reg == "sigreg" else {}
         usual |= {"lam": 0.1} if reg == "sigreg" and source.get("sigreg_ratio") is None else {}
-        changed += [(key, source.get(key), value) for key, value in usual.items()]
+        changed.append((source, usual))
         if init:
-            frac, cohort = float(source.get("frac", 1.0)), init.get("cohort") or {}
+            frac = float(source.get("frac", 1.0))
             words += f", pretrained on {frac:.0%}" * (frac != float(args.get("frac", 1.0)))
-            words += f", pretrained on cohort {cohort.get('name')}" * bool(init.get("transfer"))
+            if init.get("transfer"):
+                words += f", pretrained on cohort {init['cohort']['name']}"
             words += ", pretrained on labelled records" * (
                 bool(source.get("labelled_only")) > bool(args.get("labelled_only")))
     return words + "".join(
-        f", --{key.replace('_', '-')}" + ("" if found is True else f" {found}")
-        for key, found, value in changed if found is not None and str(found) != str(value))
+        f", --{key.replace('_', '-')}" + f" {of[key]}" * (of[key] is not True)
+        for of, usual in changed for key, value in usual.items()
+        if of.get(key) is not None and str(of[key]) != str(value))
 
 
 def load_run(folder: Path, split: str = "test") -> dict:
@@ -626,16 +615,12 @@ def load_run(folder: Path, split: str = "test") -> dict:
 
     minutes: of the run and the pretraining it began from; "" where one of them is not known.
     """
-    log, rows = folder / "log.jsonl", []
     (config,) = read_json(folder / "config.json", CONFIG)
     args, cohort, init = config["args"], config["cohort"], config.get("init")
-    if init and (why := lack(init | {"cohort": init.get("cohort", cohort)}, INIT)):
+    if init and (why := lack(init, INIT)):
         raise InputError(f"{folder / 'config.json'}: init.{why}; train the run again with "
                          "--overwrite")
-    if init:  # of another cohort; older configs do not say so
-        init["transfer"] = init.get("cohort", cohort)["sha256"] != cohort["sha256"]
-    if log.is_file():
-        rows = read_json(log, {"step": (int,)}, lines=True)
+    rows = read_json(folder / "log.jsonl", {"step": (int,)}, lines=True)
     seconds = [next((row["run_seconds"] for row in rows[::-1] if "run_seconds" in row), None),
                init.get("seconds") if init else 0.0]
     try:
@@ -644,7 +629,6 @@ def load_run(folder: Path, split: str = "test") -> dict:
                 "method": words, "frac": float(args["frac"]), "seed": args["seed"],
                 "sha256": cohort["sha256"], "cohort": cohort["name"],
                 "source": cohort["source"], "synthetic": cohort["synthetic"], "log": rows,
-                "steps": rows[-1]["step"] if rows else "",
                 "minutes": "" if None in seconds else f"{sum(seconds) / 60:.1f}"
                 } | load_predictions(folder / f"predictions_{split}.npz")
     except (KeyError, TypeError) as error:
@@ -656,6 +640,7 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a predictions_*.npz of train.py; InputError where they cannot be scored."""
     kinds = {"y_true": "bui", "y_score": "f", "class_name": "U", "study_id": "iu",
              "subject_id": "iu", "first_in_stay": "bui", "pair_first": "bui", "has_label": "bui"}
+    refuse_irregular(path, "predictions of train.py are wanted")
     try:
         if fault := zip_fault(path):
             raise ValueError(fault)
@@ -673,6 +658,8 @@ def load_predictions(path: Path) -> dict[str, np.ndarray]:
                          "config.json)") from None
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError, KeyError,
             NotImplementedError, RuntimeError) as error:  # whatever a bad zip file may cause
+        if of_system(error):
+            raise InputError(system_error(error, path)) from error
         raise InputError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); delete "
                          "it and repeat the train.py command with --resume") from None
     shape = found["y_true"].shape
@@ -707,6 +694,8 @@ def pick_device(name: str = "auto"):
             "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"a device of type {device.type}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); wanted "
@@ -734,27 +723,19 @@ def load_world_model(folder: Path) -> tuple:
     return model.eval().requires_grad_(False).to(pick_device()), checkpoint
 
 
-def action_input(form: str, y, y_next, known, known_next):
-    """What a world model is told of a change from the label sets y to y_next, a CPU tensor.
+def predict(run: dict, z, y, y_next, known, known_next):
+    """r(z, y -> y_next) of one of `world_models`, in the form in which it is told of a change.
 
-    Args: form: "difference", or "sets" of the checkpoint's action_form; y, y_next (N, K) of 0 and
-        1; known, known_next (N,) bool, whether the record carries, will carry any code.
-    Returns: (N, K) float32 y_next - y; or (N, 2 K + 2), see cardiowm.action_sets. No change is
-        y_next = y, the way back is all four exchanged.
+    Args: z (N, D) tensor; y, y_next (N, K) arrays of 0 and 1; known, known_next (N,) bool, whether
+        the record carries, will carry any code. No change is y_next = y, the way back is all four
+        exchanged.
     """
     import torch
     import cardiowm
     y, y_next = (torch.from_numpy(np.asarray(of, np.float32)) for of in (y, y_next))
-    if form == "difference":
-        return y_next - y
-    return cardiowm.action_sets(y, y_next, *(torch.from_numpy(np.array(of, bool))
-                                             for of in (known, known_next)))
-
-
-def predict(run: dict, z, y, y_next, known, known_next):
-    """r(z, y -> y_next) of one of `world_models`; z (N, D), the rest as `action_input`."""
-    return run["model"].predict(
-        z, action_input(run["form"], y, y_next, known, known_next).to(z))
+    told = y_next - y if run["form"] == "difference" else cardiowm.action_sets(
+        y, y_next, *(torch.from_numpy(np.array(of, bool)) for of in (known, known_next)))
+    return run["model"].predict(z, told.to(z))
 
 
 def cohort_of(runs: list[dict], data: str | None) -> Cohort:
@@ -860,17 +841,17 @@ def fit_logistic(x, y, l2: float, weight=None) -> tuple:
     return coefficients.to(x.dtype), bias.to(x.dtype)
 
 
-def distance_ranks(query, keys, own, allowed, k: int = 0, block: int = 1024) -> tuple:
+def distance_ranks(query, keys, own, allowed, block: int = 1024) -> tuple:
     """The one neighbour ranking: how near is a query's own key among those allowed to it?
 
     Args: query (Q, D), keys (N, D) tensors; own, allowed: (slice of queries) -> (q, N) bool tensors
         of the keys that are the query's own (the nearest of them counts) and that compete with it.
     Returns: rank (Q,) float64 of the nearest own key, 1 is the nearest of all, ties take the mean
-        of their ranks (so a collapsed latent space gains nothing); candidates (Q,) int64, own and
-        competing; and the k nearest competitors (Q, k).
+        of their ranks (so a collapsed latent space gains nothing); and candidates (Q,) int64, own
+        and competing.
     """
     import torch
-    ranks, sizes, nearest = [], [], []
+    ranks, sizes = [], []
     for start in range(0, len(query), block):
         rows = slice(start, min(start + block, len(query)))
         distance = torch.cdist(query[rows].double(), keys.double(),            # (q, N)
@@ -881,9 +862,7 @@ def distance_ranks(query, keys, own, allowed, k: int = 0, block: int = 1024) -> 
         ranks.append(1 + (rival & ~tied & (distance < mine)).sum(dim=1)
                      + (rival & tied).sum(dim=1) / 2)
         sizes.append((is_own | rival).sum(dim=1))
-        nearest.append(torch.where(rival, distance, torch.inf).topk(k, largest=False).indices)
-    return (torch.cat(ranks).double().cpu().numpy(), torch.cat(sizes).cpu().numpy(),
-            torch.cat(nearest))
+    return torch.cat(ranks).double().cpu().numpy(), torch.cat(sizes).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -940,8 +919,8 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
     """What a task asks of every run judged on these records: chosen once, from the truth alone.
 
     among: mask of a sub-group. Returns: rows of the predictions, y_true, counts of records and
-    patients, positives (K,), eligible (K,) the classes of the macro mean, boot, the Bootstrap over
-    `--unit` (no draws of one unit alone), and why there is no record, if so.
+    patients, positives (K,), eligible (K,) the classes of the macro mean, and boot, the Bootstrap
+    over `--unit` (no draws of one unit alone).
     """
     labelled = run["has_label"] > 0
     mask = among & (run[TASKS[task]] > 0 if TASKS[task] else np.ones(len(labelled), bool))
@@ -957,14 +936,11 @@ def select_task(run: dict, task: str, args: argparse.Namespace, among=True) -> d
             "unit": args.unit, "patients": both.shape[1],
             "positives": y_true.sum(axis=0, dtype=np.int64),
             "eligible": (both.sum(axis=1) >= LEAST_PATIENTS).all(axis=0),
-            "boot": Bootstrap(unit, args.n_boot if len(np.unique(unit)) > 1 else 0),
-            "why": "" if len(rows) else "no record is labelled" if mask.any() else UNDEFINED[task]}
+            "boot": Bootstrap(unit, args.n_boot if len(np.unique(unit)) > 1 else 0)}
 
 
 def class_replicates(run: dict, chosen: dict) -> np.ndarray:
     """(1 + n_boot, K) float32 AUROC of a run on a task; one row where there is one unit alone."""
-    if not chosen["scored"]:
-        return np.full((1, run["y_true"].shape[1]), np.nan, np.float32)
     scores = run["y_score"][chosen["rows"]]
     return chosen["boot"].auroc(chosen["y_true"], scores).astype(np.float32)
 
@@ -978,13 +954,12 @@ def by_method(runs: list[dict]) -> tuple[dict[tuple, dict], dict[tuple, str]]:
     Returns: rows, and {(method, frac): why no row stands for it}.
     """
     def version(run: dict) -> list[dict]:  # without what may differ between seeds
-        given, parts = run["args"].get("given"), []
+        parts = [run["args"].get("given", {})]
         for args in (run["args"], (run["init"] or {}).get("args", {})):
-            args = PAPERS | {"augment_action": "true"} | args  # an older run has fewer
-            free = FREE_SETTINGS | (set() if given is None else DERIVED_SETTINGS) \
-                | (set() if args["sigreg_ratio"] is None else {"lam"})  # of the batch size
+            free = FREE_SETTINGS | DERIVED_SETTINGS
+            free |= {"lam"} if args.get("sigreg_ratio") else set()  # it follows from the batch size
             parts.append({key: value for key, value in args.items() if key not in free})
-        return [*parts, given or {}]
+        return parts
 
     found: dict[tuple, list[dict]] = {}
     for run in runs:
@@ -995,13 +970,13 @@ def by_method(runs: list[dict]) -> tuple[dict[tuple, dict], dict[tuple, str]]:
                  for run in group}
         one = len(draws) == len(group) and all(version(run) == version(group[0]) for run in group)
         for part in [group] if one else [[run] for run in group]:
-            key, seeds = name if one else f"{name} ({part[0]['name']})", {}
+            key, seeds = name if one else f"{name} ({part[0]['path']})", {}
             for run in part:
                 seeds.setdefault(run["seed"], []).append(run)
             rows[key, frac] = {"method": key, "frac": frac, "runs": part, "seeds": seeds}
         if not one:
             ambiguous[name, frac] = "several versions of it: " + ", ".join(
-                run["name"] for run in group) + "; name one in --runs"
+                str(run["path"]) for run in group) + "; name one in --runs"
     return rows, ambiguous
 
 
@@ -1042,11 +1017,9 @@ def row_entry(table: str, row: dict, task: str, chosen: dict, column: str = "", 
     minutes = [float(run["minutes"]) for run in row["runs"] if run["minutes"]]
     return entry(table, row_name(row), column or task,
                  macro(row, task, chosen) if value is None else value, **{
-                     "why": chosen["why"] or "no class with enough patients", "task": task,
+                     "why": "no class with enough patients",
                      "seeds": " ".join(str(seed) for seed in row["seeds"] if seed is not None),
-                     "frac": "" if row["frac"] is None else f"{row['frac']:g}",
                      "minutes": f"{np.mean(minutes):.1f}" if minutes else "",
-                     "steps": " / ".join(dict.fromkeys(str(run["steps"]) for run in row["runs"])),
                      "records": chosen["scored"], "patients": chosen["patients"],
                      "classes": int(chosen["eligible"].sum()), "all_class_value": float(
                          mean_defined(row_replicates(row, task)[0].astype(np.float64)))} | more)
@@ -1111,42 +1084,36 @@ def class_columns(cohort: Cohort, names: list[str] | None, flag: str) -> list[in
     return [cohort.class_name.index(name) for name in dict.fromkeys(names or ())]
 
 
-def known_gap_days(cohort: Cohort) -> np.ndarray:
-    """(P,) days of each pair; NaN where a date is missing, and for PTB-XL, which interpolates."""
-    return cohort.gap_days * np.nan if cohort.source == "ptbxl" else cohort.gap_days
-
-
-def find_transition(cohort: Cohort, onset=(), resolve=(), stable=(), study_id=None) -> tuple:
+def find_transition(cohort: Cohort, onset=(), resolve=(), stable=()) -> tuple[int, int, float]:
     """The pair that shows best what is asked: A, Figures 2 and 3.
 
-    Args: onset, resolve, stable: class names whose action is +1, is -1, that both records carry;
-        study_id: of the source record. At least one is wanted.
+    Args: onset, resolve, stable: class names whose action is +1, is -1, that both records carry.
     Returns: index of the pair, of those that meet every condition the first in this order: neither
         record has a quality flag; both are labelled; fewest changes, |a|_1; shortest gap (unknown
-        last); lowest index. And how many pairs meet each condition, in words.
+        last); lowest index. How many pairs meet them, and the days between its two records, NaN
+        where a date is missing, and for PTB-XL, which interpolates.
     Raises: InputError for an unknown class, for no condition, and for no such pair.
     """
-    asked = {"begins": (onset, "--onset", cohort.action == 1),
-             "ends": (resolve, "--resolve", cohort.action == -1),
-             "stays": (stable, "--stable", (cohort.label[cohort.pair] > 0).all(axis=1))}
-    masks = {f"{cohort.class_name[k]} {word}": mask[:, k] for word, (names, flag, mask)
-             in asked.items() for k in class_columns(cohort, names, flag)}
-    if study_id is not None:
-        masks[f"study_id {study_id} is the source"] = cohort.study_id[cohort.pair[:, 0]] == study_id
+    masks = {f"{cohort.class_name[k]} {word}": mask[:, k] for word, names, flag, mask in (
+        ("begins", onset, "--onset", cohort.action == 1),
+        ("ends", resolve, "--resolve", cohort.action == -1),
+        ("stays", stable, "--stable", (cohort.label[cohort.pair] > 0).all(axis=1)))
+        for k in class_columns(cohort, names, flag)}
     if not masks:
         raise InputError("--mode transitions: no transition is described; give at least one of "
-                         "--onset, --resolve, --stable, --study-id")
+                         "--onset, --resolve, --stable")
     found = np.flatnonzero(np.logical_and.reduce(list(masks.values())))
-    meets = f"{len(found):,} of {len(cohort.pair):,} pairs meet what is asked; each alone: " \
-        + "; ".join(f"{name}: {mask.sum():,}" for name, mask in masks.items())
     if not len(found):
-        raise InputError(f"--mode transitions, cohort {cohort.name}: {meets}; ask for less")
+        each = "; ".join(f"{name}: {mask.sum():,}" for name, mask in masks.items())
+        raise InputError(f"--mode transitions, cohort {cohort.name}: none of {len(cohort.pair):,} "
+                         f"pairs meets what is asked; each alone: {each}; ask for less")
     rows = cohort.pair[found]                                                   # (F, 2)
     flagged = (cohort.quality[rows] > 0).any(axis=1)
     unlabelled = ~cohort.has_label[rows].all(axis=1)
     change = np.abs(cohort.action[found]).sum(axis=1, dtype=np.int64)
-    order = np.lexsort((found, known_gap_days(cohort)[found], change, unlabelled, flagged))
-    return int(found[order[0]]), meets  # lexsort: the last key decides first; NaN sorts last
+    gap = cohort.gap_days[found] * (np.nan if cohort.source == "ptbxl" else 1)
+    first = np.lexsort((found, gap, change, unlabelled, flagged))[0]  # the last key decides first
+    return int(found[first]), len(found), gap[first]
 
 
 def codes_of(cohort: Cohort, row: np.ndarray) -> str:
@@ -1217,7 +1184,7 @@ def ecg_figure(cohort: Cohort, ecgs: list[tuple], head: list[str]):
 
 
 def publish_ecgs(out: str, parts: list[str], cohort: Cohort, ecgs: list[tuple], head: list[str],
-                 lines: list[str]) -> None:
+                 lines: list[str] | tuple = ()) -> None:
     """A page of ECGs: a title and lines, `head`, and the headings; more `lines` in the Markdown."""
     # a class may hold what has no place in a file's name (LAO/LAE)
     name = "-".join(re.sub(r"\W", "", part) for part in parts)
@@ -1229,25 +1196,19 @@ def publish_ecgs(out: str, parts: list[str], cohort: Cohort, ecgs: list[tuple], 
 def run_transitions(args: argparse.Namespace) -> None:
     """`--mode transitions`: the ECG pair of A's Figures 2 and 3, transitions-*.png and .md."""
     cohort = Cohort(args.data or "data/cohort.h5")
-    asked = {"onset": args.onset or [], "resolve": args.resolve or [], "stable": args.stable or []}
-    index, meets = find_transition(cohort, **asked, study_id=args.study_id)
+    asked = {"onset": args.onset, "resolve": args.resolve, "stable": args.stable}
+    index, found, gap = find_transition(cohort, **asked)
     (source, target), action = cohort.pair[index], cohort.action[index]
     head = " · ".join(f"{word}: {codes_of(cohort, mask)}" for word, mask in (
         ("began", action > 0), ("ended", action < 0),
         ("stayed", (cohort.label[source] > 0) & (action == 0))))
-    gap = known_gap_days(cohort)[index]
     between = "time between them unknown" if np.isnan(gap) else f"{gap:,.2f} days apart"
     head = [head, f"{caption(cohort)}; subject_id {cohort.subject_id[source]}, {between}",
-            "Labels are the SCP statements of each record's report." if cohort.source == "ptbxl"
-            else "Codes belong to a stay and were assigned after it: when anything began or ended "
-            "they do not say."]
+            f"{found:,} of {len(cohort.pair):,} pairs meet what is asked"]
     ecgs = [(f"{word}, {record_words(cohort, row)}", cohort.signal[row])
             for word, row in (("source", source), ("target", target))]
     parts = [text for word, names in asked.items() if names for text in (word, *names)]
-    parts += [] if args.study_id is None else ["study", str(args.study_id)]
-    publish_ecgs(args.out, ["transitions", *parts], cohort, ecgs, head, [
-        f"{meets}; this one comes first by: no quality flag, both labelled, fewest changes, "
-        "shortest gap."])
+    publish_ecgs(args.out, ["transitions", *parts], cohort, ecgs, head)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1286,9 +1247,6 @@ def cohort_figure(cohort: Cohort):
         changes.margins(y=0.1)
     changes.set(title=f"labels that change, of {(change > 0).sum():,} changed pairs in "
                 f"{len(change):,}", xlabel="$|a|_1$", ylabel="pairs")
-    for axis in axes.flat:
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(caption(cohort), fontsize=11)
     return figure
 
@@ -1306,15 +1264,10 @@ def run_cohort(args: argparse.Namespace) -> None:
     numbers = [[name.replace("|a|1", "\\|a\\|_1"), *more] for name, *more in count_rows(counts)]
     shown = [[line[0], *(f"{v:.2%}" if isinstance(v, float) else f"{v:,}" for v in line[1:])]
              for line in classes]
-    lines = [f"## {caption(cohort)}", "",
-             *markdown(["what", "number", "share"], numbers), *markdown(head, shown),
-             "- Jaccard: of the label sets of consecutive records; two empty sets give 1."]
-    if cohort.source == "ptbxl":
-        lines.append("- dates partly interpolated: nothing is shown by the time between records.")
-    if (cohort.ecg_no_within_stay < 0).all():
-        lines.append("- first in stay: not defined, the cohort has no stays.")
-    publish(args.out, "cohort", lines + [f"- {line}" for line in golden_lines(cohort, counts)],
-            {"cohort.png": png(cohort_figure(cohort)), "cohort.csv": [head, *classes]})
+    publish(args.out, "cohort", [
+        f"## {caption(cohort)}", "", *markdown(["what", "number", "share"], numbers),
+        *markdown(head, shown), *(f"- {line}" for line in golden_lines(cohort, counts))],
+        {"cohort.png": png(cohort_figure(cohort)), "cohort.csv": [head, *classes]})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1401,8 +1354,9 @@ def tsne(x, perplexity: float = 30, iterations: int = 500, seed: int = SEED, pro
 def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     """What B's Figure 2 shows: normal, abnormal and synthetic records, POINTS // 3 of each at most.
 
-    Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, y (N, K) label sets, rows of the real
-        records, number of sets to synthesise, min_count (B: 50, halved until one is found).
+    Returns: z (N, D) tensor, kind (N,) place in POINT_COLOUR, rows of the real records, y (S, K)
+        label sets of the synthetic ones, number of sets to synthesise, min_count (B: 50, halved
+        until one is found).
     """
     import torch
     import cardiowm
@@ -1436,30 +1390,15 @@ def embedding_points(model, cohort: Cohort, normalize: str, form: str) -> dict:
     z_new, y_new = (torch.cat(parts) for parts in zip(*synthetic, strict=True))
     return {"z": torch.cat([z, z_new]), "rows": real, "min_count": min_count,
             "kind": np.repeat([0, 1, 2], [n, len(real) - n, len(z_new)]),
-            "y": np.concatenate([cohort.label[real], y_new.cpu().numpy().astype(np.uint8)]),
-            "sets": len(counts)}
-
-
-def embedding_entries(points: dict, cohort: Cohort) -> list[dict]:
-    """The 10 nearest neighbours in z, other patients' only; a synthetic row is of no patient."""
-    import torch
-    z, kind, n = points["z"], points["kind"], len(points["rows"])
-    patient = torch.from_numpy(cohort.subject_id[points["rows"]])
-    group = torch.cat([patient, -1 - torch.arange(len(z) - n)]).to(z.device)
-    nearest = distance_ranks(z, z, lambda rows: group[rows, None] == group,
-                             lambda rows: group[rows, None] != group, min(10, len(z)))[2]
-    same = (kind[nearest.cpu().numpy()] == kind[:, None]).mean(axis=1)
-    return [entry("kind", name, column, value, points=int((kind == i).sum()))
-            for i, name in enumerate(POINT_COLOUR) for column, value in (
-                ("of the same kind", same[kind == i].mean()), ("chance", (kind == i).mean()))]
+            "y": y_new.cpu().numpy().astype(np.uint8), "sets": len(counts)}
 
 
 def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
     """The pretrainings of --runs: rows of `by_method`, the runs, and their one cohort.
 
     Each run gains model, in eval mode on the device, its model_args, normalize, form of its action
-    (see `action_input`), told (the action it was trained on) and no_action: why its answers to an
-    action mean nothing, or "".
+    (see `predict`), told (the action it was trained on) and no_action: why its answers to an action
+    mean nothing, or "".
     """
     runs = [load_run(folder, args.split) for folder in find_runs(args.runs, "pretrain")[0]]
     for run in runs:
@@ -1474,13 +1413,11 @@ def world_models(args: argparse.Namespace) -> tuple[dict, list[dict], Cohort]:
     return by_method(runs)[0], runs, cohort_of(runs, args.data)
 
 
-def with_actions(runs: list[dict]) -> tuple[list[dict], list[str]]:
-    """Those that have learnt what an action does, why the others are left out; else InputError."""
-    left_out = [f"{run['name']}: {run['no_action']}" for run in runs if run["no_action"]]
-    if len(left_out) == len(runs):
-        raise InputError(f"--runs: {'; '.join(left_out)}; a pretraining with --objective dynamics "
-                         "and --action coded, sets or state is wanted")
-    return [run for run in runs if not run["no_action"]], left_out
+def need_actions(runs: list[dict]) -> None:
+    """InputError where none of these runs has learnt what an action does."""
+    if all(run["no_action"] for run in runs):
+        raise InputError(f"--runs: {runs[0]['name']}: {runs[0]['no_action']}; a pretraining with "
+                         "--objective dynamics and --action coded, sets or state is wanted")
 
 
 def one_model(args: argparse.Namespace) -> tuple[dict, Cohort]:
@@ -1488,7 +1425,8 @@ def one_model(args: argparse.Namespace) -> tuple[dict, Cohort]:
     _, runs, cohort = world_models(args)
     if len(runs) > 1:
         raise InputError(f"--runs: {len(runs)} given; one pretraining is wanted")
-    return with_actions(runs)[0][0], cohort
+    need_actions(runs)
+    return runs[0], cohort
 
 
 def run_embedding(args: argparse.Namespace) -> None:
@@ -1514,16 +1452,11 @@ def run_embedding(args: argparse.Namespace) -> None:
     normal = rows[kind[:len(rows)] == 0]
     publish(args.out, "embedding", [
         f"## {head}", "", "![](embedding.png)", "",
-        "Share of the 10 nearest neighbours in z (not in the plot), other patients' only, that are "
-        "of the same kind. Chance: the share of all such points.", "",
-        *pivot(embedding_entries(points, cohort), "kind", ("points",)),
         f"- normal: no label but {' '.join(cohort.normal_codes) or 'none'}; of the {len(normal):,} "
         f"shown {(~cohort.has_label[normal]).sum():,} have no code at all, and may be ill.",
         f"- synthetic: r(z, y -> y_C) of the normal records shown; {points['sets']} "
         f"label sets C of 1 to 4 classes seen at least {points['min_count']} times in training "
-        "(B: 50), rows in proportion to 1/count.",
-        f"- plot: exact t-SNE, perplexity {perplexity:.3g}, 500 iterations; its distances between "
-        "groups mean little. B shows 7,000 points."], {"embedding.png": png(figure)})
+        "(B: 50), rows in proportion to 1/count."], {"embedding.png": png(figure)})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1603,7 +1536,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[dict]:
-    """Each claim on these records and seeds, and why it is undecided; `decide` judges the rest."""
+    """Each claim on these records and seeds: its verdict by Holm's p, or why it is undecided."""
     entries = []
     for text, source, task, better, worse, frac, margin in CLAIMS:
         keys = [(better, frac), (worse, frac)]
@@ -1620,7 +1553,6 @@ def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[di
                    if run.get("init")} for row in (a, b)]
         verdict = next((words for met, words in (
             (missing, f"not run: {', '.join(missing[:1])}"),
-            (chosen["why"], chosen["why"]),
             (any(len(found) not in (0, len(each)) for found in starts),
              "undecided: seeds of one pretraining, each wants its own"),
             (chosen["unit"] != "patient",  # resampled records would make V_p too small
@@ -1633,16 +1565,10 @@ def claim_entries(rows: dict, tasks: dict, reasons: dict[tuple, str]) -> list[di
             "claims", f"{text} ({source}), {task}" + f", {100 * frac:g} %" * (frac != 1),
             "difference", mean, verdict=verdict, margin=margin, t=t, df=df, p=p,
             seeds=" ".join(f"{seed}: {d[0]:+.3f}" for seed, d in each.items())))
-    return entries
-
-
-def decide(claims: list[dict]) -> list[dict]:
-    """The claims of a whole call, whatever their cohorts, with Holm's p and the open verdicts."""
-    for e, p in zip(claims, holm(np.array([e["p"] for e in claims]))):
-        e["p_holm"] = p
+    for e, p in zip(entries, holm(np.array([e["p"] for e in entries]))):
         clear = "holds" if e["t"] > 0 else "does not hold"
-        e["verdict"] = e["verdict"] or (clear if p < 0.05 else "undecided")
-    return claims
+        e |= {"p_holm": p, "verdict": e["verdict"] or (clear if p < 0.05 else "undecided")}
+    return entries
 
 
 # Controls of every table: what a score is worth against knowing no ECG at all
@@ -1673,11 +1599,11 @@ def age_and_sex(cohort: Cohort, rows: np.ndarray) -> np.ndarray:
 def controls(run: dict, cohort: Cohort) -> list[dict]:
     """Two rows for the table, shaped as runs, of the test records of `run` in its cohort."""
     rows = cohort_rows(run, cohort)
-    return [run | {"name": name, "mode": "control", "method": f"control: {text}", "frac": None,
-                   "seed": None, "args": {}, "init": None, "config": {}, "steps": "", "minutes": "",
-                   "log": [], "y_score": function(cohort, rows)} for name, text, function in (
-        ("carry-forward", "label of the previous record", carry_forward),
-        ("age and sex", "logistic regression on all training patients, no ECG", age_and_sex))]
+    return [run | {"method": f"control: {text}", "frac": None, "seed": None, "args": {},
+                   "init": None, "minutes": "", "y_score": function(cohort, rows)}
+            for text, function in (
+                ("label of the previous record", carry_forward),
+                ("logistic regression on all training patients, no ECG", age_and_sex))]
 
 
 def cohort_rows(run: dict, cohort: Cohort) -> np.ndarray:
@@ -1705,42 +1631,18 @@ def with_rare(tasks: dict) -> list[tuple]:
     return result
 
 
-def difference_entries(rows: dict, tasks: dict) -> list[dict]:
-    """Any two rows on each task, paired on the same draws; seeds are averaged, not tested."""
-    return [row_entry("differences", rows[a], task, chosen, column, paired(
-        rows[a], rows[b], task, chosen), against=row_name(rows[b]))
-            for b, a in itertools.combinations(rows, 2)
-            for task, column, chosen in with_rare(tasks)]
-
-
-def class_entries(rows: dict, pair: list[str], task: str, chosen: dict,
-                  names: list[str]) -> list[dict]:
-    """AUROC of every class by row, most frequent first; of the rows in `pair` the difference."""
-    columns = {row_name(row): row_replicates(row, task) for row in rows.values()}
-    if len(pair) == 2:
-        columns[f"{pair[1]} less {pair[0]}"] = columns[pair[1]] - columns[pair[0]]
-    return [entry(f"classes, {task}", names[k], column, replicates[:, k],
-                  "no positive or no negative", task=task, positives=int(chosen["positives"][k]),
-                  in_macro=bool(chosen["eligible"][k]))
-            for k in np.argsort(-chosen["positives"], kind="stable")
-            for column, replicates in columns.items()]
-
-
 def subgroups(cohort: Cohort, rows: np.ndarray) -> dict[str, np.ndarray]:
     """{name: mask (n,)} of cohort rows: sex, age band, labelled, and the pair that ends here."""
     age, sex = cohort.age[rows], cohort.sex[rows]
     kind = np.full(len(cohort.study_id), -1)
     kind[cohort.pair[:, 1]] = cohort.pair_kind
     kind = kind[rows]
-    other = "after a record of another stay" if (cohort.stay >= 0).any() else \
-        "after a labelled record"  # no stays are known
-    return {"all": np.ones(len(rows), bool), "female": sex == 0, "male": sex == 1,
-            "sex unknown": sex < 0, "age < 50": age < 50, "age 50-64": (age >= 50) & (age < 65),
-            "age 65-79": (age >= 65) & (age < 80), "age >= 80": age >= 80,
-            "age unknown": np.isnan(age), "labelled": cohort.has_label[rows],
-            "unlabelled": ~cohort.has_label[rows], "first record of the patient": kind < 0,
-            "after a record of the same stay": kind == 0,
-            other: kind == 1, "pair touches unlabelled": kind == 2}
+    return {"female": sex == 0, "male": sex == 1, "age < 50": age < 50,
+            "age 50-64": (age >= 50) & (age < 65), "age 65-79": (age >= 65) & (age < 80),
+            "age >= 80": age >= 80, "labelled": cohort.has_label[rows],
+            "first record of the patient": kind < 0, "after a record of the same stay": kind == 0,
+            "after a labelled record of another or no stay": kind == 1,
+            "pair touches unlabelled": kind == 2}
 
 
 def subgroup_entries(rows: list[dict], cohort: Cohort, args: argparse.Namespace) -> list[dict]:
@@ -1754,7 +1656,7 @@ def subgroup_entries(rows: list[dict], cohort: Cohort, args: argparse.Namespace)
             for one in row["runs"]:
                 one["classes"][name] = class_replicates(one, chosen)
             entries.append(row_entry("sub-groups of all test records", row, name, chosen,
-                                     column=row_name(row)) | {"row": name, "task": "monitoring"})
+                                     column=row_name(row)) | {"row": name})
     return entries
 
 
@@ -1765,7 +1667,7 @@ def fractions_figure(rows: dict, tasks: dict, title: str):
     if not methods or not wanted:
         return None
     figure, axes = plotter().subplots(1, len(wanted), figsize=(4.6 * len(wanted), 4.2),
-                                      sharey=True, squeeze=False)
+                                      sharey=True, squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], wanted, strict=True):
         for i, name in enumerate(methods):
             found = {frac: macro(rows[name, frac], task, tasks[task])
@@ -1784,10 +1686,9 @@ def fractions_figure(rows: dict, tasks: dict, title: str):
         axis.minorticks_off()
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("macro-AUROC [95 %]")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8,
-                  frameon=False)
-    figure.suptitle(title, fontsize=8, wrap=True)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=8, frameon=False)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=8)
     return png(figure)
 
 
@@ -1795,68 +1696,60 @@ def fractions_figure(rows: dict, tasks: dict, title: str):
 
 
 def run_score(args: argparse.Namespace) -> None:
-    """`--mode score`: tables and figures of each cohort and test set, on stdout and in --out."""
+    """`--mode score`: tables and figures of runs judged on the same records, score.md and .csv."""
     folders, reasons = find_runs(args.runs)
-    runs, groups = [load_run(folder, args.split) for folder in folders], {}
+    runs = [load_run(folder, args.split) for folder in folders]
     for run in runs:  # they share a table only when the truth they are judged by is the same
-        if sum(folder.name == run["path"].name for folder in folders) > 1:
-            run["name"] = str(run["path"])  # two studies name their runs alike
-        truth = tuple(run[key].tobytes() for key in (
-            "class_name", "study_id", "subject_id", "y_true", "first_in_stay", "pair_first",
-            "has_label"))
-        groups.setdefault((run["sha256"], truth), []).append(run)
-    data = Cohort(args.data) if args.data else None
-    if data and data.sha256 not in [run["sha256"] for run in runs]:
-        wanted = sorted({f"{run['cohort']} ({run['sha256'][:8]})" for run in runs})
-        raise InputError(f"--data: {args.data} is the cohort {data.name} ({data.sha256[:8]}), the "
-                         f"runs are of {', '.join(wanted)}; give the cohort they were trained on")
-    lines, entries, files, claims = [], [], {}, []
-    for i, group in enumerate(groups.values()):
-        cohort, left_out = data, ""
-        if data is None or data.sha256 != group[0]["sha256"]:
-            try:
-                cohort = cohort_of(group[:1], None)
-            except InputError as error:
-                cohort, left_out = None, str(error)
-        group += controls(group[0], cohort) if cohort is not None else []
-        tasks = {task: select_task(group[0], task, args)
-                 for task in (TASKS if args.task == "all" else (args.task,))}
-        progress = Progress(len(tasks) * len(group), "cells", "score")
-        for run in group:
-            run["classes"] = {}
-            for task, chosen in tasks.items():
-                run["classes"][task] = class_replicates(run, chosen)
-                progress.update()
-        progress.close()
-        rows, ambiguous = by_method(group)
-        chosen = tasks.get("monitoring") or next(iter(tasks.values()))
-        seeds = sorted({run["seed"] for run in group if run["seed"] is not None})
-        title = f"{group[0]['cohort']}: {'SYNTHETIC' if group[0]['synthetic'] else 'real'} " \
-            f"records, {fold_text(group[0]['source'], args.split)}, {chosen['scored']:,} " \
-            f"records of {chosen['patients']:,} patients, seed {' '.join(map(str, seeds))}"
-        lines += score_head(title, group[0], tasks, left_out, args)
-        found, text, figures = score_tables(rows, tasks, title, cohort, args, reasons | ambiguous)
-        asked = claim_entries(rows, tasks, reasons | ambiguous)
-        for e in (*found, *asked):
-            e |= {"cohort": group[0]["cohort"], "synthetic": group[0]["synthetic"]}
-        lines += text
-        entries += found
-        claims.append((title, asked))
-        files |= {name if i == 0 else name.replace(".png", f"-{i + 1}.png"): content
-                  for name, content in figures.items() if content}
-    decide([e for _, asked in claims for e in asked])
-    for title, asked in claims:
-        tested = sum(not np.isnan(e["p"]) for e in asked)
-        lines += pivot(asked, "claim", ("seeds", "t", "df", "p_holm", "verdict"),
-                       f"Claims, {title}",
-                       "t and Satterthwaite's df join the variances over patients and over seeds; "
-                       f"Holm at .05 over all claims tested in this call, {tested} of them here; a "
-                       ">= asks for no more than 0.01 below.")
-        entries += asked
-    publish(args.out, "score", lines, {"score.csv": csv_lines(entries)} | files)
+        if run["sha256"] != runs[0]["sha256"] or not all(
+                np.array_equal(run[key], runs[0][key]) for key in TRUTH):
+            found = " and ".join(f"{one['path']} ({one['cohort']}, {len(one['y_true']):,} records)"
+                                 for one in (runs[0], run))
+            raise InputError(f"--runs: {found} are not judged on the same records; give the runs "
+                             "of one cohort in each call")
+    cohort, left_out = None, ""
+    try:
+        cohort = cohort_of(runs, args.data)
+    except InputError as error:
+        if args.data:
+            raise
+        left_out = str(error)
+    runs += controls(runs[0], cohort) if cohort is not None else []
+    asked = {task: select_task(runs[0], task, args)
+             for task in (TASKS if args.task == "all" else (args.task,))}
+    tasks = {task: chosen for task, chosen in asked.items() if chosen["scored"]}
+    undefined = [f"{task}: not defined, " + ("no record is labelled" if chosen["records"] else
+                                             UNDEFINED[task])
+                 for task, chosen in asked.items() if task not in tasks]
+    if not tasks:
+        raise InputError(f"--task {args.task}: {'; '.join(undefined)}; choose another")
+    progress = Progress(len(tasks) * len(runs), "cells", "score")
+    for run in runs:
+        run["classes"] = {}
+        for task, chosen in tasks.items():
+            run["classes"][task] = class_replicates(run, chosen)
+            progress.update()
+    progress.close()
+    rows, ambiguous = by_method(runs)
+    reasons |= ambiguous
+    main = tasks.get("monitoring") or next(iter(tasks.values()))
+    seeds = sorted({run["seed"] for run in runs if run["seed"] is not None})
+    kind = "SYNTHETIC" if runs[0]["synthetic"] else "real"
+    title = f"{runs[0]['cohort']}: {kind} records, {args.split} split, {main['scored']:,} " \
+        f"records of {main['patients']:,} patients, seed {' '.join(map(str, seeds))}"
+    entries, lines, figures = score_tables(rows, tasks, title, cohort, args, reasons)
+    claims = claim_entries(rows, tasks, reasons)
+    tested = sum(not np.isnan(e["p"]) for e in claims)
+    lines += pivot(claims, "claim", f"Claims, Holm over the {tested} tested; >=: margin 0.01",
+                   ("seeds", "t", "df", "p_holm", "verdict"))
+    for e in (*entries, *claims):
+        e |= {"cohort": runs[0]["cohort"], "synthetic": runs[0]["synthetic"]}
+    if left_out:
+        undefined.append(f"left out, carry-forward, age and sex and the sub-groups: {left_out}")
+    publish(args.out, "score", score_head(title, runs[0], tasks, undefined, args) + lines,
+            {"score.csv": csv_lines(entries + claims)} | figures)
 
 
-def score_head(title: str, run: dict, tasks: dict, left_out: str,
+def score_head(title: str, run: dict, tasks: dict, left_out: list[str],
                args: argparse.Namespace) -> list[str]:
     """What the tables of a test set rest on: records and classes of each task, what is left out."""
     names = run["class_name"].tolist()
@@ -1864,25 +1757,20 @@ def score_head(title: str, run: dict, tasks: dict, left_out: str,
              f"bootstraps over {args.unit}s, seed {SEED}] of the classes with at least "
              f"{LEAST_PATIENTS} patients with and without them"
              + "; labelled records only" * args.labelled_only + ". Rows are means over their "
-             "seeds, and intervals of the test sample alone. Minutes: of the run and the "
-             "pretraining it began from.", ""]
+             "seeds, minutes those of the run and its pretraining.", ""]
     counted = ("records", "labelled", "scored", "patients")
-    lines += markdown(["task", *counted, "positives", "classes"], [
-        [task, *(f"{chosen[key]:,}" for key in counted), f"{chosen['positives'].sum():,}",
+    lines += markdown(["task", *counted, "classes"], [
+        [task, *(f"{chosen[key]:,}" for key in counted),
          f"{chosen['eligible'].sum()} of {len(names)}"] for task, chosen in tasks.items()])
     for task, chosen in tasks.items():
         out = [name for name, kept in zip(names, chosen["eligible"], strict=True) if not kept]
-        lines.append(f"- {task}: " + (
-            f"not defined, {chosen['why']}." if chosen["why"] else
-            f"left out of the macro mean: {', '.join(out) or 'none'}."))
-    if left_out:
-        lines.append(f"- left out, carry-forward, age and sex and the sub-groups: {left_out}.")
-    return [*lines, ""]
+        lines.append(f"- {task}: left out of the macro mean: {', '.join(out) or 'none'}.")
+    return [*lines, *(f"- {reason}." for reason in left_out), ""]
 
 
 def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
                  args: argparse.Namespace, reasons: dict) -> tuple[list[dict], list[str], dict]:
-    """Entries, Markdown and figures of the rows of one test set."""
+    """Entries, Markdown and figures of all rows."""
     run = next(iter(rows.values()))["runs"][0]
     main = [rows[name, 1.0] for name in MAIN_METHODS if (name, 1.0) in rows]
     if len(main) < 2:
@@ -1890,32 +1778,42 @@ def score_tables(rows: dict, tasks: dict, title: str, cohort: Cohort | None,
     shown = [row_name(row) for row in main]
     entries = paper_entries(rows, tasks, reasons)
     lines = [line for title in dict.fromkeys(e["table"] for e in entries) for line in pivot(
-        [e for e in entries if e["table"] == title], "method", ("seeds", "minutes"), title)]
+        [e for e in entries if e["table"] == title], "method", title, ("seeds", "minutes"))]
     methods = [row_entry("all methods", row, task, chosen, column) for row in rows.values()
                for task, column, chosen in with_rare(tasks)]
-    single = [row_entry("all runs", row | {"method": run["name"], "runs": [run],
-                                           "seeds": {run["seed"]: [run]}}, task, chosen, column)
-              | {"method": run["method"]} for row in rows.values()
-              for run in row["runs"] for task, column, chosen in with_rare(tasks)]
-    differences, first = difference_entries(rows, tasks), row_name(next(iter(rows.values())))
+    # any two rows, paired on the same draws; seeds are averaged, not tested
+    differences = [row_entry("differences", rows[a], task, chosen, column, paired(
+        rows[a], rows[b], task, chosen), against=row_name(rows[b]))
+        for b, a in itertools.combinations(rows, 2) for task, column, chosen in with_rare(tasks)]
+    first = row_name(next(iter(rows.values())))
     task = "monitoring" if "monitoring" in tasks else next(iter(tasks))
-    classes = class_entries(rows, shown[:2], task, tasks[task], run["class_name"].tolist())
-    columns, groups = (*shown[:2], " less ".join(shown[1::-1])), []
+    chosen, groups = tasks[task], []
+    of_class = {row_name(row): row_replicates(row, task) for row in rows.values()}
+    columns = shown[:2]
+    if len(columns) == 2:
+        columns = [*columns, " less ".join(columns[::-1])]
+        of_class[columns[2]] = of_class[columns[1]] - of_class[columns[0]]
+    classes = [entry(f"classes, {task}", run["class_name"][k], column, replicates[:, k],
+                     "no positive or no negative", positives=int(chosen["positives"][k]),
+                     in_macro=bool(chosen["eligible"][k]))
+               for k in np.argsort(-chosen["positives"], kind="stable")  # most frequent first
+               for column, replicates in of_class.items()]
     if cohort is not None and "monitoring" in tasks and not args.labelled_only:
         groups = subgroup_entries(main, cohort, args)
-    lines += pivot(methods, "method", ("seeds", "steps", "minutes"), "All methods")
+    lines += pivot(methods, "method", "All methods", ("seeds", "minutes"))
     lines += pivot([e for e in differences if e["against"] == first], f"less {first}",
-                   title="Paired differences")
-    lines += pivot([e for e in classes if e["column"] in columns], "class", ("positives",),
-                   f"Classes, {task}")
-    lines += pivot(groups, "sub-group", ("records", "patients", "classes"),
-                   "Sub-groups of all test records",
-                   "They differ in their classes: compare methods within a line, not lines.")
+                   "Paired differences")
+    lines += pivot([e for e in classes if e["column"] in columns], "class", f"Classes, {task}",
+                   ("positives",))
+    lines += pivot(groups, "sub-group", "Sub-groups of all test records",
+                   ("records", "patients", "classes"))
     forest = [e | {"row": f"{e['row']} ({e['positives']:,})"} for e in classes
               if e["in_macro"] and e["column"] in shown]
-    return [*entries, *methods, *single, *differences, *classes, *groups], lines, {
-        "figure4.png": fractions_figure(rows, tasks, title), "forest.png": forest and
-        intervals_figure(forest, 0.5, f"{title}, {task}: AUROC by class (positives)")}
+    figures = {"figure4.png": fractions_figure(rows, tasks, title)}
+    figures["forest.png"] = forest and intervals_figure(
+        forest, 0.5, f"{title}, {task}: AUROC by class (positives)")
+    return [*entries, *methods, *differences, *classes, *groups], lines, {
+        name: content for name, content in figures.items() if content}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2027,15 +1925,14 @@ GAINS = {  # name: (A, B, C): (sum of B's errors - sum of A's) / sum of C's
     "skill of ridge on z alone against persistence": (
         "ridge on z alone", "persistence", "persistence"),
     "skill of the model less that of ridge on z": ("model", "ridge on z alone", "persistence"),
-    "gain of the model over ridge on z alone": ("model", "ridge on z alone", "ridge on z alone"),
     "gain of the model over a zero action": ("model", "zero action", "zero action"),
     "gain of the model over shuffled actions": ("model", "shuffled actions", "shuffled actions")}
 AG = {"coded": "AG of the coded action", "state": "AG of the true state change"}
 OWN_ONSET = "own onset moves the logit further than others, {}"
 SAME_PATIENT = "same patient nearest in h (cosine)"
 # Groups of the page begin so; all are in the CSV
-SHOWN = "changed", "state changed", "test", "records", "all classes", "with ", "without "
-MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
+SHOWN = "changed", "state changed", "test", "records", "all classes", "with "
+TABLES = MATTER, ERRORS, RETRIEVAL, REVERSAL, ONSET, LATENT, DIFFERENCE = (
     "1 Does the action matter?", "2 One-step error", "3 Retrieval of the true next state",
     "4 Reversal", "5 Onset read-out", "6 Latent space and re-identification",
     "7 Less the first model")
@@ -2089,33 +1986,25 @@ def class_vectors(z: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Embedded:
-    """One frozen world model and a cohort in its z: what the scorecard's parts ask."""
+    """One frozen world model and a cohort in its z: what the scorecard's parts ask.
+
+    z of the test pairs' source and target (P, D), and their change as `predict` takes it.
+    """
 
     def __init__(self, run: dict, cohort: Cohort, used: dict, progress: Progress):
         self.run, self.cohort, self.used, self.no_action = run, cohort, used, run["no_action"]
-        self.y = cohort.state if run["told"] == "state" else cohort.label  # what a is about
         self.h, self.z = embed(run["model"], cohort.signal, used["rows"], run["normalize"],
                                progress)
-        self.source, self.target = (self.z[self.at(rows)] for rows in cohort.pair[
-            used["test pairs"]].T)                                              # (P, D) each
+        self.label = cohort.state if run["told"] == "state" else cohort.label  # what a is about
+        source, target = cohort.pair[used["test pairs"]].T
+        self.source, self.target = self.z[self.at(source)], self.z[self.at(target)]
+        self.y = self.label[source]  # with --action none the model was told of no change
+        self.y_next = self.y if run["told"] == "none" else self.label[target]
+        self.known = cohort.has_label[source], cohort.has_label[target]
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """Positions in self.z of cohort rows."""
         return np.searchsorted(self.used["rows"], rows)
-
-    def change(self, pairs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """y, y_next (P, K), known, known_next (P,) of pairs: their action, as `predict` takes it.
-
-        With --action none the model was told of no change.
-        """
-        source, target = self.cohort.pair[pairs].T
-        known = self.cohort.has_label
-        return (self.y[source], self.y[source if self.run["told"] == "none" else target],
-                known[source], known[target])
-
-    def predict(self, z, *change):
-        """r(z, change), a `change` as above."""
-        return predict(self.run, z, *change)
 
 
 def by_group(table: str, name: str, boot: Bootstrap, groups: dict, above, below=1.0) -> dict:
@@ -2161,13 +2050,12 @@ def error_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -
     z, z_next = (e.z[e.at(rows)].double().cpu().numpy() for rows in cohort.pair[train].T)
     source = e.source.double().cpu().numpy()
     alone = ridge(z, z_next - z, cohort.subject_id[cohort.pair[train, 0]]).predict(source)
-    y, y_next, *known = e.change(e.used["test pairs"])
-    predicted = {"model": e.predict(e.source, y, y_next, *known)}
+    predicted = {"model": predict(e.run, e.source, e.y, e.y_next, *e.known)}
     if not e.no_action:
-        predicted["zero action"] = e.predict(e.source, y, y, *known)
-        dealt = shuffled_actions(y_next.astype(np.int8) - y, y)  # the source's half is kept
+        predicted["zero action"] = predict(e.run, e.source, e.y, e.y, *e.known)
+        dealt = shuffled_actions(e.y_next.astype(np.int8) - e.y, e.y)  # the source's half is kept
         predicted["shuffled actions"] = sum(
-            e.predict(e.source, y, y + a, *known) for a in dealt) / len(dealt)
+            predict(e.run, e.source, e.y, e.y + a, *e.known) for a in dealt) / len(dealt)
     predicted |= {"ridge on z alone": torch.from_numpy(source + alone).to(e.z),
                   "persistence": e.source,
                   "mean": torch.from_numpy(z_next.mean(axis=0)).to(e.z).expand_as(e.source)}
@@ -2181,48 +2069,42 @@ def error_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -
     return result
 
 
-def retrieval_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -> dict:
+def retrieval_results(e: Embedded, boot: Bootstrap, group: np.ndarray) -> dict:
     """Part 3: is the true next state nearer to r(z, a) than to r(z, 0), among other states?"""
     import torch
-    if e.no_action:
+    if e.no_action or not group.any():
         return {}
-    z, subject, result = e.z[e.at(e.used["test"])], e.cohort.subject_id[e.used["test"]], {}
-    some = {name: groups[name] for name in (HEADLINE, "state changed, labelled") if name in groups}
-    judged = np.logical_or.reduce(list(some.values()))
-    at = np.flatnonzero(judged if judged.any() else ~judged)  # all pairs would take far longer
-    y, y_next, *known = (of[at] for of in e.change(e.used["test pairs"]))
-    source, target = (torch.from_numpy(np.searchsorted(e.used["test"], rows)).to(z.device)
-                      for rows in e.cohort.pair[e.used["test pairs"][at]].T)
-    patient = torch.from_numpy(np.unique(subject, return_inverse=True)[1]).to(z.device)
-    every = torch.arange(len(z), device=z.device)
+    z, rows, result = e.z[e.at(e.used["test"])], e.used["test"], {}
+    y, y_next, *known = (of[group] for of in (e.y, e.y_next, *e.known))
+    source, target = (torch.from_numpy(np.searchsorted(rows, of)).to(z.device)
+                      for of in e.cohort.pair[e.used["test pairs"][group]].T)
+    patient = torch.from_numpy(np.unique(e.cohort.subject_id[rows], return_inverse=True)[1])
+    patient, every = patient.to(z.device), torch.arange(len(z), device=z.device)
     for among in ("other patients", "the same patient's"):
-        name = f"reciprocal rank, {{}}, among {among}".format
 
-        def allowed(rows: slice):
-            same = patient[source[rows], None] == patient
+        def allowed(part: slice):
+            same = patient[source[part], None] == patient
             return ~same if among == "other patients" else \
-                same & (every != source[rows, None]) & (every != target[rows, None])
-        (model, candidates, _), (zero, _, _) = (distance_ranks(
-            e.predict(e.source[at], y, then, *known), z, lambda rows: every == target[rows, None],
-            allowed) for then in (y_next, y))
-        for what, value in (("model - zero action", 1 / model - 1 / zero), ("model", 1 / model)):
-            of_pair = np.full(len(judged), np.nan)
-            of_pair[at] = np.where(candidates > 1, value, np.nan)  # nan: nothing to be told apart
-            result |= by_group(RETRIEVAL, name(what), boot, {
-                group: mask & ~np.isnan(of_pair) for group, mask in some.items()}, of_pair)
+                same & (every != source[part, None]) & (every != target[part, None])
+        (model, candidates), (zero, _) = (distance_ranks(
+            predict(e.run, e.source[group], y, then, *known), z,
+            lambda part: every == target[part, None], allowed) for then in (y_next, y))
+        gain = np.full(len(group), np.nan)  # NaN also where there is nothing to be told apart
+        gain[group] = np.where(candidates > 1, 1 / model - 1 / zero, np.nan)
+        result |= by_group(RETRIEVAL, f"reciprocal rank, model - zero action, among {among}", boot,
+                           {HEADLINE: np.isfinite(gain)}, gain)
     return result
 
 
-def reversal_results(e: Embedded, boot: Bootstrap, groups: dict[str, np.ndarray]) -> dict:
+def reversal_results(e: Embedded, boot: Bootstrap, group: np.ndarray) -> dict:
     """Part 4: from z_next, does the undone action lead nearer to z than no action does?"""
     if e.no_action:
         return {}
     fixed = [c for c, name in enumerate(e.cohort.class_name) if name in IRREVERSIBLE]
     without = " ".join([", without", *(e.cohort.class_name[c] for c in fixed)]) * bool(fixed)
-    y, y_next, known, known_next = e.change(e.used["test pairs"])
-    use = {HEADLINE: groups[HEADLINE] & (y == y_next)[:, fixed].all(axis=1)}
-    back, none = (pair_error(e.predict(e.target, y_next, then, known_next, known), e.source)
-                  for then in (y, y_next))
+    use = {HEADLINE: group & (e.y == e.y_next)[:, fixed].all(axis=1)}
+    back, none = (pair_error(predict(e.run, e.target, e.y_next, then, *e.known[::-1]), e.source)
+                  for then in (e.y, e.y_next))
     return by_group(REVERSAL, f"gain of r(z_next, -a) over r(z_next, 0) towards z{without}", boot,
                     use, none - back, none)
 
@@ -2235,7 +2117,7 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
     """
     import torch
     names, train, test = np.array(e.cohort.class_name), e.used["train"], e.used["test"]
-    y, y_test, silent = e.y[train], e.y[test], without_signature(e.cohort)
+    y, y_test, silent = e.label[train], e.label[test], without_signature(e.cohort)
     positives = y.sum(axis=0, dtype=np.int64)
     classes = np.flatnonzero((positives >= MIN_POSITIVES) & (positives < len(y)))
     if not len(classes):
@@ -2255,12 +2137,12 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
     rises = {"class vector": (vectors @ weight).T.expand(len(test), -1, -1).cpu().numpy()}
     if not e.no_action:  # (N, C read out, C begun)
         known = e.cohort.has_label[test], np.ones(len(test), bool)  # what begins is coded
-        zero = e.predict(z_test, y_test, y_test, *known) @ weight
+        zero = predict(e.run, z_test, y_test, y_test, *known) @ weight
         rises["model"] = np.empty((len(test), len(classes), len(classes)), np.float32)
         for j, c in enumerate(classes):
             begun = y_test.copy()
             begun[:, c] = 1
-            onset = e.predict(z_test, y_test, begun, *known) @ weight
+            onset = predict(e.run, z_test, y_test, begun, *known) @ weight
             rises["model"][:, :, j] = (onset - zero).cpu().numpy()
     lacks = y_test[:, classes] == 0                                              # (N, C)
     counted = lacks[:, None, :] & ~np.eye(len(classes), dtype=bool)              # (N, C, C begun)
@@ -2273,19 +2155,19 @@ def onset_results(e: Embedded, boot: Bootstrap) -> dict:
 
 
 def onset_means(name: str, values: np.ndarray, codes: np.ndarray, silent: list[str]) -> dict:
-    """Values (1 + R, C) by code, and their means: of all, with and without signature."""
+    """Values (1 + R, C) by code, their mean, and by how much codes with a signature are above."""
     result = {(ONSET, name, "all classes"): mean_defined(values)}
-    rng, drawn, control = np.random.default_rng(SEED), [], np.isin(codes, silent)
-    groups = {"with": np.flatnonzero(~control), "without": np.flatnonzero(control)}
-    for group, columns in groups.items() if all(map(len, groups.values())) else ():
-        result[ONSET, name, f"{group} signature"] = mean_defined(values[:, columns])
+    result |= {(ONSET, name, code): of for code, of in zip(codes.tolist(), values.T)}
+    rng, control, means = np.random.default_rng(SEED), np.isin(codes, silent), []
+    for columns in map(np.flatnonzero, (~control, control)):
+        if not len(columns):
+            return result
         # the control codes are few, so the contrast resamples codes as well as patients
         pick = rng.choice(columns, (len(values), len(columns)))
         pick[0] = columns  # the sample itself
-        drawn.append(mean_defined(np.take_along_axis(values, pick, axis=1)))
-    if drawn:
-        result[ONSET, name, "with - without signature (classes resampled)"] = drawn[0] - drawn[1]
-    return result | {(ONSET, name, code): of for code, of in zip(codes.tolist(), values.T)}
+        means.append(mean_defined(np.take_along_axis(values, pick, axis=1)))
+    result[ONSET, name, "with - without signature (classes resampled)"] = means[0] - means[1]
+    return result
 
 
 def latent_results(h, z, subject: np.ndarray, boot: Bootstrap) -> dict:
@@ -2293,16 +2175,16 @@ def latent_results(h, z, subject: np.ndarray, boot: Bootstrap) -> dict:
     import torch
     import cardiowm
     std, generator = z.std(dim=0), torch.Generator().manual_seed(SEED)
-    # SIGReg scales with N: its expectation on 512 rows of N(0, I) is 1.052
+    # SIGReg's expectation under N(0, I) holds for any N, but elsewhere it grows with N
     some = z[torch.randperm(len(z), generator=generator)[:512].to(z.device)].float().cpu()
     values = {"effective rank of z": cardiowm.effective_rank(z), "std of z, min": std.min(),
-              "std of z, median": std.median(), "std of z, max": std.max(),
-              "SIGReg of z": cardiowm.SIGReg()(some, generator=generator)}
+              "std of z, median": std.median(),
+              "SIGReg of z, 1.052 under N(0, I)": cardiowm.SIGReg()(some, generator=generator)}
     result = {(LATENT, name, "test records"): float(value) for name, value in values.items()}
     unit = torch.nn.functional.normalize(h.double(), dim=1)  # nearest in distance: in cosine
     patient = torch.from_numpy(np.unique(subject, return_inverse=True)[1]).to(h.device)
     every = torch.arange(len(h), device=h.device)
-    rank, _, _ = distance_ranks(
+    rank, _ = distance_ranks(
         unit, unit, lambda rows: (patient[rows, None] == patient) & (every != every[rows, None]),
         lambda rows: patient[rows, None] != patient)
     several = np.bincount(patient.cpu().numpy())[patient.cpu().numpy()] - 1      # (N,)
@@ -2380,17 +2262,16 @@ def study_entries(results: dict[str, dict], cell, compared, patients: int) -> li
 
 
 def scorecard_entries(results: dict[str, dict], counts: dict[str, tuple]) -> list[dict]:
-    """worldmodel.csv, of {label: {seed: results}}; counts: {group: (what, how many, patients)}."""
+    """worldmodel.csv, of {label: {seed: results}}; counts: {group: (how many, patients)}."""
     def cell(key: tuple, label: str, value) -> dict:
         table, name, group = key
-        counted, n, patients = counts.get(group, ("records", "", ""))
+        n, patients = counts.get(group, ("", ""))
         return entry(table, f"{name} ({group})", label, value, "a share of what is not above 0",
-                     run=label, quantity=name, group=group, n=n, counted=counted,
-                     patients=patients, seeds=len(results[label]))
+                     quantity=name, group=group, n=n, patients=patients, seeds=len(results[label]))
 
     return study_entries(results, cell, lambda key: key[1] == SAME_PATIENT or (
         key[0] == MATTER and key[2] in (HEADLINE, "test records")),
-        counts.get(HEADLINE, (0, 0, 0))[2])
+        counts.get(HEADLINE, (0, 0))[1])
 
 
 def run_worldmodel(args: argparse.Namespace) -> None:
@@ -2411,6 +2292,7 @@ def run_worldmodel(args: argparse.Namespace) -> None:
     patient = cohort.subject_id[cohort.pair[used["test pairs"], 0]]
     pairs, records = Bootstrap(patient, args.n_boot), Bootstrap(subject, args.n_boot)
     groups = pair_groups(cohort, used["test pairs"])
+    headline = groups[HEADLINE]
     labels = {row_name(row, count=True): {run["seed"]: run for run in row["runs"]}
               for row in rows.values()}
     labels["untrained encoder, 3 draws"] = {f"draw {draw}": runs[0] | {  # nothing was learnt
@@ -2422,58 +2304,37 @@ def run_worldmodel(args: argparse.Namespace) -> None:
         for seed, run in seeds.items():
             e = Embedded(run, cohort, used, progress)
             results.setdefault(label, {})[seed] = (
-                matter_results(e, pairs, groups[HEADLINE], args.permutations)
-                | error_results(e, pairs, groups) | retrieval_results(e, pairs, groups)
-                | reversal_results(e, pairs, groups) | onset_results(e, records)
+                matter_results(e, pairs, headline, args.permutations)
+                | error_results(e, pairs, groups) | retrieval_results(e, pairs, headline)
+                | reversal_results(e, pairs, headline) | onset_results(e, records)
                 | latent_results(e.h[e.at(used["test"])], e.z[e.at(used["test"])], subject,
                                  records))
     progress.close()
-    counts = {name: ("pairs", int(mask.sum()), len(np.unique(patient[mask])))
+    counts = {name: (int(mask.sum()), len(np.unique(patient[mask])))
               for name, mask in groups.items()}
-    counts["test records"] = ("records", len(subject), len(np.unique(subject)))
+    counts["test records"] = len(subject), len(np.unique(subject))
     entries = scorecard_entries(results, counts)
-    title = caption(cohort, used["test"], fold_text(cohort.source, args.split),
-                    {run["seed"] for run in runs}) \
-        + f"; {len(patient):,} pairs of {len(np.unique(patient)):,} patients"
+    title = caption(cohort, used["test"], f"{args.split} split", {run["seed"] for run in runs})
+    title += f"; {len(patient):,} pairs of {len(np.unique(patient)):,} patients"
     shown = [e | {"row": e["quantity"]} for e in entries if e["group"] == HEADLINE
-             and e["table"] in (MATTER, RETRIEVAL, REVERSAL) and ", model, " not in e["quantity"]
+             and e["table"] in (MATTER, RETRIEVAL, REVERSAL)
              and not e["quantity"].startswith(("p of", "share of"))]
-    publish(args.out, "worldmodel", scorecard_lines(entries, title, args), {
-        "worldmodel.csv": csv_lines(entries), "worldmodel.png": intervals_figure(
-            shown, 0, f"World-model scorecard, AG, skill and gain; {HEADLINE}; {title}")})
-
-
-def scorecard_lines(entries: list[dict], title: str, args: argparse.Namespace) -> list[str]:
-    """worldmodel.md: a table a part; of groups and classes what fits a page, all are in the CSV."""
-    about = {
-        MATTER: "AG: the share of the change of z that the action explains beyond z itself, pair "
-                "kind, elapsed time and whether anything changed, by ridge on residuals. Gain and "
-                "skill: 1 - sum of errors / sum of the errors held against; 0 is none.",
-        ERRORS: "Mean over the pairs of mean_d (z_pred - z_next)^2, of each model in its own z.",
-        RETRIEVAL: "By Euclidean distance to the predicted state, ties by mean rank.",
-        REVERSAL: "On real pairs; above 0, the undone action leads back.",
-        ONSET: "Share of the test records without a class. A class vector does so by construction, "
-               "and read-outs also move for codes that show in no ECG: this settles little.",
-        LATENT: "SIGReg, on min(512, records), is 1.052 under N(0, I).",
-        DIFFERENCE: "Means over the seeds that both have, of the same draws of patients; t and p "
-                    "over patients and seeds, and each seed's own: worldmodel.csv."}
     lines = [f"## World-model scorecard: {title}", "",
              f"[95 % percentile interval of {args.n_boot:,} bootstraps over patients, seed {SEED}];"
-             f" means over seeds. Headline group: {HEADLINE}, i.e. the label set changes and both "
-             "records carry a code. Fits are on all training pairs, whatever fraction a run was "
-             "trained on. Models have a z each: compare gains, not errors. -: no such pair, or a "
-             "model that has learnt no action.", ""]
-    for table, words in about.items():
+             f" means over seeds. {HEADLINE}: the label set changes and both records carry a code. "
+             "Models have a z each: compare gains, not errors.", ""]
+    for table in TABLES:  # of groups and classes what fits a page, all are in the CSV
         lines += pivot([e for e in entries if e["table"] == table and e["group"].startswith(SHOWN)],
-                       "quantity (group)", ("n", "patients"), table, words)
-    return lines
+                       "quantity (group)", table, ("n", "patients"))
+    publish(args.out, "worldmodel", lines, {
+        "worldmodel.csv": csv_lines(entries), "worldmodel.png": intervals_figure(
+            shown, 0, f"World-model scorecard, AG, skill and gain; {HEADLINE}; {title}")})
 
 
 # ----------------------------------------------------------------------------------------------
 # Counterfactuals: one patient under an action; on the demo cohort, against the simulated truth
 # ----------------------------------------------------------------------------------------------
-CASES = 500                 # (record, code) wanted of the ground truth, else more records a patient
-CASE_PATIENTS = 200         # at most, so that a large cohort stays quick
+CASE_PATIENTS = 200         # at most, some 4,000 cases of 20 codes: a large cohort stays quick
 OTHER_RECORDING = 10**9     # added to the seed: the same patient and state, recorded once more
 REPRODUCED_MV = 0.02        # of a stored record and its simulation: 5 uV steps, float16, filter
 PAGE_RECORDS = 5000         # training records at most behind the read-out and neighbours of a page
@@ -2486,22 +2347,12 @@ MEASURES = {"cosine": "cosine to the true change", "length_ratio": "length ratio
             "right_code": "right code by cosine", "chance": "its chance"}
 
 
-def choose_records(cohort: Cohort, columns: list[int], split: str = "test",
-                   seed: int = SEED) -> np.ndarray:
-    """Rows of that split: the first record of each patient, or so many as give CASES cases.
-
-    A case is a record and a class of `columns` that is not in its true state.
-    """
-    test = np.flatnonzero(cohort.split == SPLITS.index(split))
-    patients = np.random.default_rng(seed).permutation(np.unique(cohort.subject_id[test]))
-    rows = test = test[np.isin(cohort.subject_id[test], patients[:CASE_PATIENTS])]
-    subject = cohort.subject_id[test]  # sorted, as the rows of a cohort are
-    position = np.arange(len(test)) - np.searchsorted(subject, subject)  # 0: the patient's first
-    for depth in range(1, position.max(initial=0) + 2):
-        rows = test[position < depth]
-        if (cohort.state[rows][:, columns] == 0).sum() >= CASES:
-            break
-    return rows
+def choose_records(cohort: Cohort, split: str = "test", seed: int = SEED) -> np.ndarray:
+    """Rows of that split: the first record of each patient, of CASE_PATIENTS at most."""
+    rows = np.flatnonzero(cohort.split == SPLITS.index(split))
+    patients, first = np.unique(cohort.subject_id[rows], return_index=True)
+    return np.sort(rows[first[np.random.default_rng(seed).permutation(len(patients))]]
+                   [:CASE_PATIENTS])
 
 
 def simulate_cases(models: list[dict], cohort: Cohort, rows: np.ndarray,
@@ -2572,12 +2423,11 @@ def judge_change(change: np.ndarray, candidate: np.ndarray,
     """How well candidate changes of the state fit the true ones, case by case.
 
     Args: change (R, K, D) true changes of z; changed (R, K) bool, the cases; candidate (R, K, D),
-        or (1, K, D) the same for every record, or (R, 1, D) for every class; NaN: not defined.
+        or (1, K, D) the same for every record; NaN: not defined.
     Returns: (R, K) each, NaN where there is no case or no candidate: cosine to the true change, 0
         for a candidate of length 0; length_ratio; right_code, 1 where among the record's cases it
         is this class's candidate that has the largest cosine to the true change, and its chance, 1
-        / number of them (both take two cases, and candidates that differ by class); and cosines
-        (R, K true, K candidate), NaN where either is none.
+        / number of them (both take two cases); and cosines (R, K true, K candidate).
     """
     case = changed & ~np.isnan(candidate).any(axis=2)                           # (R, K)
     true, full = (np.where(case[..., None], values, 0) for values in (change, candidate))
@@ -2588,12 +2438,12 @@ def judge_change(change: np.ndarray, candidate: np.ndarray,
     cosines[~(case[:, :, None] & case[:, None, :])] = np.nan
     chosen = np.where(case[:, None], cosines, -np.inf).argmax(axis=2)           # (R, K true)
     options, column = case.sum(axis=1, keepdims=True), np.arange(case.shape[1])
-    differ = case & (options > 1) & (candidate.shape[1] > 1)
+    choice = case & (options > 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"cosine": np.einsum("rkk->rk", cosines), "cosines": cosines,
                 "length_ratio": np.where(case, length / true_length, np.nan),
-                "right_code": np.where(differ, chosen == column, np.nan),
-                "chance": np.where(differ, 1 / options, np.nan)}
+                "right_code": np.where(choice, chosen == column, np.nan),
+                "chance": np.where(choice, 1 / options, np.nan)}
 
 
 def code_permutations(cosines: np.ndarray, permutations: int) -> np.ndarray:
@@ -2634,7 +2484,7 @@ def judge_model(model: dict, cohort: Cohort, rows: np.ndarray, changed: np.ndarr
     candidates |= {CLASS_VECTOR: vectors[None],
                    RIDGE: np.where(np.isnan(vectors), np.nan, weight)[None],
                    LEFT_OUT: left_out_constants(change, changed, cohort.subject_id[rows]),
-                   CEILING: model["other"], "no change": np.zeros((len(rows), 1, z.shape[1]))}
+                   CEILING: model["other"]}
     judged = {name: judge_change(change, candidate, changed)
               for name, candidate in candidates.items()}
     wrong = judged[MODEL]["cosines"].copy()
@@ -2675,29 +2525,18 @@ def truth_results(judged: dict, names: list[str], cases: np.ndarray, changed: np
     return result
 
 
-def truth_entries(results: dict[str, dict], counted: dict[str, int], patients: int) -> list[dict]:
-    """counterfactual.csv, of {method: {seed: `truth_results`}}; counted: {code: its cases}."""
-    def cell(key: tuple, method: str, value) -> dict:
-        table, row, column = key
-        more = {"cases": counted[row]} if row in counted else {}
-        if table == "difference":
-            row = method + row.removeprefix("model") * (row == STATE)
-        return entry(table, row, column, value, "too few records with it", method=method,
-                     patients=patients, **more)
-
-    return study_entries(results, cell, lambda key: key[:2] == ("difference", MODEL), patients)
-
-
 def run_counterfactual(args: argparse.Namespace) -> None:
     """`--mode counterfactual`: onsets against the demo's ground truth."""
     methods, runs, cohort = world_models(args)
-    models, left_out = with_actions(runs)
+    need_actions(runs)
+    models = [run for run in runs if not run["no_action"]]
+    left_out = [f"{run['name']}: {run['no_action']}" for run in runs if run["no_action"]]
     if cohort.state is None:
         raise InputError(f"cohort {cohort.name}: counterfactuals are known of a demo cohort alone; "
                          "give --study-id for the page of one patient")
     columns = class_columns(cohort, args.onset, "--onset") or [
         k for k, name in enumerate(cohort.class_name) if name in SIGNATURE]
-    rows = choose_records(cohort, columns, args.split)
+    rows = choose_records(cohort, args.split)
     cases, changed, same = simulate_cases(models, cohort, rows, columns)
     if not changed.any():
         raise InputError(f"cohort {cohort.name}: no {args.split} record that the onset of "
@@ -2709,11 +2548,20 @@ def run_counterfactual(args: argparse.Namespace) -> None:
         judge_model(run, cohort, rows, changed), names, cases, changed, boot, args.permutations)
         for run in method["runs"]} for method in methods.values()
         if not method["runs"][0]["no_action"]}
-    counts = np.where(changed.any(axis=0), changed.sum(axis=0), cases.sum(axis=0))
-    entries = truth_entries(results, dict(zip(names, counts.tolist())), patients)
-    fold, seeds = fold_text(cohort.source, args.split), {m["seed"] for m in models}
-    title = (f"{caption(cohort, rows[same], fold, seeds)}; {cases.sum():,} cases (record, code not "
-             f"in its true state), {changed.sum():,} of them with a signal that the code changes")
+    counts = np.where(changed.any(axis=0), changed.sum(axis=0), cases.sum(axis=0)).tolist()
+
+    def cell(key: tuple, method: str, value) -> dict:
+        table, row, column = key
+        more = {"cases": counts[names.index(row)]} if row in names else {}
+        if table == "difference":
+            row = method + row.removeprefix("model") * (row == STATE)
+        return entry(table, row, column, value, "too few records with it", method=method,
+                     patients=patients, **more)
+
+    entries = study_entries(results, cell, lambda key: key[:2] == ("difference", MODEL), patients)
+    head = caption(cohort, rows[same], f"{args.split} split", {model["seed"] for model in models})
+    title = (f"{head}; {cases.sum():,} cases (record, code not in its true state), "
+             f"{changed.sum():,} of them with a signal that the code changes")
     if not same.all():
         left_out.append(f"{(~same).sum():,} records that the simulator does not reproduce from "
                         "their state (a code that is no class, or another version)")
@@ -2729,31 +2577,25 @@ def truth_lines(entries: list[dict], title: str, left_out: list[str],
     """counterfactual.md: the methods against the controls, then the codes of the first method."""
     methods = list(dict.fromkeys(e["method"] for e in entries))
 
-    def table(name: str, corner: str, title: str, method: str = "", note: str = "", beside=()):
+    def table(name: str, corner: str, title: str, method: str = "", beside=()) -> list[str]:
         return pivot([e for e in entries if e["table"] == name and method in ("", e["method"])],
-                     corner, beside, title, note)
+                     corner, title, beside)
 
     lines = [f"## Counterfactual onsets against their simulation: {title}", "",
-             "Truth: the change of z when the simulator adds a code to the same patient and "
-             "recording. Means over the cases of a code, then over codes; "
-             f"[95 % interval of {args.n_boot:,} bootstraps over patients, seed {SEED}].", "",
-             *(f"- left out, {reason}." for reason in left_out), ""]
-    lines += table("difference", "method", "Cosine of the model less that of other rows", note=(
-        "Models are compared by these columns, never by cosine: each has its own z. p: codes "
-        f"permuted within each record, among its cases, {args.permutations:,} times."))
+             "Means over the cases of a code, then over codes; [95 % interval of "
+             f"{args.n_boot:,} bootstraps over patients, seed {SEED}]; p of {args.permutations:,} "
+             "permutations of a record's codes. Models have a z each: compare differences, not "
+             "cosines.", "", *(f"- left out, {reason}." for reason in left_out), ""]
+    lines += table("difference", "method", "Cosine of the model less that of other rows")
     lines += table(DIFFERENCE, "method", "The same, less the first method's, paired")
     for method in methods:
-        lines += table("truth", "change of z", method, method, (
-            "Wrong codes: the model's changes for the record's other codes, against this truth. "
-            "Left-out constant: the code's mean true change in other patients. Vector, ridge: "
-            "of all training records. Another recording: same patient and state, other noise."
-            ) * (method == methods[0]))
+        lines += table("truth", "change of z", method, method)
+    lines += table("cosine by code", "code", f"Cosine by code: {methods[0]}", methods[0],
+                   ("cases",))
     return lines + table(
-        "cosine by code", "code", f"Cosine by code: {methods[0]}", methods[0],
-        "Other methods: counterfactual.csv.", ("cases",)) + table(
-        "negative control", "code", f"Negative control: {methods[0]}", methods[0], "Length of the "
-        "change predicted for codes without signature (true change 0), relative to the mean of "
-        "codes with one.", ("cases",))
+        "negative control", "code", "Negative control: length of the change predicted for codes "
+        f"without signature, relative to the mean of codes with one: {methods[0]}", methods[0],
+        ("cases",))
 
 
 # One patient: the predicted next state, its nearest real ECG, and what a read-out says
@@ -2780,11 +2622,7 @@ def patient_action(cohort: Cohort, args: argparse.Namespace) -> tuple[int, np.nd
 
 
 def run_one_patient(args: argparse.Namespace) -> None:
-    """`--mode counterfactual --study-id`: a page, counterfactual-STUDY-ACTION.png and .md.
-
-    The record; on the demo its true counterfactual, simulated; of other patients' training records
-    with the resulting label that nearest to the prediction; what a read-out says.
-    """
+    """`--mode counterfactual --study-id`: a page, counterfactual-STUDY-ACTION.png and .md."""
     import torch
     run, cohort = one_model(args)
     row, action = patient_action(cohort, args)
@@ -2802,17 +2640,15 @@ def run_one_patient(args: argparse.Namespace) -> None:
 
     ecgs, words = [(f"The record, {record_words(cohort, row)}", cohort.signal[row])], []
     if cohort.state is not None:
-        states = cohort.state[row], np.where(action == 0, cohort.state[row], action > 0)
-        x = np.stack([resimulate(cohort, row, set(np.array(cohort.class_name)[state > 0].tolist()))
-                      for state in states])
+        state = np.where(action == 0, cohort.state[row], action > 0)
+        x = np.stack([resimulate(cohort, row, set(np.array(cohort.class_name)[of > 0].tolist()))
+                      for of in (cohort.state[row], state)])
         true = embed(run["model"], x, np.arange(2), run["normalize"])[1].diff(dim=0)[0]
         cosine = torch.cosine_similarity(change, true, dim=0)
-        ecgs.append((f"The true counterfactual, simulated: state {codes_of(cohort, states[1])}",
-                     x[1]))
-        words.append(f"true state {codes_of(cohort, states[0])}; true change: |z_true - z| "
-                     f"{true.norm():.1f}, cosine of r(z, a) - r(z, 0) to it "
-                     + (f"{cosine:.2f}" if (x[0] != x[1]).any() else
-                        "not defined: the action changes nothing in this ECG"))
+        ecgs.append((f"The true counterfactual, simulated: state {codes_of(cohort, state)}", x[1]))
+        words.append(f"true change: |z_true - z| {true.norm():.1f}, cosine of r(z, a) - r(z, 0) to "
+                     f"it {cosine:.2f}" if (x[0] != x[1]).any() else
+                     "the action changes nothing in this ECG")
     like = (cohort.subject_id[train] != cohort.subject_id[row]) \
         & (label[:, action > 0] > 0).all(axis=1) & (label[:, action < 0] == 0).all(axis=1)
     if like.any():
@@ -2825,20 +2661,18 @@ def run_one_patient(args: argparse.Namespace) -> None:
         words.append("no training record used here has the resulting label: none is shown")
 
     parts = [part for word, names in (("onset", args.onset), ("resolve", args.resolve)) if names
-             for part in (word, *dict.fromkeys(names))]
+             for part in (word, *names)]
     head = [f"Study {args.study_id}, {' '.join(parts)}: predicted by the model, not observed",
             f"{caption(cohort, train, 'training records used')}; run {run['name']}",
             f"patient {cohort.subject_id[row]}, {SPLITS[cohort.split[row]]} split; |r(z, a) - z| "
             f"{onset:.1f}, |r(z, 0) - z| {zero:.1f}, |r(z, a) - r(z, 0)| {effect:.1f}",
-            *words, "A nearest ECG is an illustration, and a read-out also moves for codes that "
-            "change nothing; without --study-id predictions are judged (demo only)"]
-    order = np.lexsort((-np.abs(scores[2] - scores[1]), action == 0))  # asked first, then by change
+            *words]
+    moved = scores[2] - scores[1]
     table = markdown(["class", "score at z", "at r(z, 0)", "at r(z, a)", "change by the action"], [
-        [cohort.class_name[k], *(f"{score:.3f}" for score in scores[:, k]),
-         f"{scores[2, k] - scores[1, k]:+.3f}"] for k in order])
-    publish_ecgs(args.out, ["counterfactual", str(args.study_id), *parts], cohort, ecgs, head, [
-        *table, f"Scores: logistic regression on frozen z, l2 {READOUT_L2:g}; it and the nearest "
-        f"ECG are of at most {PAGE_RECORDS:,} training records, drawn."])
+        [cohort.class_name[k], *(f"{score:.3f}" for score in scores[:, k]), f"{moved[k]:+.3f}"]
+        for k in np.argsort(-np.abs(moved))])
+    publish_ecgs(args.out, ["counterfactual", str(args.study_id), *parts], cohort, ecgs, head,
+                 [*table, f"Scores: logistic regression on frozen z, l2 {READOUT_L2:g}."])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2852,7 +2686,7 @@ MODES = {  # what runs, and the flags with a meaning there; elsewhere they are r
     "counterfactual": (run_counterfactual, {"runs", "split", "n_boot", "permutations", "onset"}),
     "counterfactual --study-id": (run_one_patient, {"runs", "study_id", "onset", "resolve"}),
     "embedding": (run_embedding, {"runs"}),
-    "transitions": (run_transitions, {"study_id", "onset", "resolve", "stable"}),
+    "transitions": (run_transitions, {"onset", "resolve", "stable"}),
     "cohort": (run_cohort, set())}
 
 
@@ -2909,11 +2743,9 @@ def check_arguments(args: argparse.Namespace, p: argparse.ArgumentParser) -> str
                              "are wanted")
     args.out = args.out or f"runs/{args.mode}"
     parent = next(p for p in (Path(args.out), *Path(args.out).absolute().parents) if p.exists())
-    wrong = f"{parent} is {file_kind(parent)}" if not parent.is_dir() else \
-        "is a run folder" if (Path(args.out) / "config.json").exists() else \
-        "" if os.access(parent, os.W_OK) else f"{parent} cannot be written to"
-    if wrong:
-        raise InputError(f"--out {args.out}: {wrong}; name another folder")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--out {args.out}: {parent} is no folder that can be written to; name "
+                         "another")
     return mode
 
 
@@ -2926,5 +2758,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    start_script()
     sys.exit(main())

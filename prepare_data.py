@@ -41,8 +41,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-if __name__ == "__main__":  # the products here are too small for threads, and idle ones spin
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which NumPy reads when it starts
+if __name__ == "__main__":
+    if signals.getsignal(signals.SIGINT) != signals.SIG_IGN:
+        signals.signal(signals.SIGINT, signals.SIG_DFL)  # quiet, until `run_script` takes over
+    # the products here are too small for threads, and idle ones spin; NumPy reads it at its start
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import h5py
 import numpy as np
@@ -50,6 +53,7 @@ import numpy as np
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SECONDS = 10  # every record is cut or padded to this length (both releases are 10 s throughout)
 LIMIT_MV = 10.0  # beyond it a sample is no ECG; kept and flagged
+LEAST_MV = 1e-3  # a record that moves less in all its leads is no ECG: its gain or unit is wrong
 GAP_SECONDS = 0.1  # a run of missing samples up to this long is interpolated, a longer one set to 0
 QUALITY = {  # bits of `quality`; judged in mV at the recorded rate, on the samples that are kept
     "NaN gap up to 100 ms, interpolated": 1,
@@ -64,12 +68,11 @@ INTERPOLATED, ZEROED, DEAD, BEYOND, CUT, PADDED = QUALITY.values()
 # silently learned from.
 REASONS = ("signal file missing", "signal file truncated", "checksum differs", "unreadable",
            "lead missing or twice", "unit unknown", "fs not a multiple", "beyond float16",
-           "header file missing")
+           "within 1 uV", "header file missing")
 MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 FLOAT16_MAX = 65504.0
 FORMAT_VERSION = 1
 CRC_ROWS = 4096  # rows of `signal` under one checksum
-CHUNK = 256  # records that a worker claims at a time: what a kill can lose
 SOURCES = ("mimic", "ptbxl", "demo")
 SPLITS = ("train", "val", "test")
 
@@ -86,39 +89,33 @@ def printable(text: str) -> str:
 class Rejected(Exception):
     """One record cannot enter the cohort: `reason`, one of REASONS, and what was `found`."""
 
-    def __init__(self, reason: str, found: str = ""):
-        found = printable(found[:200])
-        super().__init__(reason, found)
-        self.reason, self.found = reason, found
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.found}" if self.found else self.reason
+    def __init__(self, reason: str, found: str):
+        self.reason, self.found = reason, printable(found[:200])
+        super().__init__(f"{reason}: {self.found}")
 
 
 class Progress:
-    """Count, rate, time left on stderr: one line rewritten on a terminal, else a line every 10 s.
+    """Count, rate and time left on stderr, a line every 10 s.
 
     Args: total: what makes 100 %. unit: the word after the count. label: what stands before it.
     """
 
     def __init__(self, total: int, unit: str, label: str = ""):
-        self.total, self.unit, self.label = total, unit, label
-        self.count, self.tty = 0, bool(sys.stderr and sys.stderr.isatty())  # None: closed
+        self.total, self.unit, self.label, self.count = total, unit, label, 0
         self.start = self.shown = time.monotonic()
 
     def update(self, n: int = 1, last: bool = False) -> None:
         """Count n more, and print if it is time to; the last line has the total time."""
         self.count += n
         now = time.monotonic()
-        if not last and now - self.shown < (0.2 if self.tty else 10):
+        if now - self.shown < 10 and not last:
             return
         self.shown, passed = now, max(now - self.start, 1e-9)
         left = passed if last else (self.total - self.count) * passed / max(self.count, 1)
-        tail = f"{timedelta(seconds=round(left))} {'in all' if last else 'left'}"  # 0:02:05 left
         line = (f"{self.label} {self.count:,}/{self.total:,} {self.unit} · "
-                f"{self.count / passed:,.1f}/s · {tail}").strip()
-        start = "\r\x1b[K" if self.tty else ""  # wipes the line before it
-        print(start + line, end="" if self.tty and not last else "\n", file=sys.stderr, flush=True)
+                f"{self.count / passed:,.1f}/s · "
+                f"{timedelta(seconds=round(left))} {'in all' if last else 'left'}")  # 0:02:05 left
+        print(line.strip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Print the last line."""
@@ -148,13 +145,16 @@ def system_error(error: OSError, what: str | Path = "") -> str:
 
     what: the file or flag, where the error itself does not know it.
     """
-    number_of = error.errno
-    if number_of is None and (told := re.search(r"errno = (\d+)", str(error))):  # h5py's
-        number_of = int(told[1])
-    if number_of is None:
+    what = what or error.filename or "the system"
+    if error.errno is None:
         return f"{what}: {error}"
-    remedy = REMEDY.get(number_of, "the same command goes on once that is mended")
-    return f"{what or error.filename or 'the system'}: {os.strerror(number_of)}; {remedy}"
+    remedy = REMEDY.get(error.errno, "the same command goes on once that is mended")
+    return f"{what}: {os.strerror(error.errno)}; {remedy}"
+
+
+def of_system(error: Exception) -> bool:
+    """Whether an error at a file is one of the system, and no sign of what the file holds."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def system_errors(what: str | Path = "") -> Iterator[None]:
         raise InputError(system_error(error, what)) from error
 
 
-def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") -> None:
+def replace_file(path: Path, *content: bytes, sync: bool = True, keep: str = "") -> None:
     """Write a file whole or not at all; `sync` also outlives a power cut. InputError if it cannot.
 
     The one place where a file is put under its final name. keep: what the old one is called then.
@@ -175,7 +175,7 @@ def replace_file(path: Path, content: bytes, sync: bool = True, keep: str = "") 
     try:
         with system_errors(path):
             with open(temporary, "wb") as handle:
-                handle.write(content)
+                handle.writelines(content)
                 handle.flush()
                 if sync:
                     os.fsync(handle.fileno())
@@ -245,13 +245,16 @@ def available_memory() -> float:
     return max(0, min(free, default=0))
 
 
-def wait_passively() -> None:
-    """Start this script once more with OpenMP threads that sleep soon when they wait (Linux).
+def start_script() -> None:
+    """Under `if __name__ == "__main__"` alone, before torch is imported, which takes longest:
+    Ctrl-C ends the process quietly until `run_script` takes over, and on Linux the script starts
+    once more with OpenMP threads that sleep soon when they wait.
 
-    Beside a busy process, threads that spin for each other take their own cores away. Called under
-    `if __name__ == "__main__"` alone, before torch is imported. The user's own settings win, and
-    torchrun's. The number of threads stays: results depend on it.
+    Beside a busy process, threads that spin for each other take their own cores away. The user's
+    own settings win, and torchrun's. The number of threads stays: results depend on it.
     """
+    if signals.getsignal(signals.SIGINT) != signals.SIG_IGN:
+        signals.signal(signals.SIGINT, signals.SIG_DFL)
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"} & os.environ.keys()
     argv = getattr(sys, "orig_argv", ())  # Python 3.9 has none
     if sys.platform != "linux" or own or sys.gettrace() or sys.argv[0] not in argv:
@@ -308,6 +311,8 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             for stream in streams)
         with contextlib.suppress(ValueError):  # not in the main thread
             before = signals.signal(signals.SIGTERM, stop)
+            if signals.getsignal(signals.SIGINT) == signals.SIG_DFL:
+                signals.signal(signals.SIGINT, signals.default_int_handler)
         with system_errors():
             work()
         return 0
@@ -328,21 +333,21 @@ def run_script(work: Callable[[], None], interrupted: str) -> int:
             signals.signal(signals.SIGTERM, before)
 
 
-def lack(found, wanted: dict, at: str = "") -> str:
+def lack(found, wanted: dict | tuple, at: str = "") -> str:
     """The first thing that an object read from JSON lacks, with what was found; "" if nothing.
 
     wanted: {key, or "*" for all there are: its types, or what that object holds in its turn}.
     """
-    if not isinstance(found, dict):
-        return f"{at[:-1] or 'a line'} is {found!r}, an object wanted"
-    for key, kinds in wanted.items():
+    kinds = (dict,) if isinstance(wanted, dict) else wanted
+    if type(found) not in kinds:
+        kind = "an object" if kinds == (dict,) else kinds[0].__name__
+        return f"{at[:-1] or 'a line'} is {found!r}, {kind} wanted"
+    if kinds is wanted:
+        return ""
+    for key, inner in wanted.items():
         for name in found if key == "*" else [key]:
-            value = found.get(name)
-            if isinstance(kinds, dict):
-                if why := lack(value, kinds, f"{at}{name}."):
-                    return why
-            elif type(value) not in kinds:
-                return f"{at}{name} is {value!r}, {kinds[0].__name__} wanted"
+            if why := lack(found.get(name), inner, f"{at}{name}."):
+                return why
     return ""
 
 
@@ -357,17 +362,26 @@ def read_json(path: Path, wanted: dict, lines: bool = False) -> list[dict]:
         return value
 
     try:
-        content = path.read_bytes()
+        with system_errors(path):
+            content = path.read_bytes()
         objects = [json.loads(part, parse_float=finite, parse_constant=finite)
                    for part in (content.splitlines() if lines else [content])]
         why = next(filter(None, (lack(found, wanted) for found in objects)),
                    "" if objects else "it is empty")
-    except (OSError, ValueError, RecursionError) as error:
+    except InputError:  # of the system: the file may be sound
+        raise
+    except (ValueError, RecursionError) as error:
         why = str(error)
     if why:
         raise InputError(f"{path}: damaged, or of another program: {why[:200]}; move it aside and "
                          "make it anew (train.py: --overwrite)")
     return objects
+
+
+def refuse_irregular(path: Path, wanted: str) -> None:
+    """InputError for a pipe or a device: reading it might never end, and it is read twice."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: found a pipe or a device; {wanted}")
 
 
 def sha256_of(path: Path) -> str:
@@ -384,10 +398,10 @@ MAX_HEADER = 2**20  # bytes; a header of MIMIC has some 700
 MAX_SAMPLES = 2**26  # of all signals of a record: 12 leads at 500 Hz for three hours
 MAX_FS = 100_000
 FORMATS = {  # signal(5): bytes of 6 samples (None: compressed), the code of a missing sample
-    8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 61: (12, -2**15),
-    80: (6, -2**7), 160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
+    8: (6, None), 16: (12, -2**15), 24: (18, -2**23), 32: (24, -2**31), 80: (6, -2**7),
+    160: (12, -2**15), 212: (9, -2**11), 310: (8, -2**9), 311: (8, -2**9),
     508: (None, -2**7), 516: (None, -2**15), 524: (None, -2**23)}
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"  # one way to match: no search
 RATE_FIELD = re.compile(rf"({NUMBER})(?:[/(].*)?", re.ASCII)
 FORMAT_FIELD = re.compile(r"(\d{1,9})(?:x([1-9]\d{0,8}))?(?::(\d{1,9}))?(?:\+(\d{1,15}))?",
                           re.ASCII)
@@ -432,7 +446,7 @@ def read_header(folder: str, record: str) -> Header:
         text = raw.decode("latin-1")
     text = COMMENT.sub("", text.replace("\r", "\n")) if "#" in text else text.replace("\r", "\n")
     first, *rows = [row for line in text.split("\n") if (row := line.split(None, 8))] or [[]]
-    name, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
+    _, stated, rate, samples = [*first[:4], *("", "", "250", "0")[len(first):]]
     rate_of = RATE_FIELD.fullmatch(rate)
     if rate_of is None or not 0 < float(rate_of[1]) <= MAX_FS:
         raise Rejected("unreadable", f"sampling frequency {rate!r}")
@@ -440,8 +454,7 @@ def read_header(folder: str, record: str) -> Header:
         if not (field.isascii() and field.isdigit() and len(field) < 16):
             raise Rejected("unreadable", f"{what} {field!r}")
     if int(stated) != len(rows) or not rows:
-        why = ": a record in segments, which is not read" if "/" in name else ""
-        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described{why}")
+        raise Rejected("unreadable", f"{stated} signals stated, {len(rows)} described")
     columns = zip(*(row + [None] * (9 - len(row)) for row in rows))
     return Header(float(rate_of[1]), int(samples), *columns)
 
@@ -510,7 +523,7 @@ def verify(header: Header, signals_read: Iterable[int], sums: Iterable[int]) -> 
     for i, found in zip(signals_read, sums):
         stated = header.checksum[i]  # signed in MIMIC's, in others not; or not stated
         if stated not in (None, str(found)) and not (
-                stated.lstrip("-").isdecimal() and len(stated) < 19
+                stated.lstrip("+-").isdecimal() and len(stated) < 19
                 and (int(stated) ^ found) & 0xFFFF == 0):
             raise Rejected("checksum differs", f"{(header.name[i] or '?')}: {stated} "
                                                f"stated, {(found + 2**15) % 2**16 - 2**15} found")
@@ -533,8 +546,6 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
             formats = dict.fromkeys(str(header.format[i]) for i in own)
             raise Rejected("unreadable", f"{file}: format {' and '.join(formats)}")
         samples, copy = read_samples(folder, file, kind, offset, frame, samples, width)
-        if kind == 61:  # which wfdb cannot read; it is 16 in the other order of bytes
-            kind, copy = 16, np.frombuffer(copy, ">i2").astype("<i2").tobytes()
         copies[f"{k}.dat"] = copy
         offset = offset if kind > 500 else 0  # the copy begins there
         for i in own:
@@ -542,10 +553,11 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
             lines.append(f"{k}.dat {kind}x{layout[i][1]}+{offset} 200 16 0 {initial} 0 0 s")
         signals_read += own
     copies["r.hea"] = "\n".join([f"r {len(lines)} 500 {samples}", *lines, ""]).encode()
-    with tempfile.TemporaryDirectory() as there:
-        with system_errors(f"TMPDIR {there}"):  # no fault of the record's
-            for name, copy in copies.items():
-                Path(there, name).write_bytes(copy)
+    # what the folder lacks is no fault of the record's
+    with system_errors(f"TMPDIR {os.environ.get('TMPDIR', '')}"), \
+            tempfile.TemporaryDirectory() as there:
+        for name, copy in copies.items():
+            Path(there, name).write_bytes(copy)
         try:
             record = wfdb.rdrecord(f"{there}/r", physical=False, smooth_frames=False,
                                    ignore_skew=True, return_res=32)
@@ -695,6 +707,8 @@ def mended(x: np.ndarray, recorded_fs: float, fs: int) -> tuple[np.ndarray, int]
     if dead := [lead for lead in range(12) if low[lead] == high[lead]]:
         quality |= DEAD
         x[dead] = 0
+    if 0 < max(b - a for a, b in zip(low, high)) < LEAST_MV:
+        raise Rejected("within 1 uV", f"{min(low):.3g} to {max(high):.3g} mV")  # as above
     if max(*high, -min(low)) > LIMIT_MV:
         quality |= BEYOND
     x = decimate(x, q)[:, :samples]
@@ -727,26 +741,26 @@ SEX = {"f": 0, "female": 0, "m": 1, "male": 1}
 
 class Tally:
     """Reason -> count, of rows left out (`rejected`) and of what was found in rows that are kept
-    (`flaws`); `examples`: reason -> where the first one stands and what was found there.
+    (`flaws`); `rejected_examples`: reason -> where the first one stands and what was found there.
     """
 
     def __init__(self):
-        self.rejected, self.flaws, self.examples = collections.Counter(), collections.Counter(), {}
+        self.rejected, self.flaws = collections.Counter(), collections.Counter()
+        self.rejected_examples = {}
 
     def add(self, reason: str, example: str, kept: bool = False, n: int = 1) -> None:
         """Count n, and keep the example if it is the first."""
         (self.flaws if kept else self.rejected)[reason] += n
-        self.examples.setdefault(reason, printable(example))
+        self.rejected_examples.setdefault(reason, printable(example))
 
-
-def told(counts: dict, examples: dict) -> str:
-    """Counts with their examples, in one line."""
-    return "; ".join(f"{n:,} {reason}" + f" (e.g. {examples[reason]})" * (reason in examples)
-                     for reason, n in counts.items() if n) or "nothing"
+    def __str__(self) -> str:
+        return "; ".join(f"{n:,} {reason} (e.g. {self.rejected_examples[reason]})"
+                         for reason, n in self.rejected.items()) or "nothing"
 
 
 WHOLE = re.compile(r"\s*[+-]?([0-9]{1,18}|[0-9]{1,15}\.0*)\s*")  # a float holds 15 digits
 ROUNDED = re.compile(r"\s*[+-]?[0-9.,]+[eE][+-]?[0-9]+\s*")
+DATE = re.compile(r"\d{4}-?\d\d-?\d\d([T _]|$)", re.ASCII)
 UNKNOWN = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}  # texts of a missing value
 
 
@@ -782,6 +796,8 @@ def one_clock() -> Callable[[str], int]:
     first: dict[bool, str] = {}
 
     def seconds(text: str) -> int:
+        if not DATE.match(text.strip()):  # Python takes `4541062950551` for a date and a time
+            raise ValueError(text)
         when = datetime.fromisoformat(text.strip())
         first.setdefault(when.tzinfo is not None, text)
         if len(first) == 2:
@@ -795,9 +811,7 @@ def one_clock() -> Callable[[str], int]:
 
 
 def years(text: str) -> float:
-    """Age from `63`, `63.5`; `> 89`, and the 300 of PTB-XL that means the same, are 90."""
-    if re.fullmatch(r"\s*(>=?\s*(89|90)|90\s*\+)\s*", text):
-        return 90.0
+    """Age from `63`, `63.5`; the 300 of PTB-XL, which means above 89, is 90."""
     value = float(text)
     if not (0 <= value <= 130 or value == 300):  # NaN fails as well
         raise ValueError(text)
@@ -808,7 +822,7 @@ def record_path(text: str) -> str:
     """A record's path below the root; ValueError for one that leads out of it, or none."""
     text = text.strip().replace("\\", "/")
     parts = text.split("/")
-    if not parts[0] or ".." in parts or ":" in parts[0] or "\0" in text:
+    if not parts[0] or ".." in parts or ":" in parts[0] or not text.isprintable():
         raise ValueError(text)
     return text
 
@@ -816,19 +830,21 @@ def record_path(text: str) -> str:
 STRING = r"""(?:'([^'"\\]*)'|"([^'"\\]*)")"""
 # a code of a list and a comma, or (NumPy) nothing at all; of a dict, with its number
 ITEM = re.compile(rf"(?:np\.str_\(\s*{STRING}\s*\)|{STRING})\s*(?:,\s*|(?=['\"])|$)")
-KEY = re.compile(rf"{STRING}\s*:\s*[0-9.eE+-]+\s*(?:,\s*|$)")
+KEY = re.compile(rf"{STRING}\s*:\s*{NUMBER}\s*(?:,\s*|$)", re.ASCII)
 
 
 @functools.lru_cache(maxsize=200_000)  # the records of a stay repeat one text
 def icd10_codes(text: str) -> tuple[str, ...]:
-    """parse_codes with one way to write a code: `i48.91` -> `I4891`"""
+    """parse_codes of a list, with one way to write a code: `i48.91` -> `I4891`"""
+    if ":" in text:  # a dict, as PTB-XL's: are codes of value 0 there or not?
+        raise ValueError(text)
     return tuple(code.upper().replace(".", "", 1) for code in parse_codes(text))
 
 
 @functools.lru_cache(maxsize=200_000)
 def category(code: str) -> str:
     """`I4891` -> `I48`; "" for what is no code of ICD-10 (ICD-9: digits alone, mostly)."""
-    return code[:3] if re.fullmatch(r"[A-Z][0-9][0-9A-Z]{1,5}", code) else ""
+    return code[:3] if re.fullmatch(r"[A-Z][0-9][0-9AB][0-9A-Z]{0,4}", code) else ""
 
 
 def parse_codes(text: str) -> tuple[str, ...]:
@@ -852,34 +868,37 @@ def parse_codes(text: str) -> tuple[str, ...]:
     return tuple(codes)
 
 
-def open_table(path: Path, wanted: str):
-    """A CSV file, gzipped or not, as text. Raises: InputError for what is none."""
-    try:
-        with open(path, "rb") as handle:
-            start = handle.read(4)
-    except OSError as error:
-        raise InputError(f"{system_error(error, path)}; {wanted}") from None
-    if start == b"PK\x03\x04":
-        raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
-                         "export it as CSV")
-    opened = gzip.open if start[:2] == b"\x1f\x8b" else open
-    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return opened(path, "rt", encoding=encoding, errors="replace", newline="")
-
-
 def check_header(header: list[str], path: Path, required: dict, optional: dict,
                  wanted: str) -> None:
     """InputError where a required column lacks or one stands there twice."""
     lacking = [name for name in required if name and name not in header]
     if lacking or not header:
-        mark = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
         raise InputError(f"{path}: no column {', '.join(lacking) or 'at all'}; found: "
-                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}"
-                         + f"; fields are separated by {mark!r}, commas are wanted" * bool(mark))
-    if twice := [name for name in required | optional if header.count(name) > 1]:
+                         f"{printable(', '.join(header)[:200]) or 'an empty file'}; {wanted}")
+    if twice := [name for name in required | optional if name and header.count(name) > 1]:
         raise InputError(f"{path}: two columns {twice[0]}; wanted: one: delete the other")
     if absent := [name for name in optional if name not in header]:
         print(f"{path.name}: no column {', '.join(absent)}: stored as missing (-1, NaN)")
+
+
+def csv_rows(handle) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+    """Of each row that is not blank its last line, the number of its lines, and its fields.
+
+    A quote without end, which would give a row the fields of the next, is a csv.Error instead. No
+    more than 1 MB is taken at a time, of a file that has no lines.
+    """
+    read = functools.partial(handle.readline, 2**20)
+    reader, before = csv.reader(iter(read, ""), strict=True), 0
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = error
+        if row:
+            yield reader.line_num, reader.line_num - before, row
+        before = reader.line_num
 
 
 def read_rows(path: Path, required: dict, optional: dict, what: str,
@@ -893,23 +912,34 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
     Raises: InputError, of a converter for one that makes the column useless, or no such file.
     """
     wanted = f"wanted: a CSV file with the columns {', '.join(filter(None, required))}"
-    rows, listed = {}, 0
-    with open_table(path, wanted) as handle:
-        reader = csv.reader(handle)
+    rows, listed, line = {}, 0, 0
+    refuse_irregular(path, wanted)
+    with system_errors(path), open(path, "rb") as raw:
+        start = raw.read(2)
+    if start == b"PK":
+        raise InputError(f"{path}: found a zip archive or a spreadsheet; {wanted}: unpack it, or "
+                         "export it as CSV")
+    opened = gzip.open if start == b"\x1f\x8b" else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as handle:
         try:
-            header = [name.strip() for name in next(reader, [])]
+            read = csv_rows(handle)
+            line, _, header = next(read, (0, 0, []))
+            if isinstance(header, csv.Error):
+                raise header
+            header = [name.strip() for name in header]
             check_header(header, path, required, optional, wanted)
-            columns = [(name, header.index(name) if name in header else len(header) if name else 0,
-                        *(optional.get(name) or (required[name], None)))
+            columns = [(name, 0 if not name else header.index(name) if name in header
+                        else len(header), *(optional.get(name) or (required[name], None)))
                        for name in required | optional]
-            for row in filter(None, reader):
-                listed, place, values = listed + 1, f"{path.name} line {reader.line_num}", []
-                if len(row) != len(header):
-                    swallowed = "".join(row).count("\n")  # lines, so rows, by a quote without end
-                    listed += swallowed
-                    tally.add(f"{what} malformed", n=1 + swallowed, example=(
-                        f"{place}: {len(row)} fields for {len(header)} columns"))
+            for line, taken, row in read:
+                place, values = f"{path.name} line {line}", []
+                if isinstance(row, csv.Error) or len(row) != len(header):
+                    why = row if isinstance(row, csv.Error) else \
+                        f"{len(row)} fields for {len(header)} columns"
+                    listed += taken
+                    tally.add(f"{what} malformed", f"{place}: {why}", n=taken)
                     continue
+                listed += 1
                 row.append("")  # of the optional columns that are not there
                 for name, index, convert, missing in columns:
                     text = row[index]
@@ -921,16 +951,20 @@ def read_rows(path: Path, required: dict, optional: dict, what: str,
                         if isinstance(error, InputError):
                             raise InputError(f"{found} {error}") from None
                         if name in required:
-                            tally.add(f"{what} malformed", found)
+                            listed += taken - 1
+                            tally.add(f"{what} malformed", found, n=taken)
                             break
-                        tally.add(f"{name} unreadable, stored as missing", found, kept=True)
+                        tally.add(f"{name} unreadable, taken as missing", found, kept=True)
                         values.append(missing)
                 if values and values[0] in rows:
-                    tally.add(f"{what} duplicated", f"{place}: {values[0]}")
+                    other = " with other values" * (values != rows[values[0]])
+                    tally.add(f"{what} duplicated{other}", f"{place}: {values[0]}")
                 elif values:
                     rows[values[0]] = values if len(values) == len(columns) else None
-        except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, an open quote
-            raise InputError(f"{path}: damaged after line {reader.line_num:,}: {error}; "
+        except (csv.Error, EOFError, OSError, zlib.error) as error:  # a gzip file's, mostly
+            if of_system(error):
+                raise InputError(system_error(error, path)) from error
+            raise InputError(f"{path}: damaged after line {line:,}: {error}; "
                              f"{wanted}") from None
     return rows, listed
 
@@ -949,13 +983,18 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
             raise InputError(f"patient {a.subject_id} lies in folds {a.fold} and {b.fold} "
                              f"(study_id {a.study_id}, {b.study_id}); a patient may be in one fold "
                              "only: correct the fold column")
-    if all(row.ecg_time < 0 for row in rows):
-        for name in ("ecg_time", "recording_date"):
-            if found := tally.examples.get(f"{name} unreadable, stored as missing"):
-                raise InputError(f"{found} is no time, nor is any other of that column; wanted: "
-                                 "such as '2180-07-23 08:44:00'; without times there are no pairs")
-    found = []
+    untimed = sum(row.ecg_time < 0 for row in rows)
+    for name in ("ecg_time", "recording_date"):
+        reason = f"{name} unreadable, taken as missing"
+        if 2 * min(untimed, tally.flaws[reason]) > len(rows):
+            raise InputError(f"{tally.rejected_examples[reason]} is no time, nor are most others "
+                             "of that column; wanted: such as '2180-07-23 08:44:00'; without times "
+                             "there are no pairs")
+    found, path_of = [], collections.Counter(row.path for row in rows)
     for row in rows:
+        if path_of[row.path] > 1:  # whose ECG it is cannot be known
+            tally.add("path of another record, too", f"study_id {row.study_id}: {row.path}")
+            continue
         try:
             os.stat(header := f"{root}/{row.path}.hea")
             found.append(row)
@@ -963,9 +1002,9 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
             tally.add("header file missing", f"{header}: {error.strerror}")
     if not found:
         raise InputError(f"{root}: found none of the {len(rows):,} records that the CSV files list "
-                         f"soundly; left out: {told(tally.rejected, tally.examples)}; wanted: "
-                         + ("their files below --root" if rows else "ids in digits, folds as in "
-                            "the release, codes as a list or dict, such as ['I10', 'I4891']"))
+                         f"soundly; left out: {tally}; wanted: "
+                         "ids in digits, folds as in the release, codes as a list or dict, such as "
+                         "['I10', 'I4891'], and the files below --root")
     first = set(sorted({row.subject_id for row in found})[:patients])
     chosen = [row for row in found if row.subject_id in first]
     columns = dict(zip(ROW._fields, zip(*chosen)))
@@ -974,10 +1013,9 @@ def make_table(root: Path, rows: list, class_name: list[str], class_of: Callable
     table["label"] = np.zeros((len(chosen), len(class_name)), np.uint8)
     for label, own in zip(table["label"], columns["codes"]):
         label[[position[class_of(code)] for code in own if class_of(code) in position]] = 1
-    about |= dict(rejected=tally.rejected, flaws=tally.flaws, rejected_examples=tally.examples,
-                  not_chosen=len(found) - len(chosen))
+    about |= {"not_chosen": len(found) - len(chosen)}
     return table | dict(code_count=np.array(list(map(len, columns["codes"]))), about=about,
-                        class_name=class_name, path=list(columns["path"]))
+                        tally=tally, class_name=class_name, path=list(columns["path"]))
 
 
 def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Callable,
@@ -1001,7 +1039,7 @@ def check_codes(column: str, rows: list[tuple], classes: list[str], class_of: Ca
         shown = ", ".join(f"{code!r} ({place})" for place, code in shown[:3]) or "no code at all"
         raise InputError(f"{column}: {usual:,} of {len(rows):,} rows carry a code that makes a "
                          f"class, {odd:,} one that is not of the system; found: {shown}; wanted: "
-                         f"codes of {wanted}; translate them first")
+                         f"codes of {wanted}; translate them first; rows left out: {tally}")
 
 
 def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
@@ -1031,6 +1069,9 @@ def read_mimic(root: Path, labels: Path, patients: int | None) -> dict:
                 tally.add("subject_id differs between the CSV files",
                           f"study_id {study_id}: {subject_id} and {patient}")
                 continue
+            if min(ecg_time, at) >= 0 and ecg_time != at:
+                tally.add("ecg_time differs between the CSV files, record_list.csv's taken",
+                          f"study_id {study_id}", kept=True)
             rows.append(ROW(
                 subject_id, ecg_time if ecg_time >= 0 else at, study_id, fold, max(fold - 17, 0),
                 ecg_no, hospital if hospital >= 0 else ed, age, sex, len(codes) > 0, codes, path))
@@ -1069,11 +1110,10 @@ def make_pairs(table: dict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------
-# Build: worker processes fill a memory map, which is then compacted into the HDF5 file
+# Build: worker processes write chunks of records, which are then compacted into the HDF5 file
 # ----------------------------------------------------------------------------------------------
 
-# In the status file: 0 to do; above it the record is there, status - 1 are its QUALITY bits; below
-# it the record is rejected, for REASONS[-1 - status]
+CHUNK = 256  # records that a worker reads at a time: what a kill can lose
 
 
 def difference(found: dict, wanted: dict) -> str:
@@ -1087,21 +1127,27 @@ def difference(found: dict, wanted: dict) -> str:
 
 
 @contextlib.contextmanager
-def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Path, np.ndarray]]:
-    """Hold OUT.partial, in which `out` grows, for this process; yields it and its status map.
+def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[Path]:
+    """Hold OUT.partial, in which `out` grows, for this process, and yield it.
 
     However the process ends, the system lets go; the next one goes on with what is there. Raises
     InputError where the folder belongs to another build or process, or the disk is too small.
     """
-    identity = identity | {"workspace": 2}  # the version of its files
     folder, n, fs = out.with_name(out.name + ".partial"), len(paths), identity["arguments"]["fs"]
-    plan = folder / "plan.json"  # written last: what it describes is there
+    plan, identity = folder / "plan.json", identity | {"chunk": CHUNK}
     busy = f"--out {out}: another process is building it; wait for it"
     with locked(folder, busy), system_errors(f"--out {out}"):
-        if begun := plan.exists():
+        if plan.exists():
             if differs := difference(*read_json(plan, {}), identity):
                 raise InputError(f"{folder} holds an unfinished build that differs in {differs}; "
                                  "repeat the command that began it, or delete that folder")
+            for chunk in folder.glob("*.chunk"):  # what was rejected is tried again
+                with open(chunk, "rb") as handle:
+                    fates = json.loads(handle.readline())
+                if not all(isinstance(fate, int) for fate in fates):
+                    chunk.unlink()
+            there = CHUNK * len(list(folder.glob("*.chunk")))
+            print(f"{folder}: going on, {min(there, n):,} of {n:,} records are there")
         else:
             need = 2 * n * len(LEADS) * SECONDS * fs * 2  # twice: N is known only after reading
             free = shutil.disk_usage(folder).free
@@ -1109,173 +1155,151 @@ def workspace(out: Path, paths: list[str], identity: dict) -> Iterator[tuple[Pat
                     f"after; {free / 1e9:.2f} GB are free")
             print(f"{out}: {disk}")
             if need + 2**20 > free:
+                shutil.rmtree(folder, ignore_errors=True)
                 raise InputError(f"--out {out}: {disk}; free some, choose another disk, or take a "
                                  "lower --fs or fewer --patients")
-            for name, dtype, shape in (("signal", "<f2", (n, 12, SECONDS * fs)),
-                                       ("status", "<i4", (n,))):
-                file = folder / f"{name}.npy"
-                np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
-                if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes a map
-                    with open(file, "r+b") as handle:
-                        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
             replace_file(plan, json.dumps(identity).encode())
-        status = np.load(folder / "status.npy", mmap_mode="r+")
-        status[status < 0] = 0  # rejected rows are tried again
-        if begun:
-            print(f"{folder}: going on, {np.count_nonzero(status):,} of {n:,} records are there")
-        yield folder, status
+        yield folder
 
 
 def serve() -> None:
-    """A worker process: answer the jobs on stdin until there are no more, nor is the parent."""
+    """A worker process: do the jobs that stdin holds, while someone takes the answers."""
     answers = open(1, "wb", buffering=0, closefd=False)
     sys.stdout = sys.stderr  # what else is printed is no answer
     sys.modules["__main__"] = sys.modules[__name__]  # where a parent that is this file's main is
     with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            call, job = pickle.load(sys.stdin.buffer)
+        call, jobs = pickle.load(sys.stdin.buffer)
+        for job in jobs:
             try:
                 answer = call(job)
-            except (OSError, InputError) as error:
+            except (OSError, InputError, MemoryError) as error:
                 answer = error
             answers.write(pickle.dumps(answer))
 
 
-def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator[tuple[int, object]]:
-    """Yield (position, call(job)) as jobs are done, by worker processes, or in this one if 1.
+def in_workers(call: Callable, jobs: Sequence, workers: int) -> Iterator:
+    """Yield call(job) of each job in order, by worker processes, or in this one if 1.
 
     A worker imports this module alone, not the script that called it. It has pipes of its own: no
     semaphores, which sandboxes without /dev/shm lack. Raises InputError where a worker is killed or
     cannot be started; OSError, InputError of a job as it is.
     """
     if workers == 1:
-        yield from enumerate(map(call, jobs))
+        yield from map(call, jobs)
         return
-    import queue  # these here alone: one worker has no need of them
-    import subprocess
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    def ask(job) -> object:
-        process = idle.get()
-        try:
-            pickle.dump((call, job), process.stdin)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            if (code := process.wait()) >= 0:
-                raise RuntimeError(f"a worker ended early, exit code {code}") from None
-            raise InputError(f"a worker was killed by {signals.Signals(-code).name}, as when "
-                             "memory runs out: close other programs or take fewer --workers; "
-                             "the same command goes on") from None
-        finally:
-            idle.put(process)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    import subprocess  # here alone: one worker has no need of it
 
     sys.modules.setdefault("prepare_data", sys.modules[__name__])  # whose errors they send
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     env = os.environ | threads | {"PYTHONPATH": os.pathsep.join(
         [os.path.dirname(os.path.abspath(__file__)), *filter(None, sys.path)])}
-    command = [sys.executable, "-P", "-c", "import prepare_data; prepare_data.serve()"]
-    pool, processes, idle = ThreadPoolExecutor(workers), [], queue.SimpleQueue()
+    command = [sys.executable, "-P", "-c", "import signal; signal.signal(2, signal.SIG_IGN); "
+               "import prepare_data; prepare_data.serve()"]  # Ctrl-C is for the parent alone
+    processes, n = [], min(workers, len(jobs))
     try:
         with system_errors(f"--workers {workers}"):
-            for _ in range(min(workers, len(jobs))):
-                processes.append(subprocess.Popen(  # Ctrl-C, to a session, is for the parent alone
-                    command, stdin=-1, stdout=-1, env=env, start_new_session=True))
-                idle.put(processes[-1])
-        position = {pool.submit(ask, job): k for k, job in enumerate(jobs)}
-        for done in as_completed(position):
-            yield position[done], done.result()
+            while len(processes) < n:
+                processes.append(subprocess.Popen(command, stdin=-1, stdout=-1, env=env))
+        for k, process in enumerate(processes):
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                pickle.dump((call, jobs[k::n]), pipe)
+        for k in range(len(jobs)):
+            process = processes[k % n]
+            try:
+                answer = pickle.load(process.stdout)
+            except (EOFError, pickle.UnpicklingError):
+                code = process.wait()
+                why = f"ended early, exit code {code}" if code >= 0 else \
+                    f"was killed by {signals.Signals(-code).name}"
+                raise InputError(f"a worker {why}; where memory ran out, close other programs or "
+                                 "take fewer --workers; the same command goes on") from None
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
     finally:
         for process in processes:
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
+            process.kill()  # also one that does not react; its files are whole or not there
         for process in processes:
-            process.communicate()
+            with process:  # which closes its pipes and waits for it
+                pass
 
 
-def read_chunk(folder: str, root: str, fs: int,
-               job: tuple[int, list[int], list[str]]) -> tuple[list[int], dict[str, str]]:
-    """Read the rows of a chunk that are not there into the workspace's signal.
+def read_chunk(folder: Path, root: Path, fs: int, job: tuple[int, list[str]]) -> int:
+    """Read some records into the file FIRST.chunk of the folder; returns their number.
 
-    job: the first row, status and path of each. Returns: the new status of each, and an example of
-    each rejection, the first one.
+    job: the position of the first, and their paths. The file: a line of JSON, of each record its
+    QUALITY bits or [reason, what was found] where it is rejected; then the signals of the others.
     """
-    first, status, paths = job
-    signal, new, examples = np.load(f"{folder}/signal.npy", mmap_mode="r"), list(status), {}
-    stored = signal[first:first + len(paths)]
-    block = np.array(stored) if max(status) > 0 else np.zeros(stored.shape, stored.dtype)
-    for i, path in enumerate(paths):
-        if status[i] > 0:
-            continue
+    first, paths = job
+    signal, fates, kept = np.empty((len(paths), 12, SECONDS * fs), "<f2"), [], 0
+    for path in paths:
         try:
-            block[i], quality = read_record(f"{root}/{path}", fs)
-            new[i] = 1 + quality
+            signal[kept], quality = read_record(f"{root}/{path}", fs)
+            fates.append(quality)
+            kept += 1
         except Rejected as error:
-            new[i] = -1 - REASONS.index(error.reason)
-            examples.setdefault(error.reason, f"{path}: {error.found}")
-    with open(f"{folder}/signal.npy", "r+b") as handle:  # by the map it would take twice as long
-        handle.seek(signal.offset + first * block[0].nbytes)
-        handle.write(block)
-        handle.flush()
-        os.fsync(handle.fileno())  # before the status, so that no row that is done is empty
-    return new, examples
+            fates.append([error.reason, f"{path}: {error.found}"])
+    own = folder / f"{first}.{os.getpid()}"  # a worker of a killed build may still be at the same
+    replace_file(own, json.dumps(fates).encode(), b"\n", signal[:kept])
+    own.replace(folder / f"{first}.chunk")
+    return len(paths)
 
 
-def run_workers(folder: Path, root: Path, paths: list[str], fs: int, status: np.ndarray,
-                workers: int) -> dict[str, str]:
-    """Read all rows that are not there, with progress; returns an example of each rejection."""
-    jobs = [(first, status[first:first + CHUNK].tolist(), paths[first:first + CHUNK])
-            for first in range(0, len(paths), CHUNK) if (status[first:first + CHUNK] <= 0).any()]
-    workers, found, examples = max(1, min(workers, len(jobs))), {}, {}
-    call = functools.partial(read_chunk, str(folder), str(root), fs)
-    with contextlib.closing(in_workers(call, jobs, workers)) as done, contextlib.closing(Progress(
-            np.count_nonzero(status <= 0), "records", f"reading, {workers} workers:")) as progress:
-        for k, (new, found[k]) in done:
-            first, before, _ = jobs[k]
-            status[first:first + CHUNK] = new
-            progress.update(sum(code <= 0 for code in before))
-    for k in sorted(found, reverse=True):  # the first stays
-        examples |= found[k]
-    return examples
+def run_workers(folder: Path, root: Path, paths: list[str], fs: int, workers: int) -> None:
+    """Read all chunks that are not there, with progress."""
+    jobs = [(first, paths[first:first + CHUNK]) for first in range(0, len(paths), CHUNK)
+            if not (folder / f"{first}.chunk").exists()]
+    workers = max(1, min(workers, len(jobs)))
+    progress = Progress(sum(len(some) for _, some in jobs), "records",
+                        f"reading, {workers} workers:")
+    call = functools.partial(read_chunk, folder, root, fs)
+    with contextlib.closing(in_workers(call, jobs, workers)) as done:
+        for n in done:
+            progress.update(n)
+    progress.close()
 
 
 def write_cohort(folder: Path, out: Path, table: dict, identity: dict, fs: int,
                  synthetic: bool) -> None:
-    """Compact the kept rows of the workspace into `out`: written elsewhere, synced, renamed."""
-    status, signal = (np.load(folder / f"{part}.npy", mmap_mode="r")
-                      for part in ("status", "signal"))
-    keep, about = np.flatnonzero(status > 0), table["about"]
-    rejected = about["rejected"] + collections.Counter(  # their sum leaves zeros out
-        REASONS[-1 - code] for code in status[status < 0].tolist())
-    if not len(keep):
+    """Compact the chunks of the workspace into `out`: written elsewhere, synced, renamed."""
+    chunks = [folder / f"{first}.chunk" for first in range(0, len(table["path"]), CHUNK)]
+    fates, tally, shape = [], table["tally"], (len(LEADS), SECONDS * fs)
+    for chunk in chunks:
+        with open(chunk, "rb") as handle:
+            fates += json.loads(handle.readline())
+    keep = [i for i, fate in enumerate(fates) if isinstance(fate, int)]
+    for reason, found in (fate for fate in fates if isinstance(fate, list)):
+        tally.add(reason, found)
+    if not keep:
         shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth going on with
-        raise InputError(f"{out}: no record could be read; left out: "
-                         f"{told(rejected, about['rejected_examples'])}")
+        raise InputError(f"{out}: no record could be read; left out: {tally}")
     rows = {name: table[name][keep] for name in (*COLUMNS, "label", "state") if name in table}
     rows |= make_pairs(rows) | {
-        "quality": (status[keep] - 1).astype("<u2"),
+        "quality": np.array([fates[i] for i in keep], "<u2"),
         "class_name": np.array([name.encode() for name in table["class_name"]])}
-    codes = about["codes"] | {"per_record": float(table["code_count"][keep].mean())}
-    attributes = identity | about | dict(fs=fs, synthetic=synthetic, unit="mV", leads=LEADS,
-                                         rejected=rejected, codes=codes)
+    about, mean = table["about"], float(table["code_count"][keep].mean())
+    attributes = identity | about | vars(tally) | dict(
+        fs=fs, synthetic=synthetic, unit="mV", leads=LEADS,
+        codes=about["codes"] | {"per_record": mean})
     temporary = folder / "cohort.h5"
     h5py.File(temporary, "w", locking=False).close()  # the folder is held
     if hasattr(os, "posix_fallocate"):  # HDF5 itself may crash where the disk is full
-        room = sum(array.nbytes for array in rows.values()) + len(keep) * signal[0].nbytes
+        room = sum(array.nbytes for array in rows.values()) + len(keep) * 2 * math.prod(shape)
         with open(temporary, "r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, room + len(str(attributes)) + 2**20)
     with h5py.File(temporary, "r+", locking=False) as file:  # gives back what it does not need
         for name, array in rows.items():
             file[name] = array
-        stored = file.create_dataset("signal", (len(keep), *signal.shape[1:]), "<f2")  # contiguous
-        crc = np.zeros(-(-len(keep) // CRC_ROWS), np.uint32)
-        for first in range(0, len(keep), 256):  # little memory; CRC_ROWS is a multiple
-            block = signal[keep[first:first + 256]]
-            stored[first:first + len(block)] = block
-            crc[first // CRC_ROWS] = zlib.crc32(block, int(crc[first // CRC_ROWS]))
+        stored = file.create_dataset("signal", (len(keep), *shape), "<f2")  # contiguous
+        crc, row = np.zeros(-(-len(keep) // CRC_ROWS), np.uint32), 0
+        for chunk in chunks:
+            with open(chunk, "rb") as handle:
+                handle.readline()
+                block = np.fromfile(handle, "<f2").reshape(-1, *shape)
+            stored[row:row + len(block)] = block
+            for signal in block:
+                crc[row // CRC_ROWS] = zlib.crc32(signal, int(crc[row // CRC_ROWS]))
+                row += 1
         file["signal_crc32"] = rows["signal_crc32"] = crc
         for name in (name for name in ATTRIBUTES if name in attributes):
             value = attributes[name]  # lists, dicts as JSON text: every HDF5 reader can show it
@@ -1286,7 +1310,6 @@ def write_cohort(folder: Path, out: Path, table: dict, identity: dict, fs: int,
         os.fsync(handle.fileno())
     os.replace(temporary, out)
     # The cohort is whole. Network file systems keep files that are still open, under other names.
-    del status, signal
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1303,10 +1326,11 @@ SHAPES = {  # dataset -> type, shape in N records, K classes, P pairs, C checksu
     "signal": (np.dtype("<f2"), "NLT"), "signal_crc32": (np.dtype("<u4"), "C")}
 ATTRIBUTES = {  # in this order in the file
     "format_version": int, "source": str, "arguments": dict, "csv_sha256": dict,
-    "records_sha256": str, "fs": int, "synthetic": bool, "unit": str, "listed": int, "codes": dict,
-    "leads": list, "normal_codes": list, "rejected": dict, "rejected_examples": dict, "flaws": dict,
+    "records_sha256": str, "fs": int, "synthetic": bool, "unit": str, "listed": int,
+    "codes": {"distinct": (int,), "per_record": (float, int)}, "leads": list, "normal_codes": list,
+    "rejected": {"*": (int,)}, "rejected_examples": {"*": (str,)}, "flaws": {"*": (int,)},
     "not_chosen": int, "crc32": dict}
-# What a file may lack, as what it then counts
+# What an older file may lack, as what it then counts
 LATER = {"state": None, "rejected_examples": {}, "flaws": {}, "not_chosen": 0, "crc32": None}
 LIMITS = {"label": (0, 1), "state": (0, 1), "action": (-1, 1), "split": (0, 2), "sex": (-1, 1),
           "pair_kind": (0, 2), "fold": (0, 127), "ecg_no_within_stay": (-1, 2**15 - 1)}
@@ -1376,7 +1400,8 @@ class Cohort:
     uint8, what the simulator truly expressed, or None; class_name, leads, normal_codes lists of
     str; fs Hz; rejected, rejected_examples, flaws, arguments, csv_sha256, codes dicts. Beside them
     path, name (file stem), sha256 (hex, over all of it; the signal enters through its checksums, so
-    this is quick), changed (what differs from its stored checksum; None: an older file has none).
+    this is quick), changed (names of what differs from its checksum;
+    None: an older file has none).
     Raises: InputError for anything but a whole cohort file. Nothing outside the file is read, and
     no more memory is taken than the file is long.
     """
@@ -1384,6 +1409,7 @@ class Cohort:
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), Path(path).stem
         wanted = "wanted: a cohort .h5, as prepare_data.py writes it"
+        refuse_irregular(self.path, wanted)
         try:
             with open(path, "rb") as handle:
                 start = handle.read(4)
@@ -1414,9 +1440,9 @@ class Cohort:
             with contextlib.suppress(ValueError, RecursionError):  # then it is no dict or list
                 if isinstance(value, str) and value[:1] in ("[", "{"):
                     value = json.loads(value)
-            if name in ATTRIBUTES and type(value) is not ATTRIBUTES[name]:
-                raise InputError(f"attribute {name} is {str(value)[:40]!r}, no "
-                                 f"{ATTRIBUTES[name].__name__}")
+            wanted = ATTRIBUTES.get(name, type(value))
+            if why := lack(value, wanted if isinstance(wanted, dict) else (wanted,), f"{name}."):
+                raise InputError(f"attribute {why[:200]}")
             if name in ATTRIBUTES:
                 setattr(self, name, value)
         if self.format_version != FORMAT_VERSION or not 0 < self.fs <= MAX_FS:
@@ -1483,31 +1509,18 @@ class Cohort:
 
 
 def check_cohort(cohort: Cohort) -> None:
-    """Verify a file against itself: checksums, order, folds, pairs. InputError if not."""
+    """Verify a file against its checksums; InputError if one differs."""
     progress = Progress(len(cohort), "records", "checking:")
-    faults = [f"the checksum of {name} differs" for name in cohort.changed or ()]
+    faults = list(cohort.changed or ())
     for k, crc in enumerate(cohort.signal_crc32):
         block = np.array(cohort.signal[k * CRC_ROWS:(k + 1) * CRC_ROWS])
-        rows = f"signal rows {k * CRC_ROWS} to {k * CRC_ROWS + len(block) - 1}"
         if zlib.crc32(block) != crc:
-            faults.append(f"the checksum of {rows} differs")
-        if not np.isfinite(block).all():
-            faults.append(f"{rows} hold a NaN or infinity")
+            faults.append(f"signal, rows {k * CRC_ROWS} to {k * CRC_ROWS + len(block) - 1}")
         progress.update(len(block))
     progress.close()
-    if not faults:
-        keys = list(zip(cohort.subject_id, cohort.ecg_time, cohort.study_id))
-        if any(a >= b for a, b in zip(keys, keys[1:])):
-            faults.append("rows are not sorted by subject_id, ecg_time, study_id")
-        same = cohort.subject_id[1:] == cohort.subject_id[:-1]
-        for name in ("fold", "split"):
-            if (same & (np.diff(getattr(cohort, name)) != 0)).any():
-                faults.append(f"a patient lies in two of {name}")
-        for name, array in make_pairs(vars(cohort)).items():
-            if not np.array_equal(array, getattr(cohort, name), equal_nan=name == "gap_days"):
-                faults.append(f"{name} does not follow from the rows and labels")
     if faults:
-        raise InputError(f"{cohort.path}: {'; '.join(faults[:3])}; build it anew")
+        raise InputError(f"{cohort.path}: the checksum of {'; of '.join(faults[:3])} differs; "
+                         "build it anew")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1536,8 +1549,7 @@ PAIR_KINDS = ("pairs within a stay", "pairs between stays", "pairs touching an u
 SHARE_OF = {  # what these counts are shares of; the |a|1 are shares of the changed pairs
     "patients": ("patients with one record", "patients with two or more"),
     "records": ("labelled records", "unlabelled records"),
-    "pairs": ("stable pairs", "changed pairs", *PAIR_KINDS, "pairs of Jaccard 1",
-              "pairs of Jaccard 1, both sets empty", "pairs of Jaccard 0")}
+    "pairs": ("stable pairs", "changed pairs", *PAIR_KINDS)}
 
 
 def count(cohort: Cohort) -> dict[str, float]:
@@ -1547,7 +1559,7 @@ def count(cohort: Cohort) -> dict[str, float]:
     """
     records = np.unique(cohort.subject_id, return_counts=True)[1]
     change = np.abs(cohort.action).sum(axis=1, dtype=np.int64)  # (P,) |a|1
-    (source, target), gap = cohort.pair.T, cohort.gap_days
+    source = cohort.pair[:, 0]
     changing = np.unique(cohort.subject_id[source[change > 0]]).size
     positives = cohort.label.sum(axis=0, dtype=np.int64)  # (K,)
     counts = {
@@ -1585,19 +1597,10 @@ def count(cohort: Cohort) -> dict[str, float]:
         }
     if (cohort.ecg_no_within_stay >= 0).any():
         counts |= {name: (cohort.pair_kind == kind).sum() for kind, name in enumerate(PAIR_KINDS)}
-    either = (cohort.label[source] | cohort.label[target]).sum(axis=1, dtype=np.int64)
-    counts |= {"pairs of Jaccard 1": (change == 0).sum(),  # two empty sets are alike
-               "pairs of Jaccard 1, both sets empty": (either == 0).sum(),
-               "pairs of Jaccard 0": ((change == either) & (either > 0)).sum()}
-    if len(change):
-        counts["Jaccard, mean"] = (1 - change / np.maximum(either, 1)).mean()
     if cohort.source != "ptbxl":
-        counts["pairs of gap 0"] = (gap == 0).sum()
-        if not np.isnan(gap).all():
-            counts["gap in days, median"] = np.nanmedian(gap)
+        counts["pairs of gap 0"] = (cohort.gap_days == 0).sum()
     counts |= {f"quality: {name}": ((cohort.quality & bit) > 0).sum()
                for name, bit in QUALITY.items()}
-    counts |= {f"left out: {reason}": n for reason, n in sorted(cohort.rejected.items())}
     counts |= {f"records with {name}": n for name, n in zip(cohort.class_name, positives)}
     return {name: np.asarray(value).item() for name, value in counts.items()}
 
@@ -1649,7 +1652,8 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     statements, _ = read_rows(root / "scp_statements.csv", {"": str.strip}, {}, "statement", tally)
     classes = sorted(filter(None, statements))
     known, listed = read_rows(database, {
-        "ecg_id": number, "patient_id": number, "scp_codes": parse_codes,
+        "ecg_id": number, "patient_id": number,
+        "scp_codes": lambda text: tuple(map(str.upper, parse_codes(text))),
         "strat_fold": within(1, 10),
         "filename_lr" if min(usable) == 100 else "filename_hr": record_path,
     }, {"recording_date": (one_clock(), -1), "age": (years, math.nan),
@@ -1662,7 +1666,8 @@ def read_ptbxl(root: Path, fs: int, patients: int | None) -> dict:
     check_codes(f"{database.name}, scp_codes",
                 [(f"ecg_id {row.study_id}", row.codes) for row in rows], classes,
                 lambda code: code if code in classes else "",
-                f"scp_statements.csv, such as {', '.join(classes[:3])}", tally)
+                f"scp_statements.csv, {len(classes)} in its first column, such as "
+                f"{printable(', '.join(classes[:3]))}", tally)
     distinct = set().union(*(row.codes for row in rows))
     return make_table(root, rows, classes, str, patients, tally, listed=listed,
                       codes={"distinct": len(distinct)},
@@ -1718,7 +1723,8 @@ SIGNATURE = {
     "I25": {"Q": -0.42, "R": -0.20, "T": -0.22, "U": -0.20},  # coronary TERRITORY
     "I44": {"pr": 0.09},  # or LBBB, by patient
     "I47": {}, "I48": {}, "I49": {},  # rhythm: _rhythm, _heart_vector
-    "I63": {}, "I73": {}, "I82": {}}  # none, as in life
+    "I63": {}, "I73": {}, "I82": {}}
+SILENT = ("I63", "I73", "I82")  # do not change the ECG, as in life
 LBBB = {"width": 0.34, "Q": (0.28, 0.10, 0.42), "S": (0.95, 0.32, 0.30), "L": (0.25, 0.05, 0.35),
         "J": (-0.08, 0, -0.13), "K": (-0.13, -0.04, -0.13), "T": (-0.30, -0.13, -0.18),
         "U": (-0.23, -0.11, -0.13)}
@@ -1925,12 +1931,8 @@ def resimulate(cohort: Cohort, row: int, codes, other: int = 0) -> np.ndarray:
 
 
 def without_signature(cohort: Cohort) -> list[str]:
-    """Classes of a synthetic cohort that do not change the ECG: negative controls of any read-out.
-
-    Found by simulating, since a code without an entry in SIGNATURE may act elsewhere.
-    """
-    return [name for name in cohort.class_name if cohort.synthetic and name in SIGNATURE
-            and np.array_equal(simulate(0, name, 0), simulate(0, (), 0))]
+    """Classes of a synthetic cohort that do not change the ECG: negative controls of read-outs."""
+    return [name for name in cohort.class_name if cohort.synthetic and name in SILENT]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2117,11 +2119,12 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
         raise InputError(f"--root {root}: found: a folder of {there[:200]}; wanted: an empty one, "
                          f"or the demo of {own}; nothing there was touched")
     write = functools.partial(_write_patient, root, label_fidelity, nuisance)
-    histories, progress = {}, Progress(patients, "patients", "simulating")
+    histories, progress = [], Progress(patients, "patients", "simulating")
     with locked(root, f"--root {root}: another process writes the demo there; wait for it"):
         replace_file(identity, own.encode())
         with contextlib.closing(in_workers(write, range(first, first + patients), workers)) as done:
-            for i, histories[i] in done:
+            for rows in done:
+                histories += rows
                 progress.update()
         progress.close()
         for name, columns in DEMO_FILES.items():
@@ -2129,12 +2132,12 @@ def write_demo(root: str | Path, patients: int = DEMO_PATIENTS,
             writer = csv.DictWriter(text, columns.split(), extrasaction="ignore",
                                     lineterminator="\n")
             writer.writeheader()
-            writer.writerows(row for i in range(patients) for row in histories[i])
+            writer.writerows(histories)
             replace_file(root / name, text.getvalue().encode())
 
 
 def notes(cohort: Cohort) -> list[str]:
-    """What is to be said of a file beside its numbers: changed, of an older version."""
+    """What is to be said of a file beside its numbers: what of it changed, an older version."""
     if cohort.changed is None:
         return [f"{cohort.path}: an older file, where the signal alone has checksums"]
     if not cohort.changed:
@@ -2161,27 +2164,21 @@ def summary(cohort: Cohort) -> str:
     often = sorted((f"records with {name}" for name in cohort.class_name), key=lambda r: -counts[r])
     rows += [(k, f"{counts[k]:,}", f"{counts[k] / len(cohort):.1%}") for k in often[:10]]
     for name, number_text, share in rows:
-        name = name.replace("first in stay", "first in stay (triage)")
         out.append(f"  {name:<54}{number_text:>11}{share:>8}".rstrip())
-    out += [f"  {reason}: {cohort.rejected.get(reason, cohort.flaws.get(reason)):,}, e.g. {example}"
+    left_out = cohort.flaws | cohort.rejected
+    out += [f"  {reason}: {left_out.get(reason, 0):,}, e.g. {example}"
             for reason, example in sorted(cohort.rejected_examples.items())]
-    return "\n".join([*out, *golden_lines(cohort, counts), *notes(cohort)])
-
-
-def loss_line(cohort: Cohort) -> str:
-    """What to say last where more than 5 % of the listed records are lost, else "".
-
-    Measured against the lines of the CSV file that lists them; --patients loses nothing.
-    """
+    out += golden_lines(cohort, counts) + notes(cohort)
+    # What is lost, against the lines of the CSV file that lists the records; --patients loses none
     unread = sum(cohort.rejected.get(reason, 0) for reason in REASONS)
     tried = len(cohort) + unread
     lines = cohort.listed - cohort.not_chosen - tried  # lost before a record was looked at
     share = 1 - (1 - lines / max(1, cohort.listed)) * len(cohort) / tried
-    if share <= 0.05 + 1e-9:
-        return ""
-    return (f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} of "
-            f"{cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the reasons stand "
-            "above, each with an example")
+    if share > 0.05 + 1e-9:
+        out.append(f"LOST: {share:.1%} of the listed records are not in {cohort.path} ({lines:,} "
+                   f"of {cohort.listed:,} lines, {unread:,} of {tried:,} records tried); the "
+                   "reasons stand above, each with an example")
+    return "\n".join(out)
 
 
 def refuse_other(out: Path, identity: dict) -> None:
@@ -2263,12 +2260,10 @@ def build(source: str, root: str | Path | None = None, out: str | Path | None = 
         print(f"{out}: complete already, built of the same files with the same arguments")
     else:
         synthetic = (root / "demo.json").exists()  # of the demo, whatever reads it
-        with workspace(out, table["path"], identity) as (folder, status):
-            examples = run_workers(folder, root, table["path"], fs, status, workers)
-            table["about"]["rejected_examples"] |= examples
+        with workspace(out, table["path"], identity) as folder:
+            run_workers(folder, root, table["path"], fs, workers)
             write_cohort(folder, out, table, identity, fs, synthetic)
-    cohort = Cohort(out)
-    print(summary(cohort), *filter(None, [loss_line(cohort)]), sep="\n")
+    print(summary(Cohort(out)))
     return out
 
 
@@ -2309,7 +2304,7 @@ def main(argv: list[str] | None = None) -> int:
             build(**args)
         else:
             check_cohort(cohort := Cohort(check))
-            print(summary(cohort), "ok", *filter(None, [loss_line(cohort)]), sep="\n")
+            print("ok: every checksum agrees", summary(cohort), sep="\n")
 
     return run_script(work, "interrupted; the same command goes on where it stopped")
 

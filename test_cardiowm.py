@@ -625,16 +625,11 @@ def prepare_records():
         31: ("header file missing", {}, {}),
         32: ("signal file missing", {}, {}),
         33: ("signal file truncated", dict(n=4999), dict(samples=5000)),
-        47: ("signal file truncated", {}, dict(samples=5 * 10**12)),  # asks for 120 TB of memory
         34: ("unreadable", {}, dict(lines=0)),
-        35: ("unreadable", {}, dict(lines=8)),
         36: ("fs not a multiple", dict(n=3600), dict(fs=360)),
-        37: ("fs not a multiple", dict(n=500), dict(fs=50)),
         38: ("lead missing or twice", {}, dict(names=["I"] + PREPARE_MIMIC_LEADS[:11])),
-        46: ("lead missing or twice", dict(signals=11), dict(names=PREPARE_MIMIC_LEADS[1:])),
         39: ("checksum differs", {}, dict(checksum=7)),
         40: ("unit unknown", {}, dict(gain="200/mmHg")),
-        42: ("unit unknown", {}, dict(gain="uV")),  # to wfdb a unit without a gain
         41: ("beyond float16", {}, dict(gain="0.001/mV")),
         43: ("no label row", {}, {}),
         44: ("label row malformed", {}, {}),
@@ -764,7 +759,7 @@ def test_each_kind_of_record_is_read_as_wfdb_and_scipy_would(prepare_folder, pre
         (a, fs_a), (b, fs_b) = (prepare_data.read_signal(path, plain=plain) for plain in (1, 0))
         assert fs_a == fs_b and a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    for study_id in (38, 39, 40, 46):
+    for study_id in (38, 39, 40):
         for plain in (True, False):
             with pytest.raises(prepare_data.Rejected, match=fate[study_id]):
                 prepare_data.read_signal(prepare_path(root, study_id), plain=plain)
@@ -792,27 +787,17 @@ LEGAL_HEADERS = {  # header(5), and what is met in the wild: edits of the plain 
     "without a number of samples": (" 5000 .*$", ""),
     "without a frequency and 0 for the samples": (" 500 5000 .*$", " 500 0"),
     "counter frequency": (" 500 ", " 500/1000.5(-7) "),
-    "counter frequency beyond a float": (" 500 ", " 500/1e400 "),
     "a fraction in the frequency": (" 500 ", " 500.000 "),
-    "name with a folder": ("^x 12", "p10/s40000005/40000005 12"),
     "name out of the root": ("^x 12", "../OUTSIDE 12"),
-    "name with an extension": ("^x 12", "x.mat 12"),
     "date with a month's name": ("09:36.*$", "04-Jan-2151 11:22:33"),
-    "a year as date": ("09:36.*$", "2006"),
-    "no time, no date": (" 09:36.*$", ""),
     "carriage returns": ("$", "\r"),
-    "carriage returns alone": ("\n", "\r"),
     "tabs": (" ", "\t"),
     "byte order mark": (r"\A", "\ufeff"),
-    "Latin-1 comment": (r"\Z", "# Jos\xe9\x85\n"),
     "micro sign": (GAIN, "0.2(0)/\xb5V"),
     "micro sign in Latin-1": (GAIN, "0.2(0)/\xb5V"),
-    "Greek mu": (GAIN, "0.2(0)/\u03bcv"),
     "nanovolts": (GAIN, "2e-4/nV"),
-    "volts": (GAIN, "200000/V"),
     "no unit": (GAIN, "200"),
     "gain 0": (GAIN, "0(0)/mV"),
-    "gain next to 0": (GAIN, "1e-400/mV"),
     "gain missing": (GAIN, "/mV"),
     "lower case": (".+", lambda line: line[0].lower()),
     "baseline before ADC zero": (" 16 0 ", " 16 99 "),
@@ -847,22 +832,17 @@ BROKEN_HEADERS = {  # reason: edits of the plain header, and what was found
         ("^x.dat", "\x1b[2Jx", r"\?\[2Jx"), ("^x.dat", "s3://nowhere/x.dat", "s3:")],
     "signal file truncated": [
         (" 5000 ", " 500000000000 ", "120,000 of 12,000,000,000,000 bytes"),
-        ("dat 16", "dat 16x999999", "bytes"), ("dat 16", "dat 16+999999", "bytes"),
-        ("dat 16", "dat 16+999999", " 5000 ", " 0 ", "bytes"),
-        ("dat 16", "dat 16x999999999", "bytes"), ("dat 16", "dat 16+1000000000000", "bytes")],
+        ("dat 16", "dat 16x999999999", "bytes"), ("dat 16", "dat 16+999999", " 5000 ", " 0 ",
+                                                 "bytes")],
     "unreadable": [
-        (r"(?s)\A.+", "", "signals"), (r"(?s)\A.+", "# x\n", "signals"), (" 12 .*$", "", "signals"),
-        ("^x 12", "x 13", "13 signals stated, 12"), ("^x 12", "x 11", "11 signals stated, 12"),
-        ("^x 12", "x -12", "'-12'"), ("^x 12", "x 1000000000", "1000000000 signals stated, 12"),
-        (r"(?s)\A.+", "x/2 12 500 4000\na 2000\nb 2000\n", "12 signals stated, 2"),  # segments
+        (r"(?s)\A.+", "", "signals"), (" 12 .*$", "", "signals"),
+        ("^x 12", "x 13", "13 signals stated, 12"), ("^x 12", "x -12", "'-12'"),
+        ("^x 12", "x 1000000000", "1000000000 signals stated, 12"),
         (" 500 ", " nan ", "'nan'"), (" 500 ", " 0 ", "frequency '0'"), (" 500 ", " -500 ", "-500"),
-        (" 500 ", " inf ", "'inf'"), (" 500 ", " 1e999 ", "'1e999'"), (" 500 ", " 5e12 ", "'5e12'"),
-        (" 500 ", " 1e308 ", "'1e308'"), (" 5000 ", " -5000 ", "'-5000'"),
-        (" 5000 ", " 5_000 ", "5_000"), (" 5000 ", f" {10**15} ", f"'{10**15}'"),
-        (" 5000 ", f" {'9' * 5000} ", "999"), ("dat 16", "dat 17", "x.dat: format 17"),
-        ("dat 16 ", "dat 16? ", "format 16[?]$"), ("dat 16", "dat 16x0", "16x0"),
-        ("dat 16", "dat 16+-2", "format 16[+]-2$"), ("dat 16", "dat 16x1000000000", "x1000000000"),
-        ("dat 16", "dat 16:1000000000", ":1000000000"),
+        (" 500 ", " 1e999 ", "'1e999'"), (" 500 ", " 5e12 ", "'5e12'"),
+        (" 5000 ", " -5000 ", "'-5000'"), (" 5000 ", f" {'9' * 5000} ", "999"),
+        ("dat 16", "dat 17", "x.dat: format 17"), ("dat 16", "dat 16x0", "16x0"),
+        ("dat 16", "dat 16+-2", "format 16[+]-2$"), ("dat 16", "dat 16:1000000000", ":1000000000"),
         ("dat 16 (.*) V1$", r"dat 212 \1 V1", "format 16 and 212"),
         ("dat 16", "dat 516", " 5000 ", " 0 ", "0 samples"),
         ("dat 16", "dat 516", "not a FLAC file"), ("200.0", "1e999", "1e999"),
@@ -870,8 +850,9 @@ BROKEN_HEADERS = {  # reason: edits of the plain header, and what was found
         (r"\(0\)/mV 16 0", "/mV 16 x", "'x'"), ("^x.dat", "/etc/passwd", "'/etc/passwd'"),
         ("^x.dat", "../x.dat", "'../x.dat'"), ("^x.dat", "x\0.dat", "null"),
         ("^x.dat", ".", "no regular file"), ("^x.dat", "pipe", "pipe is no regular"),
-        ("^x.dat", "zero", "zero is no regular"),
-        (r"\Z", "#" * 2**20, "more than 1,048,576")]}
+        (r"\Z", "#" * 2**20, "more than 1,048,576"),
+        (" 500 ", f" {'1' * 10**5}x ", "frequency '111")],  # a search would take for ever
+    "within 1 uV": [(GAIN, "1e9/mV", "e-07 mV"), (GAIN, "200/nV", "mV")]}
 
 
 @pytest.mark.parametrize("reason, edits", [
@@ -881,14 +862,12 @@ def test_broken_headers_are_rejected_by_reason_and_say_what_was_found(
         reason, edits, tmp_path, recwarn, little_memory):
     os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
     os.mkfifo(tmp_path / "pipe.hea")
-    (tmp_path / "zero").symlink_to("/dev/zero")
     *edits, found = edits
     prepare_edited(tmp_path / "x", edits)
     with pytest.raises(prepare_data.Rejected) as raised:
         prepare_data.read_record(tmp_path / "x", 100)
     assert raised.value.reason == reason and re.search(found, raised.value.found)
-    assert str(raised.value) == f"{raised.value.reason}: {raised.value.found}" and not recwarn.list
-    assert len(str(raised.value)) < 300 and raised.value.found.isprintable()
+    assert len(str(raised.value)) < 300 and str(raised.value).isprintable() and not recwarn.list
     for name, found in (("pipe", "no regular file"), ("none", "none.hea: No such file")):
         with pytest.raises(prepare_data.Rejected, match=found):
             prepare_data.read_record(tmp_path / name, 100)
@@ -899,20 +878,13 @@ def prepare_pack(kind, x):
     if kind == 310:  # two pairs of bytes: 5 bits of the third sample, 10 of their own, a 0
         a, b, c = (x & 0x3FF).reshape(-1, 3).T
         return np.stack([a << 1 | (c & 31) << 11, b << 1 | c >> 5 << 11], axis=1).astype("<u2")
-    if kind == 311:
-        a, b, c = (x & 0x3FF).reshape(-1, 3).T
-        return (a | b << 10 | c << 20).astype("<u4")
-    if kind == 160:  # offset binary
-        return (x + 2**15).astype("<u2")
-    if kind == 8:  # differences of 12 signals
-        x = np.diff(x.reshape(-1, 12), axis=0, prepend=x[None, :12])
-        assert np.abs(x).max() < 128
-    return x.astype({8: "i1", 61: ">i2"}[kind])
+    x = np.diff(x.reshape(-1, 12), axis=0, prepend=x[None, :12])  # 8: differences of 12 signals
+    assert np.abs(x).max() < 128
+    return x.astype("i1")
 
 
 @pytest.mark.parametrize("kind, bits", [
-    (8, None), (16, 16), (24, 24), (32, 32), (61, 16), (80, 8), (160, 16), (212, 12), (310, 10),
-    (311, 10), (508, 8), (516, 16), (524, 24)])
+    (8, None), (24, 24), (32, 32), (80, 8), (212, 12), (310, 10), (508, 8), (516, 16), (524, 24)])
 def test_every_format_gives_the_stored_samples(kind, bits, tmp_path):
     adc = np.clip(prepare_adc(5) // 16, -127, 127).astype(np.int64)
     wanted = (adc.T + 3) / 200
@@ -920,7 +892,7 @@ def test_every_format_gives_the_stored_samples(kind, bits, tmp_path):
         adc[30:40, 3], wanted[3, 30:40] = -2**(bits - 1), np.nan
     if kind > 500:
         pytest.importorskip("soundfile")
-    packed = kind in (8, 61, 160, 310, 311)
+    packed = kind in (8, 310)
     wfdb.wrsamp("x", 500, ["mV"] * 12, list(prepare_data.LEADS), d_signal=adc,
                 fmt=["32" if packed else str(kind)] * 12, adc_gain=[200.0] * 12,
                 baseline=[-3] * 12, write_dir=str(tmp_path))
@@ -962,13 +934,13 @@ def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
     assert cohort.study_id.tolist() == sorted(kept)  # here study order is subject and time order
     assert dict(zip(cohort.study_id.tolist(), cohort.quality.tolist())) == kept
     wanted = collections.Counter(reason for reason in fate.values() if isinstance(reason, str))
-    wanted["record_list row duplicated"] += 1
+    wanted["record_list row duplicated with other values"] += 1
     wanted["record_list row malformed"] += 2
-    wanted["label row duplicated"] += 2
+    wanted |= {"label row duplicated": 1, "label row duplicated with other values": 1}
     wanted["label row malformed"] += 3  # 778, a row of blanks, a row of two fields
     wanted["label row without a listed record"] += 2
     assert cohort.rejected == dict(wanted)
-    assert cohort.flaws == {"gender unreadable, stored as missing": 8}
+    assert cohort.flaws == {"gender unreadable, taken as missing": 6}
     assert cohort.rejected_examples.keys() == wanted.keys() | cohort.flaws.keys()
     for study_id, found in ((32, "32.dat: No such file or directory"), (36, "360 Hz"),
                             (33, "33.dat: 119,976 of 120,000 bytes"), (39, "I: 7 stated, "),
@@ -982,6 +954,9 @@ def test_each_defect_of_a_mimic_folder_is_counted_and_the_rest_is_kept(
 
 def test_table_and_pairs_follow_from_the_csv(prepare_cohort):
     cohort, n = prepare_cohort, prepare_cohort.study_id
+    assert isinstance(cohort.signal, np.memmap) and not cohort.signal.flags.writeable
+    with h5py.File(cohort.path) as file:
+        np.testing.assert_array_equal(cohort.signal, file["signal"][()])
     assert cohort.class_name == ["I10", "I21", "I48", "I99"]  # I21 and I99 stand in the CSV alone
     labels = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
     day = np.datetime64("2180-07-01T08:00:00") + (n % 3).astype("timedelta64[D]")
@@ -1079,7 +1054,11 @@ def test_mimic_without_stays_or_optional_columns_builds(tmp_path, capsys):
     ("study_id", "1e400", [3], "line 5: study_id '1e400' is a rounded number"),
     ("study_id", "90071992547409921.0", range(12), "malformed .*409921[.]0'.*; wanted: ids in"),
     ("fold", "20", range(12), "left out: 12 label row malformed .*line 2: fold '20'"),
-    ("fold", "15", [1], "patient 100 lies in folds 14 and 15")])
+    ("fold", "15", [1], "patient 100 lies in folds 14 and 15"),
+    ("all_diag_all", "{'I10': 0}", range(12), "12 label row malformed .*{'I10': 0}"),
+    ("all_diag_all", "['I1O']", [3], "1 one that is not of the system; found: 'I1O'"),
+    ("ecg_time", "4541062950551", range(2, 12), "line 4: ecg_time '4541062950551' is no time"),
+    ("path", "files/0", range(12), "12 path of another record, too")])
 def test_a_column_of_another_meaning_is_named_with_row_and_text(
         column, text, where, wanted, tmp_path):
     build = prepare_small(tmp_path, lambda row, i: row.update({column: text} if i in where else {}))
@@ -1089,7 +1068,7 @@ def test_a_column_of_another_meaning_is_named_with_row_and_text(
 
 
 def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counted(tmp_path, capsys):
-    ages, sexes = ["> 89", "90+", "63.5", "old", "-3", "nan", ""], ["F ", "mALE", "?", "", "NA"]
+    ages, sexes = ["300", "> 89", "63.5", "old", "-3", "nan", ""], ["F ", "mALE", "?", "", "NA"]
     build = prepare_small(tmp_path, lambda row, i: row.update(
         ecg_no_within_stay=["NA", "nan", 0][i % 3], path=rf" files\{i} ",  # a Windows program's
         age=ages[i % 7], gender=sexes[i % 5], all_diag_all="['i10', ' I48.91']",
@@ -1097,13 +1076,13 @@ def test_optional_texts_never_drop_a_record_and_what_is_not_understood_is_counte
     cohort = prepare_data.Cohort(build())
     assert len(cohort) == 12 and cohort.class_name == ["I10", "I48"] and cohort.label.all()
     assert cohort.ecg_no_within_stay.tolist() == [-1, -1, 0] * 4
-    np.testing.assert_array_equal(cohort.age[:7], [90, 90, 63.5, *[np.nan] * 4])
+    np.testing.assert_array_equal(cohort.age[:7], [90, np.nan, 63.5, *[np.nan] * 4])
     assert cohort.sex[:5].tolist() == [0, 1, -1, -1, -1] and cohort.ecg_time[4] == -1
-    assert cohort.flaws == {"age unreadable, stored as missing": 4,
-                            "gender unreadable, stored as missing": 2,
-                            "ecg_time unreadable, stored as missing": 2}  # in both files
+    assert cohort.flaws == {"age unreadable, taken as missing": 6,
+                            "gender unreadable, taken as missing": 2,
+                            "ecg_time unreadable, taken as missing": 2}  # in both files
     assert cohort.pair.tolist() == [[0, 1], [2, 3], [6, 7], [8, 9], [10, 11]]  # no time, no order
-    assert "age unreadable, stored as missing: 4, e.g. records_w_diag" in capsys.readouterr().out
+    assert "age unreadable, taken as missing: 6, e.g. records_w_diag" in capsys.readouterr().out
 
 
 def test_utc_offsets_order_records_and_without_times_there_are_no_pairs(tmp_path):
@@ -1117,19 +1096,17 @@ def test_utc_offsets_order_records_and_without_times_there_are_no_pairs(tmp_path
     assert len(cohort) == 12 and len(cohort.pair) == 0
 
 
-def test_tables_are_read_gzipped_and_in_utf_16_and_spreadsheets_named(tmp_path):
+def test_tables_are_read_gzipped_and_what_is_no_table_is_named(tmp_path):
     prepare_small(tmp_path)
     labels = tmp_path / "records_w_diag_icd10.csv"
     text, wanted = labels.read_text(), prepare_data.read_mimic(tmp_path, labels, None)
-    for content in (gzip.compress(text.encode()), text.encode("utf-16")):
-        labels.write_bytes(content)
-        found = prepare_data.read_mimic(tmp_path, labels, None)
-        assert found["path"] == wanted["path"] and (found["label"] == wanted["label"]).all()
-    for content, message in ((b"PK\x03\x04", "a spreadsheet; wanted: a CSV"),
-                             (gzip.compress(text.encode())[:-20], "damaged after"),
+    labels.write_bytes(gzip.compress(text.encode()))
+    found = prepare_data.read_mimic(tmp_path, labels, None)
+    assert found["path"] == wanted["path"] and (found["label"] == wanted["label"]).all()
+    for content, message in ((gzip.compress(text.encode())[:-20], "damaged after"),
                              (b"PAR1\x15\x1b[2J", "found: PAR1[?][?]\\[2J; wanted: a CSV file"),
-                             (text.replace(",", ";").encode(), "separated by ';', commas"),
-                             (text.replace("fold", "study_id").encode(), "no column fold")):
+                             (text.replace(",", ";").encode(), "found: age;all_diag_all"),
+                             (text.replace("age", "fold", 1).encode(), "two columns fold")):
         labels.write_bytes(content)
         with pytest.raises(InputError, match=message):
             prepare_data.read_mimic(tmp_path, labels, None)
@@ -1144,7 +1121,8 @@ def test_more_than_five_percent_lost_is_said_last_but_not_what_was_not_asked_for
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith("LOST: 10.0% of the listed records") == said == ("LOST" in last)
         assert prepare_data.main(["--check", str(root / "c.h5")]) == 0
-        assert capsys.readouterr().out.splitlines()[-2:] == ["ok", last] or not said
+        found = capsys.readouterr().out.splitlines()
+        assert found[0].startswith("ok") and found[-1] == last
 
 
 def test_lines_that_an_open_quote_swallows_are_counted(tmp_path):
@@ -1154,14 +1132,33 @@ def test_lines_that_an_open_quote_swallows_are_counted(tmp_path):
     rows, listed = prepare_data.read_rows(path, {"study_id": int, "path": str}, {}, "row", tally)
     assert list(rows) == [1, 2, 9] and tally.rejected["row malformed"] == 3  # 6, and 7 with 8
     assert listed == len(rows) + 3
+    # quotes without end in the same column of two lines: no row gets the fields of the next
+    path.write_text('study_id,text,path\n1,"x,a\n2,"y,b\n3,z,c\n')
+    rows, listed = prepare_data.read_rows(path, {"study_id": int, "path": str}, {}, "row", tally)
+    assert rows == {3: [3, "c"]} and listed == 3 and tally.rejected["row malformed"] == 5
+    with open(path, "wb") as file:  # as a download that has only been given its room
+        file.truncate(2 * 2**20)
+    with pytest.raises(InputError, match="t.csv: (no column|damaged)"):
+        prepare_data.read_rows(path, {"study_id": int}, {}, "row", tally)
 
 
-def test_memory_that_ran_out_is_one_line(capsys):
-    def work():
-        raise MemoryError
+def test_what_two_rows_of_one_record_or_two_tables_tell_differently_is_counted(tmp_path):
+    def edit(row, i):
+        row["path"] = "files/2" if i == 3 else row["path"]
+        row["all_diag_all"] = "[]" if i % 2 else "[u'I10']" if i == 6 else "['I10']"
 
-    assert prepare_data.run_script(work, "") == 2
-    assert capsys.readouterr().err.startswith("error: memory: none left; close other programs")
+    build = prepare_small(tmp_path, edit)
+    labels = tmp_path / "records_w_diag_icd10.csv"
+    first, *lines = labels.read_text().splitlines()
+    other = [line.replace(" 08:00:00", " 09:00:00") for line in lines[:1]]
+    labels.write_text("\n".join(["", first, *other, *lines[1:], *lines[4:5], *lines[:1], ""]))
+    cohort = prepare_data.Cohort(build())
+    assert cohort.study_id.tolist() == [1000, 1001, 1004, 1005, *range(1007, 1012)]
+    assert cohort.rejected == {
+        "path of another record, too": 2, "label row malformed": 1, "label row duplicated": 1,
+        "label row duplicated with other values": 1}
+    (flaw, n), = cohort.flaws.items()
+    assert "ecg_time differs" in flaw and n == 1 and "1000" in cohort.rejected_examples[flaw]
 
 
 @pytest.mark.parametrize("size", ["4", "four"])
@@ -1170,15 +1167,13 @@ def test_ranks_without_torchrun_are_refused_by_name(size, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError, match=f"WORLD_SIZE is '{size}'.*torchrun"):
-        train.join_ranks("cpu")
+        train.join_ranks(types.SimpleNamespace(device="cpu", mode="pretrain"))
 
 
 @pytest.mark.parametrize("target, code", [("pathlib.Path.write_bytes", errno.ENOSPC),
                                           ("builtins.open", errno.EMFILE)])
 def test_no_record_is_blamed_for_what_the_machine_lacks(target, code, tmp_path, monkeypatch):
-    prepare_edited(tmp_path / "x", ("dat 16", "dat 61"))  # wfdb reads a copy
-    data = tmp_path / "x.dat"
-    data.write_bytes(np.frombuffer(data.read_bytes(), "<i2").byteswap().tobytes())
+    prepare_edited(tmp_path / "x", ("dat 16", "dat 16:1"))  # wfdb reads a copy
     prepare_data.read_record(tmp_path / "x", 100)
 
     def lacking(*_, **__):
@@ -1210,7 +1205,7 @@ def test_a_build_that_was_killed_or_filled_the_disk_goes_on_and_ends_in_the_same
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_data, "read_record", killed)
         build(fs=100)
-    assert not out.exists() and np.count_nonzero(np.load(partial / "status.npy") > 0) == 4
+    assert not out.exists() and sorted(os.listdir(partial)) == ["0.chunk", "lock", "plan.json"]
     with pytest.raises(InputError, match=r"differs in fs \(100 there, 50 now\)"):
         build(fs=50)
     with prepare_data.locked(partial, "no"):
@@ -1220,7 +1215,7 @@ def test_a_build_that_was_killed_or_filled_the_disk_goes_on_and_ends_in_the_same
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(InputError, match="c.h5: No space left on device; free some space"):
             build(fs=100)
-    assert not out.exists() and {"plan.json", "signal.npy", "status.npy"} < {*os.listdir(partial)}
+    assert not out.exists() and {"plan.json", "0.chunk", "4.chunk"} < {*os.listdir(partial)}
     (partial / "cohort.h5").write_bytes(b"torn")  # what a kill while compacting would leave
     assert build(fs=100).read_bytes() == whole.read_bytes()
     assert "going on, 4 of" in capsys.readouterr().out and os.listdir(tmp_path) == ["c.h5"]
@@ -1229,13 +1224,13 @@ def test_a_build_that_was_killed_or_filled_the_disk_goes_on_and_ends_in_the_same
 def test_workers_need_no_semaphores_and_a_killed_one_is_named(monkeypatch):
     monkeypatch.setattr("_multiprocessing.SemLock", None)  # as without /dev/shm
     for workers in (1, 2, 5):
-        done = dict(prepare_data.in_workers(math.factorial, [3, 4, 5], workers))
-        assert done == {0: 6, 1: 24, 2: 120}
+        done = list(prepare_data.in_workers(math.factorial, range(15), workers))
+        assert done == list(map(math.factorial, range(15)))
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         list(prepare_data.in_workers(os.listdir, ["/", "/nowhere"], 2))
     with pytest.raises(InputError, match="a worker was killed by SIGKILL"):
         list(prepare_data.in_workers(signals.raise_signal, [signals.SIGKILL] * 2, 2))
-    with pytest.raises(RuntimeError, match="ended early, exit code 1"):
+    with pytest.raises(InputError, match="ended early, exit code 1"):
         list(prepare_data.in_workers(math.factorial, [-1, -1], 2))
 
 
@@ -1274,31 +1269,26 @@ def test_golden_counts_add_up_are_asked_of_a_full_build_only_and_a_difference_is
     assert g["patients with one record"] + g["patients with two or more"] == g["patients"]
     assert "partial build" in verdict({})[0]
     prepare_cohort.listed = g["records"]
-    close = {"classes per record, mean": 1.4539, "records per patient, mean": 800_035 / 161_352}
-    assert ["PASS" in line for line in verdict(g | close)] == [True]
+    line, = verdict(g | {"classes per record, mean": 1.4539})
+    assert "PASS" in line
     off = {"pairs": g["pairs"] - 1, "classes per record, mean": 1.456}
     assert verdict(g | off)[1:] == ["pairs: 638,682 found, 638,683 wanted",
                                     "classes per record, mean: 1.456 found, 1.45 wanted"]
     counts = prepare_data.count(prepare_cohort)
     assert not [name for name in g if name not in counts and "with I" not in name]
-    assert "records: 14 found, 800,035 wanted" in verdict(counts)
 
 
 def test_counts_are_those_of_loops_over_records_and_pairs(prepare_cohort):
     cohort, counts = prepare_cohort, prepare_data.count(prepare_cohort)
     sets = [{name for name, y in zip(cohort.class_name, row) if y} for row in cohort.label]
     pairs = [(sets[a], sets[b]) for a, b in cohort.pair]
-    jaccard = [len(a & b) / len(a | b) if a | b else 1 for a, b in pairs]
     for name, wanted in {
             "records": 14, "codes in the source": 6, "pairs": len(pairs),
             "stable pairs": sum(a == b for a, b in pairs),
             "|a|1 = 2": sum(len(a ^ b) == 2 for a, b in pairs),
-            "pairs of Jaccard 1": jaccard.count(1), "pairs of Jaccard 0": jaccard.count(0),
-            "pairs of Jaccard 1, both sets empty": sum(not a | b for a, b in pairs),
-            "Jaccard, mean": np.mean(jaccard), "records with I48": sum("I48" in s for s in sets),
+            "records with I48": sum("I48" in s for s in sets),
             "pairs within a stay": list(cohort.pair_kind).count(0), "pairs of gap 0": 0,
-            "gap in days, median": 1, "quality: dead (constant) lead, set to 0": 2,
-            "left out: fs not a multiple": 2}.items():
+            "quality: dead (constant) lead, set to 0": 2}.items():
         assert counts[name] == pytest.approx(wanted), name
     rows = {name: (number, share) for name, number, share in prepare_data.count_rows(counts)}
     changed = sum(a != b for a, b in pairs)
@@ -1309,6 +1299,7 @@ def test_counts_are_those_of_loops_over_records_and_pairs(prepare_cohort):
 @pytest.mark.parametrize("wanted, make", [
     ("No such file", lambda path, whole: None),
     ("Is a directory", lambda path, whole: path.mkdir()),
+    ("found a pipe", lambda path, whole: os.mkfifo(path)),
     ("is no HDF5 file", lambda path, whole: path.write_text("a,b\n")),
     ("HDF5 file without", lambda path, whole: h5py.File(path, "w").close()),
     ("checkpoint", lambda path, whole: torch.save({"model": 1}, path)),
@@ -1319,37 +1310,30 @@ def test_cohort_says_what_a_wrong_file_is(wanted, make, tmp_path, prepare_folder
         prepare_data.Cohort(tmp_path / "x.h5")
 
 
-def test_cohort_signal_is_a_read_only_memory_map_of_the_file(prepare_cohort):
-    c = prepare_cohort
-    assert isinstance(c.signal, np.memmap) and not c.signal.flags.writeable
-    with h5py.File(c.path) as file:
-        np.testing.assert_array_equal(c.signal, file["signal"][()])
-    assert c.signal.shape == (14, 12, 1000) and c.leads == list(prepare_data.LEADS)
-    assert (c.fs, c.unit, c.source, c.synthetic, c.state) == (100, "mV", "mimic", False, None)
-
-
-@pytest.mark.parametrize("name, fault", [
-    ("signal", "checksum"), ("fold", "fold"), ("pair", "pair"),
-    ("age", "the checksum of age"), ("stay", "the checksum of stay")])
+@pytest.mark.parametrize("name, fault", [("signal", "signal, rows 0 to 13"), ("age", "age")])
 def test_check_finds_a_changed_value(name, fault, prepare_cohort, tmp_path, capsys):
     path = shutil.copy(prepare_cohort.path, tmp_path / "c.h5")
     assert prepare_data.main(["--check", str(path)]) == 0
     with h5py.File(path, "r+") as file:
         file[name][1] = file[name][1] + np.ones((), file[name].dtype)
     assert prepare_data.main(["--check", str(path)]) == 2
-    assert fault in capsys.readouterr().err.splitlines()[-1]
-    same = prepare_data.Cohort(path).sha256 == prepare_cohort.sha256
-    assert same == (name == "signal")  # which enters through its checksums
+    assert f"the checksum of {fault} differs" in capsys.readouterr().err.splitlines()[-1]
+    changed = prepare_data.Cohort(path)
+    alike = changed.sha256 == prepare_cohort.sha256
+    assert alike == (not prepare_data.notes(changed)) == (name == "signal")  # by its checksums
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ("", "--source"), ("--source mimic", "--root"), ("--source mimic --root /no/such", "/no/such"),
+    ("", "--source"), ("--check out-of-memory", "memory: none left; close other programs"),
+    ("--source mimic", "--root"), ("--source mimic --root /no/such", "/no/such"),
     ("--source ptbxl --root .", "records100"), ("--source ptbxl --root . --fs 0", "--fs 0"),
     ("--source ptbxl --root . --nuisance 1", "--nuisance"),
     ("--source ptbxl --root . --labels x.csv", "--labels"), ("--source demo --fs 60", "--fs 60"),
     ("--source demo --patients 0", "--patients 0"), ("--check /no/such.h5", "/no/such.h5")])
 def test_prepare_data_ends_bad_input_with_one_line(arguments, named, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    if "memory" in arguments:
+        monkeypatch.setattr(prepare_data, "Cohort", mock.Mock(side_effect=MemoryError))
     assert prepare_data.main(arguments.split()) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and named in error[0]
@@ -1365,7 +1349,7 @@ def test_ptbxl_sample_builds_to_its_known_counts(tmp_path):
                          "val pairs": 22, "test pairs": 16, "classes": 71}.items():
         assert counts[name] == wanted, name
     # dates may be interpolated, stays are unknown
-    assert not {"pairs of gap 0", "gap in days, median", "pairs within a stay"} & counts.keys()
+    assert not {"pairs of gap 0", "pairs within a stay"} & counts.keys()
     assert cohort.normal_codes == ["NORM", "SR"] and not cohort.rejected
     assert (cohort.stay == -1).all() and (cohort.ecg_no_within_stay == -1).all()
     path = prepare_data.read_ptbxl(root, 100, None)["path"]
@@ -1434,12 +1418,13 @@ def test_simulate_is_deterministic_and_keyed_by_patient_and_seed():
     assert not np.array_equal(x, simulate(8, ["I48", "I10"], 3))
     assert not np.array_equal(x, simulate(7, ["I48", "I10"], 4))
     assert simulate(7, [], 3, fs=100, seconds=5).shape == (12, 500)
+    for codes in ([], ["I48"], ["I44", "I21", "I49"]):
+        i, ii, iii, avr, avl, avf = simulate(11, codes, 2)[:6]  # Einthoven, Goldberger
+        wanted = (ii - i, -(i + ii) / 2, i - ii / 2, ii - i / 2)
+        np.testing.assert_allclose((iii, avr, avl, avf), wanted, atol=1e-5)  # float32 rounding
     for patient, codes, seed in ((1, ["I99"], 1), (1, [""], 1), (-1, [], 1), (1, [], -1)):
         with pytest.raises(InputError, match="codes|integers"):
             simulate(patient, codes, seed)
-
-
-DEMO_SILENT = ("I63", "I73", "I82")  # codes without signature
 
 
 def test_a_code_changes_the_heart_vector_alone_and_one_without_signature_nothing():
@@ -1448,28 +1433,14 @@ def test_a_code_changes_the_heart_vector_alone_and_one_without_signature_nothing
         plain, sick = (simulate(patient, c, 9).astype(float) for c in ([], ["I48", "I44"]))
         for code in sorted(prepare_data.SIGNATURE):
             change = simulate(patient, [code], 9) - plain
-            if code in DEMO_SILENT:
+            if code in prepare_data.SILENT:
                 assert not change.any()
                 assert (simulate(patient, ["I44", code, "I48"], 9) == sick).all()
                 continue
             s = np.linalg.svd(change @ change.T, compute_uv=False)  # squares: (12, T) is slow
             assert s[0] > 0.25 and s[3] < 1e-8 * s[0], (patient, code)  # float32 rounding is left
-
-
-def test_a_code_without_rhythm_leaves_every_beat_where_it_was():
-    for code in ("I10", "I35", "I45", "I21", "I25", "I34"):
-        a, b = simulate(2, [], 1), simulate(2, [code], 1)
-        (pa, _), (pb, _) = demo_beats(a), demo_beats(b)
-        assert len(pa) == len(pb) and np.abs(pa - pb).max() <= 25, code  # a new R' moves the mark
-        assert (np.abs(a - b).max(axis=0) < 1e-6).any(), code  # far from any wave nothing moves
-
-
-def test_limb_leads_obey_einthoven_and_goldberger():
-    for codes in ([], ["I48"], ["I44", "I21", "I49"]):
-        i, ii, iii, avr, avl, avf = simulate(11, codes, 2)[:6]
-        for lead, wanted in ((iii, ii - i), (avr, -(i + ii) / 2), (avl, i - ii / 2),
-                             (avf, ii - i / 2)):
-            assert np.abs(lead - wanted).max() < 1e-5  # float32 rounding
+            if code in ("I10", "I35", "I45", "I21", "I25", "I34"):  # no beat moves
+                assert (np.abs(change).max(axis=0) < 1e-6).any(), code  # far from any wave
 
 
 def test_atrial_fibrillation_has_no_p_wave_and_irregular_beats_of_the_same_shape():
@@ -1530,13 +1501,8 @@ def test_two_recordings_of_one_state_are_nearer_than_two_patients():
     assert within <= 0.5 * between, (within, between)
 
 
-@pytest.fixture(scope="module")
-def demo_histories():
-    return [prepare_data.demo_history(10_000_000 + i) for i in range(2400)]
-
-
-def test_histories_are_shaped_like_mimic(demo_histories):
-    histories = demo_histories[:600]
+def test_histories_are_shaped_like_mimic():
+    histories = [prepare_data.demo_history(10_000_000 + i) for i in range(600)]
     rows = [row for history in histories for row in history]
     count = np.array([len(history) for history in histories])
     assert 0.28 < np.mean(count == 1) < 0.40 and np.median(count) == 2 and 3.9 < count.mean() < 5.6
@@ -1552,6 +1518,9 @@ def test_histories_are_shaped_like_mimic(demo_histories):
     frequency = [sum(code in c for c in classes.values()) for code in prepare_data.COURSE]
     assert max(frequency) > 12 * min(frequency) > 0  # a long tail
     assert len(classes) == len(rows)  # study_id is unique
+    folds = np.bincount([history[0]["fold"] for history in histories], minlength=20)
+    for found, wanted in ((folds[:18].sum(), 0.5), (folds[18], 0.1), (folds[19], 0.4)):
+        assert abs(found / 600 - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 600), folds
     for history in histories:
         assert sorted(history, key=lambda r: r["ecg_time"]) == history
         assert len({row["fold"] for row in history}) == 1
@@ -1559,20 +1528,6 @@ def test_histories_are_shaped_like_mimic(demo_histories):
             infarct = [i for i, row in enumerate(history) if "I21" in row["state"]]
             for row in history[infarct[0] + 1:] if infarct else ():  # a scar from the next stay on
                 assert row["ecg_no_within_stay"] > 0 or "I25" in row["state"]
-
-
-def test_half_of_the_demo_trains_a_tenth_validates_four_tenths_test_and_histories_stay(
-        demo_histories):
-    count = np.bincount([history[0]["fold"] for history in demo_histories], minlength=20)
-    for found, wanted in ((count[:18].sum(), 0.5), (count[18], 0.1), (count[19], 0.4)):
-        error = np.sqrt(wanted * (1 - wanted) / 2400)
-        assert abs(found / 2400 - wanted) < 4 * error, count
-    assert count.min() > 30 and len(count) == 20
-    rows = [{name: value for name, value in row.items() if "fold" not in name}
-            for history in demo_histories[:50] for row in history]
-    text = json.dumps(rows, sort_keys=True, default=bool)
-    # as they were when a tenth of the patients was held out
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d520e3659282e865"
 
 
 def test_full_label_fidelity_means_coded_is_expressed():
@@ -1603,14 +1558,7 @@ def demo_cohort(demo_root, tmp_path):
 def test_the_demo_lies_as_mimic_and_holds_what_was_simulated(demo_root, tmp_path):
     out = prepare_data.build("mimic", demo_root, tmp_path / "m.h5", fs=50, workers=1)
     assert prepare_data.Cohort(out).synthetic  # even so
-    rows = read_csv(demo_root / "records_w_diag_icd10.csv")
-    assert " ".join(rows[0]) == (
-        "file_name study_id subject_id ecg_time ed_stay_id ed_hadm_id hosp_hadm_id ed_diag_ed "
-        "ed_diag_hosp hosp_diag_hosp all_diag_hosp all_diag_all gender age anchor_year anchor_age "
-        "dod ecg_no_within_stay ecg_taken_in_ed ecg_taken_in_hosp ecg_taken_in_ed_or_hosp fold "
-        "strat_fold")
     listed = read_csv(demo_root / "record_list.csv")
-    assert " ".join(listed[0]) == PREPARE_LIST
     states = read_csv(demo_root / "demo_state.csv")
     for row, truth in zip(listed, states, strict=True):
         record = wfdb.rdrecord(str(demo_root / row["path"]), physical=False)
@@ -1661,17 +1609,6 @@ def test_a_demo_is_written_neither_over_another_one_nor_among_other_files(
     assert demo_tree(tmp_path) == before
 
 
-def test_older_folds_are_told_from_new_ones(demo_root, demo_cohort):
-    assert prepare_data.notes(demo_cohort) == []
-    older = {name: value for name, value in demo_cohort.arguments.items() if name != "folds"}
-    with h5py.File(demo_cohort.path, "r+") as file:
-        file.attrs["arguments"] = json.dumps(older)
-    changed, = prepare_data.notes(prepare_data.Cohort(demo_cohort.path))
-    assert "attributes changed since it was built" in changed
-    with pytest.raises(InputError, match="differs in folds"):
-        prepare_data.build("demo", demo_root, demo_cohort.path, patients=6)
-
-
 def test_the_action_of_a_pair_is_the_coded_the_true_or_no_change(demo_cohort):
     pairs = np.flatnonzero(demo_cohort.action.any(axis=1))
     for which, of in (("coded", demo_cohort.label), ("state", demo_cohort.state),
@@ -1687,16 +1624,6 @@ def test_the_action_of_a_pair_is_the_coded_the_true_or_no_change(demo_cohort):
     demo_cohort.state = None
     with pytest.raises(InputError, match="true states"):
         demo_cohort.action_of(pairs, "state")
-
-
-def test_planted_defects_come_at_mimics_rates():
-    kinds = np.zeros(3)
-    for seed in range(4000):
-        x = prepare_data._defect(np.full((12, 5000), 100, np.int16),
-                                 prepare_data._stream("defect", 1, seed))
-        kinds += [(x == -32768).any(), (x == 0).all(axis=1).any(), (np.abs(x // 8) == 300).any()]
-    for rate, wanted in zip(kinds / 4000, (0.0132, 0.0024, 0.0012)):
-        assert abs(rate - wanted) < 4 * np.sqrt(wanted / 4000), (rate, wanted)  # 4 std errors
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1720,39 +1647,29 @@ def labels_and_scores(n=120, classes=6, seed=0, levels=9):
     return y, ((rng.integers(0, levels, (n, classes)) + higher) / levels).astype(np.float32)
 
 
-def test_auroc_has_its_known_values():
+def test_auroc_has_its_known_values_and_equals_the_pair_count_with_ties():
     assert evaluate.auroc([0, 0, 1, 1], [0.1, 0.5, 0.5, 0.9]).tolist() == [0.875]
     assert evaluate.auroc([0, 1, 1, 0, 1], np.full(5, 0.3)).tolist() == [0.5]
     assert evaluate.auroc([0, 1, 1], [-np.inf, 0.0, np.inf]).tolist() == [1.0]
-    assert evaluate.auroc([1, 0, 0], [0.1, 0.2, 0.3]).tolist() == [0.0]
-    both = evaluate.auroc(np.array([[0, 1], [1, 1]]), np.array([[0.2, 0.5], [0.4, 0.1]]))
-    assert both[0] == 1 and np.isnan(both[1]) and both.dtype == np.float64
     assert np.isnan(evaluate.macro_auroc(np.zeros((3, 2)), np.ones((3, 2))))
-
-
-@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.float32])
-def test_auroc_equals_the_pair_count_with_ties_whatever_the_label_dtype(dtype):
     y, s = labels_and_scores(seed=1)
-    got = evaluate.auroc(y.astype(dtype), s)
-    expected = [pair_count(y[:, k], s[:, k]) for k in range(5)]
-    np.testing.assert_allclose(got[:5], expected, rtol=0, atol=1e-12)
-    assert np.isnan(got[5])
-    assert evaluate.macro_auroc(y.astype(dtype), s) == pytest.approx(np.mean(expected), abs=1e-12)
+    expected = [pair_count(y[:, k], s[:, k]) for k in range(5)] + [np.nan]
+    for dtype in (bool, np.uint8, np.int8, np.float32):
+        got = evaluate.auroc(y.astype(dtype), s)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+    assert got.dtype == np.float64
+    assert evaluate.macro_auroc(y, s) == pytest.approx(np.mean(expected[:5]), abs=1e-12)
 
 
-@pytest.mark.parametrize("y, s", [
-    ([0, 1], [0.1, np.nan]), ([0, 1], [0.1, 0.2, 0.3]), ([0, 2], [0.1, 0.2]), ([], []),
-    ([0.0, np.nan], [0.1, 0.2]), ([0, 1], ["a", "b"]), (np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))])
-def test_auroc_refuses_what_has_no_rank(y, s):
-    for function in (evaluate.auroc, evaluate.bootstrap_auroc):
+@pytest.mark.parametrize("y, s, more", [
+    ([0, 1], [0.1, np.nan], {}), ([0, 1], [0.1, 0.2, 0.3], {}), ([0, 2], [0.1, 0.2], {}),
+    ([], [], {}), ([0.0, np.nan], [0.1, 0.2], {}), ([0, 1], ["a", "b"], {}),
+    (np.zeros((2, 2, 2)), np.zeros((2, 2, 2)), {}),
+    ([1, 0], [0.9, 0.4], {"unit": np.arange(3)}), ([1, 0], [0.9, 0.4], {"n_boot": 0})])
+def test_auroc_and_bootstrap_refuse_what_has_no_rank_or_no_draw(y, s, more):
+    for function in (evaluate.bootstrap_auroc, *[evaluate.auroc] * (not more)):
         with pytest.raises(ValueError):
-            function(y, s)
-
-
-@pytest.mark.parametrize("wrong", [dict(unit=np.arange(3)), dict(n_boot=0)])
-def test_bootstrap_refuses_units_of_other_records_and_no_draw(wrong):
-    with pytest.raises(ValueError):
-        evaluate.bootstrap_auroc(np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.3, 0.6]), **wrong)
+            function(y, s, **more)
 
 
 @pytest.mark.parametrize("by_patient", [False, True])
@@ -1862,23 +1779,20 @@ def test_load_checkpoint_returns_what_was_saved_and_names_what_it_found(tmp_path
         return file.getvalue()
 
     path, weight = tmp_path / "last.pt", torch.arange(3.0)
-    whole, npz, archive = saved(checkpoint_of()), io.BytesIO(), io.BytesIO()
+    whole, npz = saved(checkpoint_of()), io.BytesIO()
     path.write_bytes(whole)
     got = evaluate.load_checkpoint(path)
     assert got["class_name"] == ["I10"] and torch.equal(got["model"]["w"], weight)
     np.savez(npz, x=1)
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a.txt", "x")
     flipped = bytearray(whole)
     flipped[whole.index(weight.numpy().tobytes()) + 5] ^= 1
     short = {key: value for key, value in checkpoint_of().items() if key != "leads"}
     for content, words in (
-            (b"\x89HDF\r\n\x1a\n", "HDF5"), (npz.getvalue(), "npz"), (b"\xc3\xa9", "text file"),
-            (bytes(range(256)), "binary"), (b"", "empty"), (archive.getvalue(), "zip"),
-            (saved(checkpoint_of(format="cardiowm-9")), "cardiowm-9"),
+            (b"\x89HDF\r\n\x1a\n", "HDF5"), (npz.getvalue(), "no whole checkpoint"),
+            (b"abc", "begins with b'abc'"), (saved(checkpoint_of(format="cardiowm-9")), "wm-9"),
             (saved({"w": weight}), "another project"),
             (saved(checkpoint_of(path=Path("x"))), "tensors and plain values"),
-            (saved(short), "without leads"), (whole[:len(whole) // 2], "truncated"),
+            (saved(short), "without leads"), (whole[:len(whole) // 2], "no whole checkpoint"),
             (flipped, "checksum or kind of .*data/0"), (None, "folder"), (None, "no such file")):
         if content is not None:
             path.write_bytes(content)
@@ -1910,8 +1824,9 @@ def write_run(root, name, seed=0, cohort="toy", n=80, gain=0.2, method=None,
     init = None
     if not args["init"].startswith(("scratch", "random")) and args["mode"] != "pretrain":
         start = {"mode": "pretrain", "frac": 1.0} | (source or {})
+        other = start.pop("cohort", {})
         init = {"run": args["init"], "sha256": "0", "seconds": 60.0, "args": start,
-                "cohort": described | start.pop("cohort", {})}
+                "cohort": described | other, "transfer": bool(other)}
     (folder / "config.json").write_text(json.dumps(
         {"args": args, "init": init, "cohort": described} | ({"method": method} if method else {})))
     (folder / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\n{"step": 9, "run_seconds": 30}\n')
@@ -1944,37 +1859,37 @@ def test_score_equals_the_direct_computation_task_by_task(runs_root, capsys, uni
     a = write_run(runs_root, "one", seed=1)
     b = write_run(runs_root, "two", seed=2, init="one", source={"objective": "invariance"})
     code, out, _ = run_evaluate(capsys, "--runs", "one", "runs/two", "--n-boot", 50, "--unit", unit)
-    assert code == 0 and "SYNTHETIC" in out and "fold 19" in out and "seed 1 2" in out
+    assert code == 0 and "SYNTHETIC" in out and "test split" in out and "seed 1 2" in out
     masks = {"triage": a["first_in_stay"], "monitoring": np.ones(80, bool),
              "pairs": a["pair_first"]}
-    rows = read_csv("runs/score/score.csv", table="all runs")
-    assert [(r["row"], r["column"]) for r in rows] == [(n, t) for n in ("one", "two")
-                                                       for t in masks]
+
+    def bootstrapped(run, mask):
+        subject = run["subject_id"][mask] if unit == "patient" else None
+        return evaluate.bootstrap_auroc(run["y_true"][mask], run["y_score"][mask], 50, 0, subject)
+
+    rows = read_csv("runs/score/score.csv", table="all methods")
+    assert [(row["row"], row["column"]) for row in rows] == [
+        (name, task) for name in ("supervised", "finetuned, invariance") for task in masks]
     for row, run in zip(rows, [a] * 3 + [b] * 3, strict=True):
-        m = masks[row["task"]]
-        subject = run["subject_id"][m]
-        want = evaluate.bootstrap_auroc(run["y_true"][m], run["y_score"][m], 50, 0,
-                                        subject if unit == "patient" else None)
-        np.testing.assert_allclose([float(row[k]) for k in ("value", "low", "high")],
-                                   [want[k] for k in ("point", "low", "high")], atol=1e-6)
-        assert int(row["records"]) == m.sum() and int(row["patients"]) == len(set(subject))
-        assert row["classes"] == "3" and evaluate.value_text(
-            want["point"], want["low"], want["high"]) in out
+        m = masks[row["column"]]
+        want = [bootstrapped(run, m)[key] for key in ("point", "low", "high")]
+        np.testing.assert_allclose([float(row[k]) for k in ("value", "low", "high")], want,
+                                   atol=1e-6)
+        assert (int(row["records"]), row["classes"]) == (m.sum(), "3")
+        assert int(row["patients"]) == len(set(run["subject_id"][m]))
+        assert evaluate.value_text(*want) in out
     assert "left out of the macro mean: I99" in out
-    classes = read_csv("runs/score/score.csv", table="classes, monitoring")
-    got = [float(r["value"]) for r in classes if r["column"] == "supervised" and r["value"]]
-    by_name = {r["row"]: int(r["positives"]) for r in classes}
-    assert list(by_name.values()) == sorted(by_name.values(), reverse=True)
-    np.testing.assert_allclose(sorted(got[:3]), sorted(evaluate.auroc(
-        a["y_true"], a["y_score"])[:3]), atol=1e-6)
+    assert (rows[0]["minutes"], rows[3]["minutes"]) == ("0.5", "1.5")  # of the pretraining too
+    classes = read_csv("runs/score/score.csv", table="classes, monitoring", column="supervised")
+    positives = [int(row["positives"]) for row in classes]
+    assert positives == sorted(positives, reverse=True)
+    np.testing.assert_allclose(sorted(float(row["value"]) for row in classes if row["value"]),
+                               sorted(evaluate.auroc(a["y_true"], a["y_score"])[:3]), atol=1e-6)
     assert Path("runs/score/score.md").read_text().strip() in out
     difference, = read_csv("runs/score/score.csv", table="differences", column="monitoring")
-    boots = [evaluate.bootstrap_auroc(r["y_true"], r["y_score"], 50, 0, None if unit == "record"
-                                      else r["subject_id"]) for r in (b, a)]
-    np.testing.assert_allclose(
-        [float(difference["low"]), float(difference["high"])], evaluate.interval(
-            boots[0]["replicates"] - boots[1]["replicates"]), atol=1e-6)
-    assert (rows[0]["steps"], rows[0]["minutes"], rows[3]["minutes"]) == ("9", "0.5", "1.5")
+    of = [bootstrapped(run, masks["monitoring"])["replicates"] for run in (b, a)]
+    np.testing.assert_allclose([float(difference["low"]), float(difference["high"])],
+                               evaluate.interval(of[0] - of[1]), atol=1e-6)
 
 
 def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root, capsys):
@@ -1984,31 +1899,28 @@ def test_the_macro_mean_takes_classes_of_two_patients_with_and_without(runs_root
         a["y_true"][:, k] = np.isin(of, carriers)  # I21 and I99 have two with and two without
     np.savez(runs_root / "one" / "predictions_test.npz", **a)
     assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
-    row, rare = read_csv("runs/score/score.csv", table="all runs")
+    row, rare = read_csv("runs/score/score.csv", table="all methods")
     auc = evaluate.auroc(a["y_true"], a["y_score"])
     assert row["classes"] == "2" and float(row["value"]) == pytest.approx(auc[[1, 3]].mean())
     assert float(row["all_class_value"]) == pytest.approx(auc.mean())
     # the rare ones have a mean of their own where not all are rare
     assert rare["column"] == "monitoring, classes below 5%"
     assert rare["classes"] == "1" and float(rare["value"]) == pytest.approx(auc[1])
-    a["y_true"][:, 3] = 0  # now all are
-    np.savez(runs_root / "one" / "predictions_test.npz", **a)
-    assert run_evaluate(capsys, "--runs", "one", "--n-boot", 5, "--task", "monitoring")[0] == 0
-    assert len(read_csv("runs/score/score.csv", table="all runs")) == 1
 
 
-def test_score_says_not_defined_and_keeps_test_sets_apart(runs_root, capsys):
+def test_score_says_not_defined_and_refuses_other_test_sets(runs_root, capsys):
     a = write_run(runs_root, "one")
-    for name, cohort, n in (("b1", "bb", 80), ("a2", "toy", 80), ("a3", "toy", 60)):
-        write_run(runs_root, name, cohort=cohort, n=n, seed=1)
+    write_run(runs_root, "other", cohort="bb", seed=1)
+    write_run(runs_root, "fewer", n=60, seed=1)
     a["first_in_stay"][:] = False
     np.savez(runs_root / "one" / "predictions_test.npz", **a)
-    code, out, _ = run_evaluate(capsys, "--runs", "one", "b1", "a2", "a3", "--n-boot", 5)
-    assert code == 0 and "triage: not defined, the cohort has no stays" in out
-    assert out.count("\n## ") + out.startswith("## ") == 4  # four test sets, four tables
+    for wrong in ("other", "fewer"):
+        code, _, said = run_evaluate(capsys, "--runs", "one", wrong, "--n-boot", 5)
+        assert code == 2 and f"runs/{wrong} " in said and "not judged on the same records" in said
     code, out, _ = run_evaluate(capsys, "--runs", "one", "--labelled-only", "--n-boot", 5)
-    row, = read_csv("runs/score/score.csv", table="all runs", column="monitoring")
-    assert code == 0 and int(row["records"]) == a["has_label"].sum() and "| 80 " in out
+    row, = read_csv("runs/score/score.csv", table="all methods", column="monitoring")
+    assert code == 0 and "triage: not defined, the cohort has no stays" in out
+    assert int(row["records"]) == a["has_label"].sum() and "| 80 " in out
 
 
 FINE, PROBE = {"init": "x"}, {"mode": "probe", "init": "x", "head": "linear", "features": "h"}
@@ -2016,75 +1928,60 @@ MLP_ON_Z = PROBE | {"head": "mlp", "features": "z", "augment": "dynamics", "clas
 PAPERS, BETTER = evaluate.SWITCHES["papers"], evaluate.SWITCHES["recommended"]
 
 
-@pytest.mark.parametrize("args, source, words, printed", [
-    ({}, {}, "supervised", "0.735 [0.727..0.751]"),
-    ({"frac": 0.01}, {}, "supervised", "0.515"),
-    ({"compute_of": "x"}, {}, "supervised, equal compute", None),
-    ({"crop": 0.8, "noise": 0.0}, {}, "supervised, --crop 0.8", None),
-    ({"method": "mine"}, {}, "mine", None),
-    (PROBE, {}, "linear probe, dynamics", "0.744 [0.734..0.755]"),
-    (PROBE | {"init": "random:2"}, {}, "linear probe, untrained encoder", None),
-    (MLP_ON_Z, {}, "mlp probe on z + dynamics augmentation, dynamics", "0.743"),
+@pytest.mark.parametrize("args, source, words", [
+    ({}, {}, "supervised"), ({"compute_of": "x"}, {}, "supervised, equal compute"),
+    ({"crop": 0.8, "noise": 0.0}, {}, "supervised, --crop 0.8"), ({"method": "mine"}, {}, "mine"),
+    (PROBE, {}, "linear probe, dynamics"),
+    (PROBE | {"init": "random:2"}, {}, "linear probe, untrained encoder"),
     (MLP_ON_Z | {"augment_action": "zero"}, {},
-     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero", None),
-    (FINE, {"reg": "vicreg"}, "finetuned, dynamics, vicreg", "0.770"),
-    (FINE, {"lam": 0.02}, "finetuned, dynamics, --lam 0.02", None),
-    (FINE, {"objective": "invariance", "residual": True}, "finetuned, invariance, --residual",
-     None),
-    # of runs from before the switches, and what departs from the papers
-    (FINE, dict.fromkeys(PAPERS), "finetuned, dynamics", "0.742"),
-    (FINE, PAPERS | {"lam": 0.1}, "finetuned, dynamics", "0.742"),
-    (FINE, BETTER | {"lam": 0.009}, "finetuned, dynamics, recommended", None),
+     "mlp probe on z + dynamics augmentation, dynamics, --augment-action zero"),
+    (FINE, {"reg": "vicreg"}, "finetuned, dynamics, vicreg"),
+    (FINE, {"lam": 0.02}, "finetuned, dynamics, --lam 0.02"),
+    (FINE, {"objective": "invariance", "residual": True}, "finetuned, invariance, --residual"),
+    (FINE, dict.fromkeys(PAPERS), "finetuned, dynamics"), (FINE, PAPERS, "finetuned, dynamics"),
+    (FINE, BETTER | {"lam": 0.009}, "finetuned, dynamics, recommended"),
     (FINE, BETTER | {"objective": "invariance", "action": "coded"},
-     "finetuned, invariance, recommended", None),
+     "finetuned, invariance, recommended"),
     (FINE, BETTER | {"self_pairs": True}, "finetuned, dynamics, sets, ratio 5, crop 0.8, "
-     "noise 0.05, supervise 0.3, self-pairs", None),
-    (FINE, {"action": "state", "decoys": 0.1},  # a switch of before
-     "finetuned, dynamics, --action state, decoys 0.1", None),
-    (FINE | {"frac": 0.01}, {}, "finetuned, dynamics, pretrained on 100%", None),
-    (FINE | {"frac": 0.01}, {"frac": 0.01}, "finetuned, dynamics", "0.510"),
-    (FINE, {"labelled_only": True}, "finetuned, dynamics, pretrained on labelled records", None),
+     "noise 0.05, supervise 0.3, self-pairs"),
+    (FINE, {"action": "state"}, "finetuned, dynamics, --action state"),
+    (FINE | {"frac": 0.01}, {}, "finetuned, dynamics, pretrained on 100%"),
+    (FINE | {"frac": 0.01}, {"frac": 0.01}, "finetuned, dynamics"),
+    (FINE, {"labelled_only": True}, "finetuned, dynamics, pretrained on labelled records"),
     (FINE, {"cohort": {"name": "there", "sha256": "1"}},
-     "finetuned, dynamics, pretrained on cohort there", None)])
-def test_a_run_is_named_by_its_method_and_stands_beside_its_own_printed_numbers(
-        runs_root, capsys, args, source, words, printed):
-    write_run(runs_root, "one", source=source, **args)
-    assert evaluate.load_run(runs_root / "one")["method"] == words
-    code, out, _ = run_evaluate(capsys, "--runs", "one", "--n-boot", 2)
-    assert code == 0 and (printed is None or printed in out)
-    assert printed is not None or "### Paper" not in out
+     "finetuned, dynamics, pretrained on cohort there")])
+def test_a_run_is_named_by_its_method_and_what_departs_from_the_papers(
+        tmp_path, args, source, words):
+    write_run(tmp_path, "one", source=source, **args)
+    assert evaluate.load_run(tmp_path / "one")["method"] == words
 
 
-def test_seeds_become_one_row_of_their_mean(runs_root, capsys):
+def test_seeds_become_one_row_of_their_mean_beside_the_papers_number(runs_root, capsys):
     runs = [write_run(runs_root, f"s{seed}", seed=seed, epochs=seed + 8) for seed in range(2)]
     code, out, _ = run_evaluate(capsys, "--runs", "s0", "s1", "--n-boot", 20)
     boots = [evaluate.bootstrap_auroc(r["y_true"], r["y_score"], 20, 0, r["subject_id"])
              for r in runs]
     low, high = evaluate.interval(np.mean([b["replicates"] for b in boots], axis=0))
-    want = evaluate.value_text(np.mean([b["point"] for b in boots]), low, high)
-    assert code == 0 and want in out.split("### Paper A, Table 1")[1].split("###")[0]
+    table = out.split("### Paper A, Table 1")[1].split("###")[0]
+    assert code == 0 and "0.735 [0.727..0.751]" in table
+    assert evaluate.value_text(np.mean([b["point"] for b in boots]), low, high) in table
 
 
 PRETRAIN = {"mode": "pretrain"}
-NEWER = PAPERS | {"augment_action": "true", "recipe": "papers"}  # unknown to older runs
 
 
 @pytest.mark.parametrize("one, other, rows", [
     ({"epochs": 8}, {"epochs": 9}, 1),  # of the preset
-    ({"epochs": 8}, {"epochs": 9, "given": {"epochs": 9}}, 2),
-    ({"epochs": 8}, {"epochs": 9, "given": None}, 2),  # an older run
-    ({}, {"preset": "quick"}, 2),
+    ({"epochs": 8}, {"epochs": 9, "given": {"epochs": 9}}, 2), ({}, {"preset": "quick"}, 2),
     (PROBE | {"init": "random:0"}, PROBE | {"init": "random:1", "seed": 0}, 1),  # draws
-    (PRETRAIN | BETTER | {"lam": 0.07}, PRETRAIN | BETTER | {"lam": 0.08}, 1),  # from the ratio
-    (PRETRAIN | {"lam": 0.1}, PRETRAIN | NEWER, 1),
-    (PROBE | {"head": "mlp", "lam": 0.1}, PROBE | {"head": "mlp"} | NEWER, 1)])
+    (PRETRAIN | BETTER | {"lam": 0.07}, PRETRAIN | BETTER | {"lam": 0.08}, 1)])  # from the ratio
 def test_seeds_of_one_method_are_one_row_and_two_versions_of_it_none(
         runs_root, capsys, one, other, rows):
     write_run(runs_root, "a", **one)
     write_run(runs_root, "b", **{"seed": 1} | other)
     for order in ("ab", "ba"):
         code, out, _ = run_evaluate(capsys, "--runs", *order, "--n-boot", 2)
-        assert code == 0 and (" (a)" in out) == (" (b)" in out) == (rows == 2)
+        assert code == 0 and ("(runs/a)" in out) == ("(runs/b)" in out) == (rows == 2)
         assert rows == 1 or "### Paper" not in out
 
 
@@ -2111,73 +2008,68 @@ def test_a_study_stands_for_its_runs_and_says_what_it_could_not_run(runs_root, c
 # Verdicts, the share of the gap, controls, sub-groups
 
 
-CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient",
-          "why": ""}
+CHOSEN = {"eligible": np.ones(1, bool), "patients": 90, "scored": 500, "unit": "patient"}
 
 
 def claim_of(rows, reasons=None, row="finetuned > supervised (A, Table 1)", **chosen):
     entries = evaluate.claim_entries(rows, {"triage": CHOSEN | chosen}, reasons or {})
-    return next(e for e in evaluate.decide(entries) if row in e["row"])
+    return next(e for e in entries if row in e["row"])
 
 
-def rows_of(spread=0.005, **values):
+def rows_of(**values):
     """Rows as by_method makes them: each seed of a method so far above 0.7, in all replicates."""
-    noise = np.concatenate([[0], spread * np.random.default_rng(0).standard_normal(400)])
+    noise = np.concatenate([[0], 0.005 * np.random.default_rng(0).standard_normal(400)])
     rows = {}
     for name, shifts in values.items():
         name = name.replace("FD", "finetuned, dynamics")
         at = noise if name.startswith("fine") else 0 * noise
         rows[name, 1.0] = {"method": name, "frac": 1.0, "seeds": {
-            seed: [{"classes": {"triage": (0.7 + shift + at)[:, None]}}]
+            seed: [{"classes": {"triage": (0.7 + shift + at)[:, None]}, "init": {"sha256": seed}}]
             for seed, shift in enumerate(shifts)}}
     return rows
 
 
-@pytest.mark.parametrize("better, worse, verdict", [
-    ([0.05, 0.06, 0.055], [0, 0, 0], "holds"), ([-0.05, -0.06, -0.055], [0, 0, 0], "does not hold"),
-    ([0.05, -0.02, 0.06], [0, 0, 0], "undecided"), ([0.004, 0.005, 0.006], [0, 0, 0], "undecided"),
-    ([0.05, 0.06], [0, 0], "undecided: 2 seeds, at least 3 are wanted"),
-    ([0.05], [0, 0, 0], "undecided: 1 seed, at least 3 are wanted"),
-    ([0.05, 0.06, 0.055], [], "not run: supervised")])
+BETTER_BY = [0.05, 0.06, 0.055]
+
+
+@pytest.mark.parametrize("better, worse, more, verdict", [
+    (BETTER_BY, [0, 0, 0], {}, "holds"), ([-0.05, -0.06, -0.055], [0, 0, 0], {}, "does not hold"),
+    ([0.05, -0.02, 0.06], [0, 0, 0], {}, "undecided"),
+    ([0.004, 0.005, 0.006], [0, 0, 0], {}, "undecided"),
+    ([0.05, 0.06], [0, 0], {}, "undecided: 2 seeds, at least 3 are wanted"),
+    ([0.05], [0, 0, 0], {}, "undecided: 1 seed, at least 3 are wanted"),
+    (BETTER_BY, [], {}, "not run: supervised"),
+    (BETTER_BY, [0, 0, 0], {"unit": "record"},
+     "undecided: asked of patients alone, --unit patient"),
+    (BETTER_BY, [0, 0, 0], {"one start": True},
+     "undecided: seeds of one pretraining, each wants its own")])
 def test_a_verdict_needs_three_seeds_and_a_difference_beyond_patients_and_seeds(
-        better, worse, verdict):
-    rows = rows_of(FD=better, **{"supervised": worse} if worse else {})
-    found = claim_of(rows, {} if worse else {("supervised", 1.0): "12 pairs"})
+        better, worse, more, verdict):
+    rows, more = rows_of(FD=better, **{"supervised": worse} if worse else {}), dict(more)
+    if more.pop("one start", False):
+        for (run,) in rows["finetuned, dynamics", 1.0]["seeds"].values():
+            run["init"] = {"sha256": "x"}
+    found = claim_of(rows, {} if worse else {("supervised", 1.0): "12 pairs"}, **more)
     assert found["verdict"] == verdict and np.isnan(found["p"]) == (":" in verdict)
 
 
-def test_a_claim_is_asked_of_patients_and_one_of_non_inferiority_has_its_margin():
-    records = claim_of(rows_of(FD=[0.05, 0.06, 0.055], supervised=[0, 0, 0]), unit="record")
-    assert records["verdict"] == "undecided: asked of patients alone, --unit patient"
-    rows = rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
-                      "linear probe, invariance": [0.0, 0.0, 0.0]})
-    claim = claim_of(rows, row="naive")
+def test_seeds_are_paired_and_a_claim_of_non_inferiority_has_its_margin():
+    a, b = rows_of(FD=[0.05], supervised=[0.02, 0, 0]).values()
+    assert evaluate.paired(a, b, "triage", CHOSEN)[0] == pytest.approx(0.03)  # of seed 0 alone
+    claim = claim_of(rows_of(**{"linear probe, dynamics": [0.0, 0.001, -0.001],
+                                "linear probe, invariance": [0.0, 0.0, 0.0]}), row="naive")
     assert claim["margin"] == 0.01 and claim["verdict"] == "holds"  # 0 is above -0.01
-    two = evaluate.decide([dict(claim, verdict="") for _ in range(2)])  # of two cohorts, one call
-    assert [e["p_holm"] for e in two] == [min(1, 2 * claim["p"])] * 2
-
-
-def test_seeds_are_paired_and_those_of_one_pretraining_are_no_seeds():
-    rows = rows_of(FD=[0.05, 0.06, 0.055], supervised=[0.02, 0, 0])
-    (a, b), chosen = rows.values(), {"eligible": np.ones(1, bool)}
-    del a["seeds"][1], a["seeds"][2]
-    assert evaluate.paired(a, b, "triage", chosen)[0] == pytest.approx(0.03)  # of seed 0 alone
-    rows = rows_of(FD=[0.05, 0.06, 0.055], supervised=[0, 0, 0])
-    for same, verdict in ((False, "holds"), (True, "undecided: seeds of one pretraining, each "
-                                                   "wants its own")):
-        for seed, (run,) in rows["finetuned, dynamics", 1.0]["seeds"].items():
-            run["init"] = {"sha256": "x" if same else str(seed)}
-        assert claim_of(rows)["verdict"] == verdict
+    assert claim["p_holm"] == claim["p"]  # the one claim that is tested
 
 
 def test_share_of_the_gap_is_that_of_paper_b_and_needs_a_gap():
     def shares(probe, finetuned, augmented):
         rows = {(name, 1.0): {
-            "method": name, "frac": 1.0, "runs": [{"minutes": "", "steps": 1}],
+            "method": name, "frac": 1.0, "runs": [{"minutes": ""}],
             "seeds": {0: [{"classes": {"monitoring": np.full((9, 1), value)}}]}}
             for name, value in ((evaluate.MLP, probe), (evaluate.FINETUNED, finetuned),
                                 ("mlp probe on z + x", augmented))}
-        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3, "why": ""}
+        chosen = {"eligible": np.ones(1, bool), "scored": 9, "patients": 3}
         return evaluate.gap_shares("t", rows, list(rows), chosen)
     (entry,) = shares(0.687, 0.789, 0.743)
     assert entry["value"] == pytest.approx(0.056 / 0.102)
@@ -2212,10 +2104,11 @@ def test_controls_follow_study_id_and_refuse_other_labels():
             evaluate.controls(run | change, cohort)
     groups = evaluate.subgroups(cohort, np.array([0, 1, 2, 3, 4]))
     got = {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()}
-    assert got["female"] == [0, 1, 2] and got["age 65-79"] == [3, 4] and got["age unknown"] == [2]
-    assert got["unlabelled"] == [4] and got["first record of the patient"] == [0, 3]
-    assert (got["after a record of the same stay"], got["after a record of another stay"],
-            got["pair touches unlabelled"]) == ([1], [2], [4])
+    assert got["female"] == [0, 1, 2] and got["age 65-79"] == [3, 4]
+    assert got["labelled"] == [0, 1, 2, 3] and got["first record of the patient"] == [0, 3]
+    assert [got[name] for name in (
+        "after a record of the same stay", "after a labelled record of another or no stay",
+        "pair touches unlabelled")] == [[1], [2], [4]]
 
 
 def test_age_and_sex_recovers_the_probabilities_it_was_made_from():
@@ -2262,15 +2155,14 @@ def test_ranks_among_neighbours_equal_a_loop_over_sorted_distances_with_ties():
     own[np.arange(25), rng.integers(0, 40, 25)] = True
     rival &= ~own
     pick = [torch.from_numpy(mask) for mask in (own, rival)]
-    rank, size, near = evaluate.distance_ranks(
+    rank, size = evaluate.distance_ranks(
         torch.from_numpy(query), torch.from_numpy(keys), lambda r: pick[0][r],
-        lambda r: pick[1][r], k=3, block=7)
+        lambda r: pick[1][r], block=7)
     for i in range(25):
         d = ((query[i] - keys)**2).sum(axis=1)
         mine, others = d[own[i]].min(), np.sort(d[rival[i]])
         places = np.flatnonzero(np.sort(np.append(others, mine)) == mine) + 1
         assert rank[i] == places.mean() and size[i] == own[i].sum() + rival[i].sum()
-        np.testing.assert_allclose(np.sort(d[near[i].numpy()]), others[:3])
 
 
 # AG
@@ -2300,12 +2192,9 @@ def constructed(share, seed, patients=900, d=12, k=5):
 
 
 def test_ag_is_the_share_that_an_action_explains_by_two_ridges():
-    for share, tolerance in ((0.25, 0.03), (0.0, 0.01)):
-        with_a, without, null = evaluate.action_gain(*constructed(share, 1), permutations=19)
-        assert 1 - with_a.sum() / without.sum() == pytest.approx(share, abs=tolerance)
-        assert (null >= 0.1).sum() == 0  # permuted actions explain nothing
     train, test = constructed(0.1, 3, patients=60)
-    with_a, without, _ = evaluate.action_gain(train, test, permutations=0)
+    with_a, without, null = evaluate.action_gain(train, test, permutations=9)
+    assert null.max() < 1 - with_a.sum() / without.sum()
     u, u_test = (np.column_stack([part["z"], part["known"]]) for part in (train, test))
     fits = [evaluate.ridge(u, train["z_next"] - train["z"], train["patient"]),
             evaluate.ridge(u, train["a"], train["patient"])]  # the one on residuals of the other
@@ -2360,15 +2249,10 @@ def test_shuffled_actions_are_those_of_other_pairs_that_the_source_allows():
     changed = a.any(axis=1)
     dealt = evaluate.shuffled_actions(a, y, 3)
     assert dealt.shape == (3, 80, 5) and not dealt[:, ~changed].any()
-    assert (dealt[0] != dealt[1]).any()
-    for shuffled in dealt:
-        found = shuffled.any(axis=1)
-        assert found.sum() > 0.9 * changed.sum()  # most find one
-        assert np.isin(y + shuffled, (0, 1)).all()
-        assert (shuffled[found] != a[found]).any(axis=1).all()
-        assert {bytes(row) for row in shuffled[found]} <= {bytes(row) for row in a[changed]}
-    alone = np.array([[1, 0], [0, -1]], np.int8)  # the one needs a code that the other lacks
-    assert not evaluate.shuffled_actions(alone, np.array([[0, 0], [1, 1]], np.uint8)).any()
+    assert (dealt[0] != dealt[1]).any() and np.isin(y + dealt, (0, 1)).all()
+    found = dealt.any(axis=2)
+    assert found.sum() > 0.9 * 3 * changed.sum() and (dealt != a).any(axis=2)[found].all()
+    assert {bytes(row) for row in dealt[found]} <= {bytes(row) for row in a[changed]}
 
 
 def test_pair_groups_are_by_label_state_stay_and_gap():
@@ -2385,11 +2269,8 @@ def test_pair_groups_are_by_label_state_stay_and_gap():
         "touches unlabelled": [2], "all": [0, 1, 2, 3, 4], "gap < 1 day": [0],
         "gap 1-30 days": [1], "gap 30-365 days": [2], "gap > 1 year": [3]}
     known = evaluate.known_without_action(cohort, np.arange(5))
-    np.testing.assert_allclose(known[:, 0], [0, 1, 1, 0, 0])
-    np.testing.assert_allclose(known[:, -1], np.log1p([0.5, 1, 30, 365, 0]))
-    cohort.source, cohort.stay, cohort.state = "ptbxl", np.full(6, -1), None
-    assert set(evaluate.pair_groups(cohort, np.arange(5))) == {
-        "changed, labelled", "unchanged, labelled", "all, labelled", "touches unlabelled", "all"}
+    np.testing.assert_allclose(known[:, [0, -1]].T, [
+        [0, 1, 1, 0, 0], np.log1p([0.5, 1, 30, 365, 0])])
 
 
 def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
@@ -2401,7 +2282,8 @@ def test_latent_state_of_standard_normal_rows_and_whose_record_is_nearest():
     values = {key[1]: np.ravel(value)[0] for key, value in got.items()}
     assert values["effective rank of z"] == pytest.approx(16, rel=0.01)
     assert values["std of z, median"] == pytest.approx(1, abs=0.03)
-    assert values["SIGReg of z"] == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
+    sigreg = values["SIGReg of z, 1.052 under N(0, I)"]
+    assert sigreg == pytest.approx(1.052, abs=0.15)  # 256 directions, 16 dimensions
     assert values["same patient nearest in h (cosine)"] == pytest.approx(0.5, abs=0.02)
     assert values["chance of that"] == pytest.approx(1 / 1999)
 
@@ -2410,7 +2292,7 @@ def test_methods_are_means_of_seeds_compared_by_those_that_they_share():
     rng, key = np.random.default_rng(0), (evaluate.MATTER, "AG", evaluate.HEADLINE)
     values = {"papers": {s: {key: rng.normal(0, 1, 50)} for s in (0, 1, 2)},
               "other": {s: {key: rng.normal(3, 1, 50)} for s in (1, 2, 3)}}
-    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: ("pairs", 90, 40)})
+    entries = evaluate.scorecard_entries(values, {evaluate.HEADLINE: (90, 40)})
     papers, _ = (e for e in entries if e["table"] == evaluate.MATTER)
     assert papers["value"] == np.mean([of[key][0] for of in values["papers"].values()])
     assert papers["n"] == 90
@@ -2478,7 +2360,7 @@ def card(request, pretrained, told_sets):
     (source, target), known = cohort.pair[pairs].T, cohort.has_label
     y, y_next = cohort.label[source], cohort.label[target]
     found = {(row["quantity"], row["group"]): row for row in read_csv(
-        f"card-{form}/worldmodel.csv", run="dynamics, sets, ratio 5" if form == "sets" else
+        f"card-{form}/worldmodel.csv", column="dynamics, sets, ratio 5" if form == "sets" else
         "dynamics") if "by seed" not in row["table"] and row["table"] != evaluate.DIFFERENCE}
 
     def agree(quantity, group, wanted):
@@ -2501,13 +2383,13 @@ def card(request, pretrained, told_sets):
 
 def test_scorecard_is_of_the_fold_asked_for_and_asks_no_model_about_what_it_was_not_told(card):
     out, folder = card.out.getvalue(), Path(f"card-{card.form}")
-    assert {"sets": "validation fold 18", "difference": "test fold 19"}[card.form] + ": " in out
+    assert {"sets": "val split", "difference": "test split"}[card.form] + ": " in out
     assert "untrained encoder, 3 draws" in out
     written = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert {"worldmodel.md", "worldmodel.png"} <= written.keys() and min(written.values()) > 1000
     rows = read_csv(folder / "worldmodel.csv")
     assert all(row["value"] or row["why"] for row in rows)
-    defined = {(row["run"], row["quantity"]) for row in rows if row["value"]}
+    defined = {(row["column"], row["quantity"]) for row in rows if row["value"]}
     for run in ("invariance", "dynamics, --action none"):
         assert (run, "persistence") in defined and (run, "zero action") not in defined
 
@@ -2557,9 +2439,8 @@ def test_ag_retrieval_and_reversal_of_the_scorecard_equal_a_direct_computation(c
             ranks[among] += [1 / (1 + np.array(nearer))] if len(rivals) else []
     for among, places in ranks.items():
         own, still = np.mean(places, axis=0)
-        name = f"reciprocal rank, {{}}, among {among}".format
-        card.agree(name("model"), evaluate.HEADLINE, own)
-        card.agree(name("model - zero action"), evaluate.HEADLINE, own - still)
+        card.agree(f"reciprocal rank, model - zero action, among {among}", evaluate.HEADLINE,
+                   own - still)
     fixed = cohort.class_name.index("I21")
     use = headline & (card.y == card.y_next)[:, fixed]
     back, stay = (card.errors(card.predict(card.target, card.y_next, end, *card.known[::-1]),
@@ -2580,7 +2461,7 @@ def test_read_outs_and_onsets_of_the_scorecard_equal_a_direct_computation(card):
         card.agree(name + "codes", "test records", evaluate.macro_auroc(
             label[:, classes], scores.numpy()))
         assert int(card.found[name + "codes", "test records"]["n"]) == len(rows)
-        shown = ~np.isin(classes, [cohort.class_name.index(name) for name in DEMO_SILENT])
+        shown = ~np.isin(classes, [cohort.class_name.index(name) for name in prepare_data.SILENT])
         card.agree(name + "true state, codes with signature", "test records", evaluate.macro_auroc(
             cohort.state[rows][:, classes[shown]], scores[:, shown].numpy()))
     zero, means = card.predict(rows, label, label, known, 1), card.z[fit].numpy()
@@ -2617,8 +2498,7 @@ def toy_transitions():
         name="toy", source="demo", synthetic=True, class_name=["A", "B", "C"], label=label,
         pair=pair, action=label[pair[:, 1]].astype(np.int8) - label[pair[:, 0]], quality=quality,
         has_label=has_label, gap_days=np.array([1, 1, 1, 5, np.nan, 2, 2], np.float32),
-        study_id=np.arange(14) + 100, subject_id=np.repeat(np.arange(7), 2), fs=100,
-        leads=list(prepare_data.LEADS))
+        fs=100, leads=list(prepare_data.LEADS))
 
 
 @pytest.mark.parametrize("source, wanted", [
@@ -2626,28 +2506,20 @@ def toy_transitions():
 def test_find_transition_prefers_in_the_stated_order(source, wanted):
     cohort, found = toy_transitions(), []
     cohort.source = source
-    for _ in wanted:
-        found.append(evaluate.find_transition(cohort, onset=["A"])[0])
-        cohort.action[found[-1]] = 0  # no onset any more
+    for left in range(7, 0, -1):
+        index, meeting, gap = evaluate.find_transition(cohort, onset=["A"])
+        assert meeting == left
+        np.testing.assert_equal(gap, cohort.gap_days[index] if source == "demo" else np.nan)
+        found.append(index)
+        cohort.action[index] = 0  # no onset any more
     assert found == wanted
 
 
-def test_find_transition_meets_every_condition_and_counts_each_when_none_does():
+def test_find_transition_meets_every_condition():
     cohort = toy_transitions()
-    assert evaluate.find_transition(cohort, ["A", "B"])[0] == 2
-    assert evaluate.find_transition(cohort, stable=["C"], study_id=108)[0] == 4
-    index, meets = evaluate.find_transition(cohort, study_id=100)  # flagged, but the only one
-    assert index == 0 and meets.startswith("1 of 7 pairs")
+    assert evaluate.find_transition(cohort, ["A", "B"], stable=["C"])[0] == 2
     cohort.action[3], cohort.label[6], cohort.label[7] = [-1, 0, 0], [1, 0, 1], [0, 0, 1]
     assert evaluate.find_transition(cohort, resolve=["A"])[0] == 3
-    for asked, words in (
-            (dict(onset=["A"], resolve=["B"], study_id=101), (
-                "A begins: 6", "B ends: 0", "study_id 101 is the source: 0", "0 of 7 pairs")),
-            (dict(onset=["A"], stable=["X"]), ("--stable X", "classes are A B C")),
-            (dict(), ("--onset", "--study-id"))):
-        with pytest.raises(InputError) as error:
-            evaluate.find_transition(cohort, **asked)
-        assert all(word in str(error.value) for word in words), error.value
 
 
 def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
@@ -2681,17 +2553,17 @@ def test_an_ecg_is_printed_at_25_mm_per_s_and_10_mm_per_mv_and_nothing_is_cut():
 
 def test_transitions_writes_the_pair_it_found(workplace, tiny, tmp_path, capsys):
     k = int((tiny.action == 1).sum(axis=0).argmax())
-    name, out = tiny.class_name[k], tmp_path / "out"
+    name = tiny.class_name[k]
     code, text, _ = run_evaluate(capsys, "--mode", "transitions", "--data", "data/tiny.h5", "--out",
-                                 out, "--onset", name)
+                                 tmp_path, "--onset", name)
     source, target = tiny.pair[evaluate.find_transition(tiny, [name])[0]]
     assert code == 0 and tiny.label[target, k] > tiny.label[source, k]
-    stem = f"transitions-onset-{name}"
-    assert {path.name for path in out.iterdir()} == {f"{stem}.png", f"{stem}.md"}
-    for word in ("SYNTHETIC", f"began: {name}", f"{(tiny.action[:, k] == 1).sum()} of ",
-                 f"source, study_id {tiny.study_id[source]}",
-                 f"target, study_id {tiny.study_id[target]}"):
-        assert word in text and word in (out / f"{stem}.md").read_text()
+    written = {path.name: path for path in tmp_path.iterdir()}
+    assert written.keys() == {f"transitions-onset-{name}.png", f"transitions-onset-{name}.md"}
+    assert written[f"transitions-onset-{name}.md"].read_text().strip() in text
+    for words in ("SYNTHETIC", f"began: {name}", f"source, study_id {tiny.study_id[source]}",
+                  f"target, study_id {tiny.study_id[target]}"):
+        assert words in text
 
 
 def test_jaccard_has_its_hand_computed_values():
@@ -2715,19 +2587,15 @@ def test_cohort_tables_count_what_a_plain_loop_counts(workplace, tiny, tmp_path,
             label.sum(), len(patients), steps.count(1), steps.count(-1)]
         assert float(line["prevalence"]) == pytest.approx(label.mean())
     rows, n = prepare_data.count(tiny), len(tiny.pair)
-    for name in ("stable pairs", "pairs of Jaccard 1", "pairs within a stay"):
+    for name in ("stable pairs", "pairs within a stay"):
         assert re.search(rf"\| {name} +\| {rows[name]:,} +\| {rows[name] / n:.1%}", text)
-    tiny.source = "ptbxl"  # part of its dates are interpolated: nothing is said of time
-    assert not any("gap" in name for name in prepare_data.count(tiny) if "quality" not in name)
     for name in ("pair", "action", "gap_days", "pair_kind"):  # a cohort without pairs
         setattr(tiny, name, getattr(tiny, name)[:0])
     assert evaluate.png(evaluate.cohort_figure(tiny))[:4] == b"\x89PNG"
-    rows = prepare_data.count(tiny)
-    assert rows["pairs"] == 0 and "Jaccard, mean" not in rows
+    assert prepare_data.count(tiny)["pairs"] == 0
 
 
-@pytest.mark.parametrize("rows", [30, 7])
-def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows):
+def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity():
     x = np.random.default_rng(0).normal(size=(30, 5)) * np.linspace(0.2, 3, 30)[:, None]
     conditional = np.zeros((30, 30))
     for i in range(30):
@@ -2740,14 +2608,13 @@ def test_affinities_equal_a_plain_loop_and_have_the_asked_perplexity(rows):
         assert np.exp(entropy) == pytest.approx(8, rel=1e-6)  # the oracle does what it says
         conditional[i, others] = p
     for dtype in (torch.float64, torch.float32):
-        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8, rows).numpy()
+        got = evaluate.affinities(torch.from_numpy(x).to(dtype), 8, block=7).numpy()
         # the search stops within 1e-5 of the entropy, so p is good to about 1e-5 of itself
         np.testing.assert_allclose(got, (conditional + conditional.T) / 60, rtol=1e-3, atol=1e-7)
         assert (got == got.T).all() and got.sum() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("exaggeration", [1.0, 12.0])
-def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
+def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration=12.0):
     p = evaluate.affinities(torch.randn(30, 5, generator=generator(), dtype=torch.float64), 8)
     y = torch.randn(30, 2, generator=generator(1), dtype=torch.float64).mul_(3).requires_grad_()
     off = ~torch.eye(30, dtype=torch.bool)
@@ -2762,9 +2629,7 @@ def test_tsne_gradient_is_that_of_the_kl_divergence(exaggeration):
 def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
     kind = np.repeat(np.arange(4), 30)
     x = torch.randn(120, 20, generator=generator()) + 8 * torch.eye(20)[torch.from_numpy(kind)]
-    ticks = []
-    y = evaluate.tsne(x, 10, progress=types.SimpleNamespace(update=lambda: ticks.append(1)))
-    assert y.shape == (120, 2) and y.isfinite().all() and len(ticks) == 500
+    y = evaluate.tsne(x, 10)
     nearest = (torch.cdist(y, y) + 1e9 * torch.eye(120)).topk(5, largest=False).indices
     assert (kind[nearest.numpy()] == kind[:, None]).mean() > 0.99
     assert torch.equal(y, evaluate.tsne(x, 10)) and not torch.equal(y, evaluate.tsne(x, 10, seed=1))
@@ -2772,7 +2637,7 @@ def test_tsne_keeps_separated_clusters_apart_and_is_fixed_by_its_seed():
 
 
 @pytest.mark.parametrize("form, run", [("difference", "base"), ("sets", "sets")])
-def test_embedding_points_and_their_neighbours_are_what_the_page_says(
+def test_embedding_points_are_what_the_page_says(
         form, run, told_sets, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "POINTS", 120)
     code, text, _ = run_evaluate(capsys, "--mode", "embedding", "--runs", run, "--out", tmp_path)
@@ -2784,23 +2649,13 @@ def test_embedding_points_and_their_neighbours_are_what_the_page_says(
     empty, n = ~tiny.label.any(axis=1), len(rows)
     sizes = [min(40, int(((tiny.split == 0) & m).sum())) for m in (empty, ~empty)] + [40]
     assert np.bincount(kind).tolist() == sizes and len(np.unique(rows)) == n
-    assert (tiny.split[rows] == 0).all() and (y[:n] == tiny.label[rows]).all()
-    assert (empty[rows] == (kind[:n] == 0)).all()
+    assert (tiny.split[rows] == 0).all() and (empty[rows] == (kind[:n] == 0)).all()
     with torch.no_grad():
         for i in np.flatnonzero(kind == 2)[:10]:
-            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i], (sizes[0], 1))
-            told = evaluate.action_input(form, 0 * then, then, known, known | True)
-            wanted = model.predict(z[:sizes[0]], told)  # from each of the normal ones
+            known, then = tiny.has_label[rows[:sizes[0]]], np.tile(y[i - n], (sizes[0], 1))
+            wanted = model.predict(  # from each of the normal ones
+                z[:sizes[0]], told(form, 0 * then, then, known, known | True))
             assert (wanted - z[i]).abs().amax(dim=1).min() < 1e-4
-    patient, same = np.append(tiny.subject_id[rows], -1 - np.arange(40)), [[], [], []]
-    distance = torch.cdist(z.double(), z.double()).numpy()
-    for i in range(len(z)):
-        order = [j for j in distance[i].argsort(kind="stable") if patient[j] != patient[i]][:10]
-        same[kind[i]].append(np.mean(kind[order] == kind[i]))
-    for name, shares in zip(evaluate.POINT_COLOUR, same, strict=True):
-        line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
-        values = [float(cell) for cell in line.split("|")[3:5]]  # three digits
-        assert values == pytest.approx([np.mean(shares), len(shares) / len(z)], abs=1e-3)
     tiny.label[tiny.split == 0] = 0
     with pytest.raises(InputError, match="no abnormal training record"):
         evaluate.embedding_points(None, tiny, "zscore", "difference")
@@ -2846,13 +2701,6 @@ def test_judging_equals_a_plain_loop_with_cases_and_candidates_missing():
                 wanted[name][i, c] = value
         for name, values in wanted.items():
             np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
-    still = evaluate.judge_change(change, np.zeros((40, 1, 5)), changed)  # no candidate by code
-    assert (still["cosine"][changed] == 0).all() and np.isnan(still["right_code"]).all()
-    change, changed, effect = linear_world()  # the closed form: a true model, codes swapped
-    for candidate, cosine, right in ((effect, 1, 1), (np.roll(effect, 1, axis=0), 0, 0)):
-        got = evaluate.judge_change(change, candidate[None], changed)
-        np.testing.assert_allclose(got["cosine"][changed], cosine, atol=1e-12)
-        assert cosine == 0 or (got["right_code"][changed] == right).all()
 
 
 def test_the_controls_of_a_change_are_their_definitions():
@@ -2892,38 +2740,19 @@ def test_p_of_permuted_codes_is_uniform_without_an_effect_and_small_with_one():
     assert (null[1:] >= null[0]).mean() < 0.02
 
 
-def test_cases_are_first_records_unless_they_are_too_few(monkeypatch):
+def test_cases_are_the_first_records_of_drawn_patients(monkeypatch):
     subject = np.repeat([1, 2, 3, 4], [3, 1, 2, 2])
-    cohort = types.SimpleNamespace(
-        subject_id=subject, split=np.array([2, 2, 2, 2, 2, 2, 0, 0]),
-        state=np.array([[1, 0], [0, 0], [0, 0], [0, 0], [1, 1], [0, 1], [0, 0], [0, 0]]))
-    for wanted, rows in ((3, [0, 3, 4]), (4, [0, 1, 3, 4, 5]), (99, [0, 1, 2, 3, 4, 5])):
-        monkeypatch.setattr(evaluate, "CASES", wanted)
-        assert evaluate.choose_records(cohort, [0, 1]).tolist() == rows
+    cohort = types.SimpleNamespace(subject_id=subject, split=np.repeat([2, 0], [6, 2]))
+    assert evaluate.choose_records(cohort).tolist() == [0, 3, 4]
     monkeypatch.setattr(evaluate, "CASE_PATIENTS", 2)
-    drawn = {tuple(np.unique(subject[evaluate.choose_records(cohort, [0, 1], seed=seed)]))
-             for seed in range(20)}
-    assert drawn == {(1, 2), (1, 3), (2, 3)}
-
-
-def test_simulation_without_a_code_is_the_stored_record(tiny):
-    sound = np.flatnonzero(tiny.quality == 0)[:40]
-    for row in sound:
-        state = {tiny.class_name[k] for k in np.flatnonzero(tiny.state[row])}
-        stored = tiny.signal[row].astype(np.float32)
-        got = prepare_data.resimulate(tiny, row, state).astype(np.float32)
-        # half a step of 5 uV through a filter of unit gain, and two roundings to float16
-        assert got.shape == stored.shape
-        assert (np.abs(got - stored) < 0.005 + 2**-10 * np.abs(stored)).all()
-    other = prepare_data.resimulate(tiny, row, state, 1).astype(np.float32)
-    assert np.abs(other - stored).max() > 0.02  # another recording
+    drawn = {tuple(evaluate.choose_records(cohort, seed=seed)) for seed in range(20)}
+    assert drawn == {(0, 3), (0, 4), (3, 4)}
 
 
 @pytest.mark.parametrize("form, split", [("difference", "test"), ("sets", "val")])
 def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
         form, split, pretrained, told_sets, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "CASES", 5)
-    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 6)  # the first record of each
+    monkeypatch.setattr(evaluate, "CASE_PATIENTS", 6)
     runs, k = [told_sets], tiny.class_name.index("I45")
     if form == "difference":
         runs = [pretrained, fork(pretrained, "twin", {"num_classes": len(tiny.class_name)}, seed=1)]
@@ -2934,7 +2763,7 @@ def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
     assert Path(f"truth-{form}/counterfactual.png").read_bytes()[:4] == b"\x89PNG"
     cells = {(e["table"], e["row"], e["column"]): float(e["value"] or "nan")
              for e in read_csv(f"truth-{form}/counterfactual.csv")}
-    rows = evaluate.choose_records(tiny, [k, tiny.class_name.index("I63")], split)
+    rows = evaluate.choose_records(tiny, split)
     assert (tiny.split[rows] == prepare_data.SPLITS.index(split)).all()
     of_codes, of_state = [], []
     for row, run in itertools.product(rows[tiny.state[rows, k] == 0], runs):
@@ -2957,7 +2786,6 @@ def test_ground_truth_averages_seeds_and_agrees_with_a_direct_computation(
     name = "dynamics, sets, ratio 5" if form == "sets" else "dynamics, 2 seeds"
     assert cells["difference", name, f"less {evaluate.RIDGE}"] == pytest.approx(
         np.mean(of_codes) - cells["cosine by code", "I45", evaluate.RIDGE], abs=1e-4)
-    assert cells["truth", "no change", cosine] == 0
     assert ("cosine by code", "I63", evaluate.MODEL) not in cells  # a bit-identical signal
     assert cells["negative control", "I63", evaluate.MODEL] > 0
 
@@ -2993,11 +2821,9 @@ def test_page_of_one_patient_shows_what_the_model_predicts(
 
 
 def test_bad_input_to_evaluate_gets_one_line_and_writes_nothing(pretrained, tiny, capsys):
-    for name in ("good", "unfinished", "cut", "keyless", "misfit"):
+    for name in ("good", "unfinished", "keyless", "misfit"):
         arrays = write_run("runs", name)
     Path("runs/unfinished/predictions_test.npz").unlink()
-    whole = Path("runs/cut/predictions_test.npz").read_bytes()
-    Path("runs/cut/predictions_test.npz").write_bytes(whole[:500])
     np.savez("runs/misfit/predictions_test.npz", **arrays | {"has_label": np.ones(3, bool)})
     del arrays["has_label"]
     np.savez("runs/keyless/predictions_test.npz", **arrays)
@@ -3010,29 +2836,25 @@ def test_bad_input_to_evaluate_gets_one_line_and_writes_nothing(pretrained, tiny
     of, page = f"--study-id {tiny.study_id[row]}", "--mode counterfactual --runs"
     for flags, words in (
             ("--runs goood", "closest first: good, "), ("--runs unfinished", "--resume"),
-            ("--runs cut", "damaged"), ("--runs keyless", "has_label"),
-            ("--runs misfit", "do not fit"), ("--runs good runs/good", "twice"),
-            ("--runs runs/good/last.pt", "PyTorch"), ("--runs runs/c.h5", "HDF5"),
+            ("--runs keyless", "has_label"), ("--runs misfit", "do not fit"),
+            ("--runs good runs/good", "twice"), ("--runs runs/good/last.pt", "a zip file"),
             ("", "--runs"), ("--runs runs", "folder"),
             ("--runs good --mode cohort", "of no use to --mode cohort"),
-            ("--runs good --onset I44", "--onset"),
-            ("--runs good --permutations 7", "--permutations"),
             ("--runs good --n-boot 0", "--n-boot"),
             ("--runs good --data runs/absent.h5", "absent.h5"),
-            ("--runs good --out runs/c.h5/x", "HDF5"),
+            ("--runs good --out runs/c.h5/x", "runs/c.h5 is no folder"),
             ("--mode transitions --data data/tiny.h5 --onset I48 --resolve I48", "I48 ends: "),
+            ("--mode transitions --data data/tiny.h5", "at least one of --onset"),
+            ("--mode transitions --data data/tiny.h5 --stable X", "its classes are I"),
             ("--mode worldmodel --runs good", "pretraining"),
             ("--mode embedding --runs still", "--objective dynamics"),
             (f"{page} still", "--objective dynamics"),
-            (f"{page} still {of} --onset {absent}", "--objective invariance"),
             (f"{page} base still {of} --onset {absent}", "2 given"),
             (f"{page} base {of} --onset {absent} --n-boot 9", "--n-boot: of no use to"),
-            (f"{page} base --onset I99", "its classes are I"),
-            (f"{page} base --resolve I48", "--study-id"), (f"{page} base {of}", "--onset or"),
+            (f"{page} base --onset I99", "its classes are I"), (f"{page} base {of}", "--onset or"),
             (f"{page} base --study-id 7 --onset {held}", "known are"),
             (f"{page} base {of} --onset {held}", "the record carries"),
-            (f"{page} base {of} --resolve {absent}", "the record carries"),
-            (f"{page} base {of} --onset {absent} --resolve {absent}", f"--resolve {absent}: ")):
+            (f"{page} base {of} --resolve {absent}", "the record carries")):
         before = sorted(Path().rglob("*"))
         capsys.readouterr()
         code = evaluate.main(flags.split())
@@ -3113,8 +2935,7 @@ def test_training_rows_are_nested_fractions_of_patients_and_pairs_of_the_kind_as
     assert len(patients(0.1)) == round(0.1 * len(everyone))
     assert patients(0.3) == patients(0.3) != patients(0.3, seed=1)
     assert not everyone & set(tiny.subject_id[tiny.split != 0].tolist())
-    rows = train.training_rows(tiny, 0.5, 0, True)
-    assert tiny.has_label[rows].all() and (tiny.split[rows] == 0).all()
+    assert tiny.has_label[train.training_rows(tiny, 0.5, 0, True)].all()
     rows = train.training_rows(tiny, 0.5, 0, False)
     found = {(kinds, labelled): train.select_pairs(tiny, rows, kinds, labelled)
              for kinds in ("all", "labelled", "between") for labelled in (False, True)}
@@ -3132,13 +2953,6 @@ def test_epoch_order_is_a_permutation_of_full_batches_fixed_by_seed_and_epoch():
     np.testing.assert_array_equal(order, train.epoch_order(103, 10, 3, 5))
     assert not np.array_equal(order, train.epoch_order(103, 10, 3, 6))
     assert not np.array_equal(order, train.epoch_order(103, 10, 4, 5))
-
-
-def test_prefetch_yields_everything_in_order_and_passes_errors_on():
-    assert list(train.prefetch(lambda i: i * i, range(5))) == [(i, i * i) for i in range(5)]
-    assert list(train.prefetch(len, [])) == []
-    with pytest.raises(ZeroDivisionError):
-        list(train.prefetch(lambda i: 1 // i, [1, 0, 2]))
 
 
 def test_signals_are_the_same_wherever_they_are_held(tiny, monkeypatch, capsys):
@@ -3189,17 +3003,6 @@ def test_weight_decay_spares_everything_of_one_dimension():
     assert len(decayed["params"]) + len(spared["params"]) == 6
 
 
-def test_recalibrated_batch_norm_holds_the_average_over_the_batches():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    model(torch.randn(8, 3) * 100)  # an old memory
-    batches = [torch.randn(16, 3) * s + s for s in (1.0, 2.0, 3.0)]
-    train.recalibrate([model], model, batches)
-    for found, of in ((model[0].running_mean, torch.mean), (model[0].running_var, torch.var)):
-        torch.testing.assert_close(found, torch.stack([of(b, dim=0) for b in batches]).mean(0))
-    assert model[0].momentum == 0.1
-
-
 def test_gradient_ratio_is_the_ratio_of_the_gradient_norms():
     toy = types.SimpleNamespace(encoder=nn.Linear(1, 1, bias=False),
                                 projector=nn.Linear(1, 1, bias=False))
@@ -3210,13 +3013,11 @@ def test_gradient_ratio_is_the_ratio_of_the_gradient_norms():
     assert ratio == pytest.approx(5 / math.sqrt(37))  # |(4, 3)| / |(6, 1)|
 
 
-def plain_and_fast_encoder(dtype=torch.float32):
-    """cardiowm.py's encoder and the same as 2-D convolutions; no branch of a block is silent."""
-    torch.manual_seed(0)
-    plain = cardiowm.XResNet1d50().to(dtype)
-    for block in plain.blocks:
-        nn.init.normal_(block.convs[-1].weight, 0, 0.5)  # 0 at first, which would hide the branch
-    return plain, train.fast_encoder(copy.deepcopy(plain))
+def heard(encoder):
+    """An encoder no branch of whose blocks is silent, as each is at first."""
+    for block in encoder.blocks:
+        nn.init.normal_(block.convs[-1].weight, 0, 0.5)
+    return encoder
 
 
 def relative(a, b):
@@ -3229,25 +3030,8 @@ def whole(tensors):
     return torch.cat([t.ravel() for t in tensors])
 
 
-def test_fast_encoder_keeps_the_state_dict_and_can_be_applied_again_copied_and_loaded():
-    plain, fast = plain_and_fast_encoder()
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    for a, b in zip(fast.state_dict().values(), plain.state_dict().values()):
-        assert a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
-    assert isinstance(fast, cardiowm.XResNet1d50) and type(plain) is cardiowm.XResNet1d50
-    assert not {nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.MaxPool1d} & set(
-        map(type, fast.modules()))
-    fast.eval()
-    x = torch.randn(2, 12, 200, generator=generator())
-    once = fast(x)
-    assert torch.equal(copy.deepcopy(fast)(x), once)
-    assert train.fast_encoder(fast) is fast and torch.equal(fast(x), once)
-    plain.load_state_dict(fast.state_dict())  # strict
-    assert relative(plain.eval()(x), once) < 1e-5
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("samples, batch", [(1000, 4), (999, 4), (5000, 2)])
+@pytest.mark.parametrize("samples, batch", [(999, 4), (5000, 2)])
 def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples, batch, training):
     x = torch.randn(batch, 12, samples, generator=generator())
     weight = torch.randn(batch, 256, generator=generator(1))
@@ -3257,11 +3041,15 @@ def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples
     for dtype, of_h, of_gradients, of_statistics in (
             (torch.float64, 1e-12, 1e-10, 1e-12), (torch.float32, 2e-5, 5e-2, 1e-5)):
         results = []
-        for encoder in plain_and_fast_encoder(dtype):
+        torch.manual_seed(0)
+        plain = heard(cardiowm.XResNet1d50()).to(dtype)
+        for encoder in (plain, train.fast_encoder(copy.deepcopy(plain))):
             h = encoder.train(training)(x.to(dtype))
             (h * weight.to(dtype)).sum().backward()
             assert all(p.grad.stride() == p.stride() for p in encoder.parameters())  # DDP wants it
             results.append((h, [p.grad for p in encoder.parameters()], encoder.buffers()))
+        assert list(encoder.state_dict()) == list(plain.state_dict())
+        assert not {*train.FAST} & set(map(type, encoder.modules()))
         (h, gradients, buffers), (h_fast, gradients_fast, buffers_fast) = results
         assert (h_fast - h).abs().max() < of_h * h.abs().max()
         assert relative(whole(gradients_fast), whole(gradients)) < of_gradients
@@ -3269,21 +3057,6 @@ def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples
             map(relative, gradients_fast, gradients)) < of_gradients
         for b, b_fast in zip(buffers, buffers_fast, strict=True):
             assert relative(b_fast, b) <= of_statistics
-
-
-@needs_bf16
-@pytest.mark.parametrize("training", [True, False])
-def test_fast_encoder_in_bf16_stays_near_float32(training):
-    _, fast = plain_and_fast_encoder()
-    fast.train(training)
-    x = torch.randn(8, 12, 1000, generator=generator())
-    with torch.no_grad():
-        h = fast(x)
-        with train.autocast(torch.device("cpu")):
-            h_bf16 = fast(x)
-    # each of 53 layers rounds its input and its weights to 8 bits, at worst by 2^-9, on average by
-    # 2^-9 / sqrt(3) = 1.1e-3: sqrt(106) * 1.1e-3 = 1.2e-2 where nothing cancels
-    assert h_bf16.dtype == torch.bfloat16 and 1e-3 < relative(h_bf16, h) < 4e-2
 
 
 RANKS = '''"""Runs of train.py in one process, alone or as one of torchrun's; the tests start it."""
@@ -3374,7 +3147,7 @@ def ranks(workplace):
     data = "--data data/tiny.h5"
 
     def runs(prefix, batch_size):
-        how = {"sigreg": "--mode pretrain", "vicreg": "--mode pretrain --reg vicreg",
+        how = {"vicreg": "--mode pretrain --reg vicreg",
                # without windows and noise, of which each rank has its own
                "recipe": "--mode pretrain --recipe recommended --crop 1 --noise 0",
                "finetune": "--mode finetune --init scratch --epochs 1 --batch-size 24"}
@@ -3388,7 +3161,6 @@ def ranks(workplace):
     refused = {
         "probe": f"{data} --mode probe --init random --run refused",
         "cuda:0": f"{data} {pretrain} --device cuda:0",
-        "mps": f"{data} {pretrain} --device mps",
         "batch": f"{data} {pretrain} --device cpu --batch-size 3",
         "data": f"--data nowhere.h5 {pretrain} --device cpu",
         "finished": two["vicreg"],
@@ -3419,8 +3191,7 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     plain = train._WorldModel(5, in_leads=3)
-    for block in plain.encoder.blocks:
-        nn.init.normal_(block.convs[-1].weight, 0, 0.5)
+    heard(plain.encoder)
     x, x_next, a = torch.randn(8, 3, 200), torch.randn(8, 3, 200) + 1, torch.randn(8, 5)
     first = copy.deepcopy(plain.encoder)
     first(x)
@@ -3428,11 +3199,9 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     for both in (False, True, True):
         model = copy.deepcopy(plain).train()
         model.both = train.BothOnTwoThreads(model.encoder) if both else None
-        out = model(x, x_next, a)
+        h, _, *rest = out = model(x, x_next, a)
         wanted = cardiowm.WorldModel.forward(copy.deepcopy(plain), x, x_next, a)
-        for name, h in zip(("h", "z", "z_pred", "z_next"), wanted):
-            index = ("h", "h_next", "z", "z_pred", "z_next").index(name)
-            torch.testing.assert_close(out[index], h, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((h, *rest), wanted, rtol=1e-4, atol=1e-5)
         loss = sum((v * torch.linspace(-1, 2, v.shape[1])).square().mean() for v in out)
         parameters = [*model.encoder.parameters(), *model.projector.parameters()]
         kept = torch.autograd.grad(loss, parameters, retain_graph=True)  # as gradient_ratio does
@@ -3443,14 +3212,11 @@ def test_two_threads_equal_two_calls_in_outputs_gradients_and_the_first_statisti
     assert all(map(torch.equal, found[1], found[2]))          # the same bytes each time
     for name, value in model.encoder.named_buffers():         # the twin's are its own
         torch.testing.assert_close(value, first.get_buffer(name))
-    with torch.no_grad():
-        model(x, x_next, a)  # batch norm taken anew: both ECGs count
-    assert int(model.encoder.stem[1].num_batches_tracked) == 3
     assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("name, steps", [
-    ("sigreg", 10), ("vicreg", 10), ("recipe", 10), ("finetune", 2)])
+    ("vicreg", 10), ("recipe", 10), ("finetune", 2)])
 def test_two_ranks_train_as_one_process(ranks, name, steps):
     (alone,), (first, second) = ranks.alone[name], ranks.both[name]
     assert [alone["code"], first["code"], second["code"]] == [0, 0, 0]
@@ -3465,27 +3231,15 @@ def test_two_ranks_train_as_one_process(ranks, name, steps):
     ratios = [[row["grad_ratio"] for row in log if "grad_ratio" in row] for log in (rows, wanted)]
     assert len(rows) == steps and len(ratios[0]) == 4 * (steps > 2)
     assert ratios[0] == pytest.approx(ratios[1], rel=5e-4)
-    stored = state_of(f"two-{name}")["model"]
-    assert sum(torch.equal(v, w) for v in stored.values() for w in first["weights"][:3]) == 3
-
-
-def test_of_two_ranks_only_the_first_writes_and_prints(ranks):
-    for name in ("sigreg", "vicreg", "finetune"):
-        first, second = ranks.both[name]
-        for file in ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions_test.npz"):
-            assert any(Path(w).name.startswith(file) for w in first["written"])
-        assert not [w for w in second["written"] if "runs" in Path(w).parts]
-        assert len(log_of(Path("runs") / f"two-{name}")) == len(
-            log_of(Path("runs") / f"alone-{name}"))
-        assert ranks.stdout.count(f"/two-{name}: done in ") == 1, ranks.stdout
-    config = json.loads(Path("runs/two-finetune/config.json").read_text())
-    assert config["speed"]["ranks"] == 2
+    # only the first writes and prints
+    assert any("predictions_test" in w for w in first["written"])
+    assert not [w for w in second["written"] if "runs" in Path(w).parts]
+    assert ranks.stdout.count(f"/two-{name}: done in ") == 1, ranks.stdout
 
 
 @pytest.mark.parametrize("name, message", [
-    ("probe", "torchrun: a probe trains on one device; run `python train.py` instead"),
+    ("probe", "torchrun: --mode probe uses one device; run `python train.py` instead"),
     ("cuda:0", "--device cuda:0: torchrun gives each process its own device"),
-    ("mps", "--device mps: torchrun gives each process its own device"),
     ("batch", "--batch-size: found 3 items for 2 ranks, wanted at least 2 for each"),
     ("data", "nowhere.h5"),
     ("finished", "runs/two-vicreg: this run is finished"),  # known to the first rank alone
@@ -3509,7 +3263,6 @@ def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
         folder = workplace / f"gpu-{n}-{name}"
         found += run_ranks(folder, n, {name: command}, freeze=False)[0][name]
     alone, first, second = found
-    assert [run["code"] for run in found] == [0, 0, 0]
     for key in ("gradients", "weights"):
         assert all(torch.equal(a, b) for a, b in zip(first[key], second[key]))
     # Over all parameters, since a bias before a batch norm has no gradient but rounding. A batch
@@ -3517,13 +3270,7 @@ def test_two_gpus_with_synchronised_batch_norm_train_as_one(workplace, name):
     # 1e-2. Batch norm of each rank by itself: 1.2
     assert relative(whole(first["gradients"]), whole(alone["gradients"])) < 5e-2
     # on CPUs 1e-4 after 10 steps, or 1e-1 unsynchronised
-    rows, _ = assert_rows_agree(f"gpu-2-{name}", f"gpu-1-{name}",
-                                lambda step: 1e-5 if step == 1 else 5e-3)
-    assert len(rows) == 10
-    states = [state_of(f"gpu-{n}-{name}")["model"] for n in (2, 1)]
-    for key in ("encoder.stem.1", "encoder.blocks.15.convs.7", "projector.1", "projector.7"):
-        got, one = (state[f"{key}.running_var"] for state in states)
-        assert relative(got, one) < 1e-2  # unbiased over both ranks; 1e-4 on CPUs
+    assert_rows_agree(f"gpu-2-{name}", f"gpu-1-{name}", lambda step: 1e-5 if step == 1 else 5e-3)
 
 
 # Runs: what pretraining, finetuning and probing leave behind
@@ -3565,7 +3312,6 @@ def test_pretraining_leaves_checkpoint_log_config_and_predictions(
                 "pair_first": np.isin(test, tiny.pair[:, 0])}.items():
             np.testing.assert_array_equal(p[name], wanted)
         assert ((p["y_score"] > 0) & (p["y_score"] < 1)).all()
-    assert evaluate.main(f"--mode score --runs {run.name} --n-boot 20 --out scores".split()) == 0
     # the validation losses follow from the stored weights, on whole records and whole batches
     model = cardiowm.WorldModel(**state["model_args"])
     model.load_state_dict(state["model"])
@@ -3630,25 +3376,43 @@ def test_single_records_become_pairs_of_two_windows_without_change(tiny, action)
     assert torch.equal(task.action[p:].float(), still)
     assert torch.equal(task.label[p:], torch.stack([y, y], dim=1))
     x, x_next, _ = task.read(np.arange(p, n))
-
-    def draw(seed):
-        return task.signals.windows(args, generator(seed), x, x_next)
-
-    (first, second), again = draw(0), draw(0)
+    (first, second), again = (task.signals.windows(args, generator(), x, x_next) for _ in range(2))
     assert torch.equal(x, x_next) and first.shape[2] == 250
     assert (first != second).flatten(1).any(dim=1).float().mean() > 0.9
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
-    args.crop = 1.0  # as in the papers
-    assert torch.equal(draw(1)[0], task.signals.ready(x))
+
+
+def test_the_supervised_head_learns_each_ends_own_labels_where_they_are_known(tiny, monkeypatch):
+    monkeypatch.setattr(train, "has_bf16", lambda device: False)
+    flags = "--mode pretrain --frac 0.5 --seed 0 --supervise 0.3"
+    args = train.settle(train.build_parser().parse_args(flags.split()))
+    (args.seed,), args.lam = args.seed, 0.1
+    torch.manual_seed(0)
+    task = train.Pretraining(args, tiny, torch.device("cpu"))
+    pairs = task.rows  # (n, 2)
+    differ = (tiny.label[pairs[:, 0]] != tiny.label[pairs[:, 1]]).any(axis=1)
+    items = np.concatenate([np.flatnonzero(differ)[:12], np.flatnonzero(~differ)[:12]])
+    assert len(items) == 24 and (~tiny.has_label[pairs[items]]).any()
+    head = task.modules["supervised"]
+    nn.init.normal_(head[1].weight)  # far from indifferent, so that each label counts
+    encoder = copy.deepcopy(task.model.encoder)  # which the step below leaves at other statistics
+    _, terms = task.loss_of(items, task.read(items), step=99)
+    wanted = 0
+    for end in (0, 1):
+        rows = pairs[items, end]
+        h = encoder(cardiowm.normalize(torch.from_numpy(tiny.signal[rows])))
+        own = F.binary_cross_entropy_with_logits(
+            head(h), torch.from_numpy(tiny.label[rows]).float(), reduction="none").sum(dim=1)
+        known = torch.from_numpy(tiny.has_label[rows])
+        wanted += own[known].sum() / known.sum() / 2
+    assert terms["supervised_bce"].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("flags, wanted", [
     ("", dict(action="coded", lam=0.1, crop=1.0, noise=0.0, supervise=0.0, sigreg_ratio=None)),
     ("--recipe recommended", dict(action="sets", lam=5 / 69, crop=0.8, noise=0.05, supervise=0.3)),
-    ("--recipe recommended --crop 1 --supervise 0 --action state",
-     dict(action="state", lam=5 / 69, crop=1.0, noise=0.05, supervise=0.0)),
-    ("--recipe recommended --lam 0.2", dict(lam=0.2, sigreg_ratio=None, action="sets")),
-    ("--sigreg-ratio 57", dict(lam=57 / 121, action="coded", crop=1.0)),
+    ("--recipe recommended --crop 1 --supervise 0 --action state --lam 0.2",
+     dict(action="state", lam=0.2, crop=1.0, noise=0.05, supervise=0.0, sigreg_ratio=None)),
     ("--recipe recommended --objective invariance", dict(action="coded", lam=5 / 69, crop=0.8)),
     ("--recipe recommended --reg vicreg", dict(action="sets", lam=None, sigreg_ratio=None)),
 ])
@@ -3659,9 +3423,8 @@ def test_switches_come_from_the_recipe_unless_given(tiny, flags, wanted):
 
 
 @pytest.mark.parametrize("flags", [
-    "probe --head mlp --augment dynamics --min-count 5",
     "probe --head mlp --augment dynamics --min-count 5 --augment-action zero",
-    "finetune --batch-size 16 --crop 0.6 --noise 0.1 --frac 1",
+    "finetune --batch-size 16 --crop 0.6 --noise 0.1",
 ])
 def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, flags):
     name = f"after-{len(flags)}"
@@ -3678,9 +3441,8 @@ def test_what_follows_a_recipe_starts_from_its_pretraining(recommended, capsys, 
     "--init random",
     "--init random:1",
     "--init base --features z",
-    "--init base --head mlp --features h",
     "--init base --head mlp --augment dynamics --min-count 5",
-    "--init base --head mlp --augment smote --class-weight full --min-count 5",
+    "--init base --head mlp --features h --augment smote --class-weight full --min-count 5",
     "--init base --head mlp --augment oversample --class-weight none --labelled-only --min-count 5",
 ])
 def test_probes_train_and_predict(pretrained, tiny, flags):
@@ -3778,28 +3540,29 @@ class Stop(Exception):
     pass
 
 
-def stop_at(patch, *wanted):
-    """Interrupt the training in the place of its first, second ... step."""
-    steps, original = itertools.count(1), torch.optim.AdamW.step
+def stop_at(patch, wanted, act):
+    """Call act(step) in the place of the steps wanted, counted from 1, and then take them."""
+    steps, descend = itertools.count(1), train.descend
 
-    def step(self, *args, **kwargs):
-        if next(steps) in wanted:
-            raise Stop
-        return original(self, *args, **kwargs)
+    def counted(*args):
+        if (step := next(steps)) in wanted:
+            act(step)
+        return descend(*args)
 
-    patch.setattr(torch.optim.AdamW, "step", step)
+    patch.setattr(train, "descend", counted)
+
+
+def stop(step):
+    raise Stop
 
 
 @pytest.mark.parametrize("flags, n, wanted", [  # wanted: epochs, batch, lr, patience, validations
     ("--mode pretrain", 10_000, (8, 64, 1e-3, None, 8)),
     ("--mode pretrain", 100, (40, 64, 1e-3, None, 40)),  # 1 step an epoch, 40 at least
-    ("--mode pretrain --paper", 100, (50, 512, 1e-3, None, 50)),
-    ("--mode finetune", 10_000, (40, 32, 1e-3, 5, 40)),
     ("--mode finetune --init scratch", 64, (200, 32, 1e-3, 5, 40)),  # 400 steps at least
     ("--mode finetune --epochs 3", 64, (3, 32, 1e-3, None, 3)),
     ("--mode finetune --paper", 64, (30, 256, 1e-4, None, 30)),
-    ("--mode finetune --quick", 10_000, (1, 32, 1e-3, None, 1)),
-    ("--mode probe --head mlp", 1000, (400, 256, 1e-4, 50, 400)),
+    ("--mode probe --head mlp --quick", 10_000, (20, 256, 1e-4, 50, 20)),
 ])
 def test_what_is_unset_comes_from_the_recipe_and_the_preset(tiny, flags, n, wanted):
     args = train.build_parser().parse_args(flags.split())
@@ -3822,7 +3585,7 @@ def test_training_to_a_plateau_stops_after_so_many_validations_but_not_before_it
     flags = f"--mode finetune --init scratch --frac 0.2 --checkpoint-minutes 0 --run {run}"
     if interrupted:  # past the steps that are wanted
         with monkeypatch.context() as patch, pytest.raises(Stop):
-            stop_at(patch, steps + 2)
+            stop_at(patch, [steps + 2], stop)
             run_train(flags)
     assert run_train(flags) == 0
     assert log_of(Path("runs") / run)[-1]["step"] == epochs * per_epoch > steps + 1
@@ -3841,10 +3604,8 @@ def test_equal_compute_is_that_of_the_finetuned_run_and_its_pretraining(pretrain
     assert config["method"] == "supervised, equal compute"
     init = json.loads(Path("runs/tuned/config.json").read_text())["init"]
     assert init["steps"] == steps[0] and init["seconds"] == log_of(pretrained)[-1]["run_seconds"]
-    for run, message in (("same", "wanted the finetuning of a pretraining"),
-                         ("base", "found a pretrain run")):
-        capsys.readouterr()
-        assert run_train(same, run) == 2 and message in last_line(capsys)
+    for run, found in (("same", "a finetune run from scratch"), ("base", "a pretrain run from")):
+        assert run_train(same, run) == 2 and f"found {found}" in last_line(capsys)
 
 
 # The life cycle of a run
@@ -3868,7 +3629,6 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("flags", [
-    "--mode pretrain --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny",
     "--mode pretrain --recipe recommended --frac 0.6 --epochs 2 --batch-size 13 --allow-tiny "
     "--self-pairs",
     "--mode finetune --init scratch --frac 0.5 --epochs 2 --batch-size 24 --crop 0.8 --noise 0.1",
@@ -3877,28 +3637,19 @@ def assert_same_run(one, other):
 def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     pretrained, monkeypatch, capsys, flags
 ):
-    kind = flags.split()[1] + "-recipe" * ("recipe" in flags)
-    flags += f" --run {{}}-{kind}"
+    kind = flags.split()[1]
+    flags, path = f"{flags} --run {{}}-{kind}", f"runs/parts-{kind}/last.pt"
     assert run_train(flags.format("whole")) == 0
+    threads = torch.get_num_threads()
     pulled = {2: signals.SIGTERM, 5: signals.SIGINT}  # amid an epoch; at 4, as after a SIGKILL
-    steps, descend, threads = itertools.count(1), train.descend, torch.get_num_threads()
-
-    def pull(*args):
-        step = next(steps)
-        if step in pulled:
-            os.kill(os.getpid(), pulled[step])
-        elif step == 4:
-            raise Stop
-        return descend(*args)
-
-    monkeypatch.setattr(train, "descend", pull)
+    stop_at(monkeypatch, [2, 4, 5], lambda step: os.kill(os.getpid(), pulled[step])
+            if step in pulled else stop(step))
     parts = flags.format("parts") + " --checkpoint-minutes 0"
     assert run_train(parts, "--overwrite") == 143
-    path = f"runs/parts-{kind}/last.pt"
-    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same "
-                                 "command "
-                                 "without --overwrite goes on from there")
-    assert state_of(f"parts-{kind}")["step"] == 2
+    assert last_line(capsys) == (f"SIGTERM: stopped at step 2, which {path} holds; the same command"
+                                 " without --overwrite goes on from there")
+    state = state_of(f"parts-{kind}")
+    assert state["step"] == 2
     try:
         torch.set_num_threads(threads + 1)
         with pytest.raises(Stop):
@@ -3907,33 +3658,27 @@ def test_a_run_that_is_stopped_or_killed_ends_as_the_uninterrupted_one(
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    n = sum(len(state_of(f"parts-{kind}").get(k, ()))
-            for k in ("model", "online_probe", "supervised"))
+    n = sum(len(state.get(k, ())) for k in ("model", "online_probe", "supervised"))
     assert f"threads: {threads}, as when this run began" in out
     assert f"{n} of {n} tensors loaded from {path}" in out
     assert run_train(parts) == 130 and last_line(capsys).startswith("SIGINT: stopped at step 4")
     assert run_train(parts) == 0
     assert_same_run(f"whole-{kind}", f"parts-{kind}")
-    config = json.loads(Path(path).with_name("config.json").read_text())
-    assert config["speed"]["threads"] == threads
 
 
 def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offered(
     pretrained, monkeypatch, capsys
 ):
-    flags = "--mode finetune --init scratch --frac 0.3 --epochs 2 --batch-size 12 --run"
-    assert run_train(flags, "unspoilt") == 0
-    Path("runs/un spoilt").mkdir()
-    words = flags.split() + ["runs/un spoilt", "--data", "data/tiny.h5", "--device", "cpu"]
+    flags, folder = "--mode finetune --init scratch --frac 0.3 --epochs 2", Path("runs/sp oilt")
+    flags += " --batch-size 12 --checkpoint-minutes 0"
+    assert run_train(flags, "--run unspoilt") == 0
+    words = f"{flags} --data data/tiny.h5 --device cpu --run".split() + [str(folder)]
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, 6)
-        train.main([*words, "--checkpoint-minutes", "0"])
-    folder = Path("runs/un spoilt")
-    last, previous = ((folder / name).read_bytes() for name in ("last.pt", "previous.pt"))
+        stop_at(patch, [6], stop)
+        train.main(words)
     before = {file: file.read_bytes() for file in folder.iterdir() if file.name != "last.pt"}
-    state = torch.load(io.BytesIO(last), weights_only=True)
-    assert state["step"] == 5
-    assert torch.load(io.BytesIO(previous), weights_only=True)["step"] == 4
+    state = state_of("sp oilt")
+    assert state["step"] == 5 and state_of("sp oilt", "previous.pt")["step"] == 4
     some = next(iter(state["model"]))
     changes = {"holds a run with seed = 7, asked for 0": {"args": state["args"] | {"seed": 7}},
                "kind is probe, classifier wanted": {"kind": "probe"},
@@ -3943,29 +3688,34 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_offer
                f"tensors fit; {some} is (1,)": {"model": state["model"] | {some: torch.ones(1)}},
                f"tensors fit; {some} holds a NaN": {
                    "model": state["model"] | {some: state["model"][some] * math.nan}},
-               "optimizer, parameter 0": {"optimizer": state["optimizer"] | {"state": {0: {}}}},
+               "optimizer, parameter 0": {"optimizer": state["optimizer"] | {
+                   "state": state["optimizer"]["state"] | {0: {}}}},
+               "the optimizer holds 0 of": {"optimizer": state["optimizer"] | {"state": {}}},
                "step is 'x', int wanted": {"step": "x"}, "best is 'x'": {"best": "x"},
-               "args is None": {"args": None}, "truncated": None}
+               "step 9, epoch 1 and 5 steps of the schedule do not fit": {"step": 9},
+               "log.jsonl: found 6 whole rows": {"log_rows": 10**6},
+               "args is None": {"args": None}, "without model": {"model": None}}
     for message, change in changes.items():
-        if change is None:
-            (folder / "last.pt").write_bytes(last[:len(last) // 2])
-        else:
-            torch.save(state | change, folder / "last.pt")
+        torch.save({k: v for k, v in (state | change).items() if (k, v) != ("model", None)},
+                   folder / "last.pt")
         assert train.main(words) == 2
         line = last_line(capsys)
-        assert message in line and "The checkpoint before it is whole, at step 4" in line
+        assert message in line and "is whole, at step 4: run `mv 'runs/sp oilt/prev" in line
         assert before == {file: file.read_bytes() for file in before}
-    offered = shlex.split(re.search("`(mv .*)`", line)[1])
-    assert subprocess.run(offered).returncode == 0 and train.main(words) == 0
-    shutil.copytree(folder, "runs/spoilt")
-    assert_same_run("unspoilt", "spoilt")
+    torch.save(state, folder / "last.pt")
+    (folder / "best.pt").unlink()
+    assert train.main(words) == 2
+    line_of_best = last_line(capsys)
+    assert "best.pt: no such file" in line_of_best and "--overwrite" in line_of_best
+    (folder / "best.pt").write_bytes(before[folder / "best.pt"])
     # a kill between the two renames: only the checkpoint before is there
+    offered = shlex.split(re.search("`(mv .*)`", line)[1])
+    (folder / "last.pt").unlink()
+    assert train.main(words) == 0 and "step 4 (epoch 1) of previous.pt" in capsys.readouterr().out
+    assert_same_run("unspoilt", "sp oilt")
     (folder / "predictions_test.npz").unlink()
-    (folder / "last.pt").rename(folder / "previous.pt")
-    assert train.main(words) == 0 and "last.pt is missing" in capsys.readouterr().out
-    (folder / "predictions_test.npz").unlink()
-    for name in ("last.pt", "previous.pt"):
-        (folder / name).write_text("x")
+    (folder / "previous.pt").write_text("x")
+    assert subprocess.run(offered).returncode == 0
     assert train.main(words) == 2 and "start anew with --overwrite" in last_line(capsys)
 
 
@@ -4014,33 +3764,20 @@ def test_a_second_process_is_kept_out_of_a_run_and_of_a_study(workplace, capsys)
 def test_a_folder_that_is_moved_while_it_is_being_locked_is_not_held(tmp_path, monkeypatch):
     import fcntl
     flock = fcntl.flock
-    for again in (False, True):  # what another process with --overwrite does
 
-        def move(*args):
-            (tmp_path / "run").rename(tmp_path / f"aside-{again}")
-            if again:
-                (tmp_path / "run").mkdir()
-                (tmp_path / "run/lock").touch()
-            flock(*args)
+    def move(*args):  # what another process with --overwrite does
+        (tmp_path / "run").rename(tmp_path / "aside")
+        flock(*args)
 
-        monkeypatch.setattr(fcntl, "flock", move)
-        with pytest.raises(prepare_data.InputError, match="held by another"):
-            with prepare_data.locked(tmp_path / "run", "held by another"):
-                pass
+    monkeypatch.setattr(fcntl, "flock", move)
+    with pytest.raises(prepare_data.InputError, match="held by another"):
+        with prepare_data.locked(tmp_path / "run", "held by another"):
+            pass
 
 
-def test_a_log_stays_readable_and_an_ignored_signal_ignored(tmp_path):
-    run = train.Run(tmp_path, {}, False, {})
-    run.log({"step": 1, "val_loss": math.inf, "grad_ratio": math.nan})
-    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "grad_ratio": None}
-    before = signals.signal(signals.SIGINT, signals.SIG_IGN)  # `train.py &` in a script
-    try:
-        with run.noting_signals():
-            os.kill(os.getpid(), signals.SIGINT)
-            os.kill(os.getpid(), signals.SIGTERM)
-        assert run.asked == signals.SIGTERM
-    finally:
-        signals.signal(signals.SIGINT, before)
+def test_a_log_without_a_number_stays_readable(tmp_path):
+    train.Run(tmp_path, {}, False, {}).log({"step": 1, "val_loss": math.inf, "pred": math.nan})
+    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "pred": None}
 
 
 def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_alone(
@@ -4065,36 +3802,27 @@ def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_
     assert "no run" in last_line(capsys) and sorted(Path("runs").iterdir()) == every
 
 
-@pytest.mark.parametrize("flags", [
-    "--mode probe --init base --epochs 2",
-    "--mode pretrain --epochs 1 --batch-size 64 --allow-tiny"])
-def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys, flags):
-    run = Path("runs/older-" + flags.split()[1])
-    flags += f" --run {run.name}"
+def test_a_run_of_an_older_version_goes_on_and_lists_the_code_of_both(pretrained, capsys):
+    flags, run = "--mode pretrain --run older --epochs 1 --allow-tiny", Path("runs/older")
     assert run_train(flags) == 0
     (run / "predictions_test.npz").unlink()  # as if interrupted at the end
-    config = json.loads((run / "config.json").read_text())
-    (new,) = config.pop("code")
-    state = state_of(run.name)
-    state.pop("action_form", None)
-    for key in ("patience compute_of class_weight recipe sigreg_ratio crop noise supervise "
-                "self_pairs augment_action").split():  # arguments that it did not know
-        del config["args"][key], state["args"][key]
+    config, state = json.loads((run / "config.json").read_text()), state_of(run.name)
+    (new,) = config["code"]
+    del state["action_form"]
+    for key in "patience recipe sigreg_ratio crop noise supervise self_pairs".split():
+        del config["args"][key], state["args"][key]  # arguments that it did not know
     config["args"]["decoys"] = state["args"]["decoys"] = 0.0  # a switch that is no more
     torch.save(state, run / "last.pt")
-    old = new["sha256"] | {"train.py": "0"}
-    (run / "config.json").write_text(json.dumps(config | {"git": "abc", "sha256": old}))
-    assert run_train(flags, "--seed 1") == 2  # another run all the same
-    before = (run / "config.json").read_text()
+    old = {"git": "abc", "sha256": new["sha256"] | {"train.py": "0"}, "step": 0}
     for part, found in (({"speed": {"threads": "many"}}, "speed.threads is 'many'"),
                         ({"code": []}, "code is None"), ({"code": [{}]}, "code.sha256 is None")):
         (run / "config.json").write_text(json.dumps(config | part))
-        assert run_train(flags) == 2 and f"damaged: {found}" in last_line(capsys)
-    (run / "config.json").write_text(before)
+        assert run_train(flags) == 2 and f"of an older version: {found}" in last_line(capsys)
+    (run / "config.json").write_text(json.dumps(config | {"code": [old]}))
+    assert run_train(flags, "--seed 1") == 2  # another run all the same
     assert run_train(flags) == 0
     code = json.loads((run / "config.json").read_text())["code"]
-    assert code == [{"git": "abc", "sha256": old, "step": 0},
-                    new | {"step": log_of(run)[-1]["step"]}]
+    assert code == [old, new | {"step": log_of(run)[-1]["step"]}]
 
 
 def test_a_second_interrupt_ends_the_training_at_once_and_a_pipe_without_a_reader_does_not(
@@ -4110,21 +3838,18 @@ def test_a_second_interrupt_ends_the_training_at_once_and_a_pipe_without_a_reade
         for name in ("stdout", "__stdout__", "stderr", "__stderr__"):
             monkeypatch.setattr(sys, name, pipe)
         assert run_train(flags, "piped") == 0
-    assert Path("runs/piped/predictions_test.npz").exists()
 
 
 @pytest.mark.parametrize("own, wanted", [  # started again, or the exit code of a wrong command
-    ({}, "passive"), ({"LOCAL_RANK": "0"}, 2), ({"GOMP_SPINCOUNT": "9"}, 2),
-    ({"OMP_WAIT_POLICY": "active"}, 2)])
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+    ({}, "passive"), ({"LOCAL_RANK": "0"}, 2), ({"GOMP_SPINCOUNT": "9"}, 2)])
 def test_a_script_starts_once_more_to_wait_passively_unless_it_is_told_how(
-    monkeypatch, script, own, wanted
+    monkeypatch, own, wanted
 ):
     def start(path, argv, env):
         assert [path, *argv] == [sys.executable, *command]
         sys.exit(env["OMP_WAIT_POLICY"])
 
-    command = [sys.executable, str(HERE / script), "--mode", "cohort"]
+    command = [sys.executable, str(HERE / "train.py"), "--mode", "cohort"]
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
@@ -4132,7 +3857,8 @@ def test_a_script_starts_once_more_to_wait_passively_unless_it_is_told_how(
     for owner, name, value in ((sys, "orig_argv", command), (sys, "argv", command[1:]),
                                (os, "execve", start)):
         monkeypatch.setattr(owner, name, value)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, monkeypatch.context() as patch:
+        patch.setattr(signals, "signal", lambda number, handler: handler)  # pytest keeps its own
         runpy.run_path(command[1], run_name="__main__")
     assert ended.value.code == wanted
 
@@ -4152,21 +3878,15 @@ def test_steps_that_become_slow_are_noted_once(capsys):
 def test_a_fraction_leaves_the_judged_records_alone_and_constant_classes_are_named(
     workplace, tiny, capsys
 ):
-    flags = "--mode probe --init random --epochs 1 --frac {0:g} --run share-{0:g}"
-    found = []
-    for frac in (1, 0.2):
-        assert run_train(flags.format(frac)) == 0
-        rows = train.training_rows(tiny, frac, 0, False)
-        constant = tiny.label[rows].min(axis=0) == tiny.label[rows].max(axis=0)
-        names = [name for name, same in zip(tiny.class_name, constant) if same]
-        assert (f"note: {len(names)} of {len(constant)} classes are constant among the training "
-                f"records, nothing is learned of them: {', '.join(names[:10])}"
-                + f" and {len(names) - 10} more" * (len(names) > 10) + "\n"
-                ) in capsys.readouterr().out
-        for split in ("val", "test"):
-            with np.load(f"runs/share-{frac:g}/predictions_{split}.npz") as file:
-                found.append([file[key].tolist() for key in ("study_id", "y_true")])
-    assert found[:2] == found[2:]
+    assert run_train("--mode probe --init random --epochs 1 --frac 0.2 --run share") == 0
+    label = tiny.label[train.training_rows(tiny, 0.2, 0, False)]
+    constant = label.min(axis=0) == label.max(axis=0)
+    names = [name for name, same in zip(tiny.class_name, constant) if same]
+    assert (f"note: {len(names)} of {len(constant)} classes are constant among the training "
+            f"records, nothing is learned of them: {', '.join(names)}\n") in capsys.readouterr().out
+    for split, number in (("val", 1), ("test", 2)):
+        with np.load(f"runs/share/predictions_{split}.npz") as file:
+            np.testing.assert_array_equal(file["study_id"], tiny.study_id[tiny.split == number])
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults():
@@ -4192,26 +3912,25 @@ def test_a_run_is_named_by_what_differs_from_the_defaults():
 def test_the_default_start_is_the_pretraining_of_the_same_cohort_fraction_and_seed(
     pretrained, tiny
 ):
-    args = train.build_parser().parse_args(["--mode", "probe"])
-    args.seed, folder = 7, Path("runs/tiny-pretrain-seed7")
-    missing = "train.py --mode pretrain --data .*tiny.h5 --frac 1 --seed 7"
-    with pytest.raises(InputError, match=missing):
-        train.find_init(args, tiny)
+    args = train.build_parser().parse_args(["--mode", "probe", "--frac", "0.5"])
+    args.seed, folder = 7, Path("runs/tiny-pretrain-frac0.5-seed7")
+
+    def find(refused=None, recipe="papers"):
+        args.recipe = recipe
+        with pytest.raises(InputError, match=refused) if refused else contextlib.nullcontext():
+            assert train.find_init(args, tiny) == folder
+
+    missing = "--mode pretrain --data .*tiny.h5 --frac 0.5{} --seed 7` first"
+    find(missing.format(""))
     shutil.copytree(pretrained, folder)  # under that name, but of seed 0
-    with pytest.raises(InputError, match=missing):
-        train.find_init(args, tiny)
+    find(missing.format(""))
     config = json.loads((folder / "config.json").read_text())
-    config["args"]["seed"] = 7
+    config["args"] |= {"seed": 7, "frac": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
-    assert train.find_init(args, tiny) == folder
-    args.recipe = "recommended"
-    with pytest.raises(InputError, match=f"{missing} --recipe recommended` first"):
-        train.find_init(args, tiny)
-    args.recipe = "papers"
+    find()
+    find(missing.format(" --recipe recommended"), "recommended")
     (folder / "predictions_test.npz").unlink()
-    with pytest.raises(InputError, match="unfinished"):
-        train.find_init(args, tiny)
-    shutil.rmtree(folder)
+    find("unfinished")
 
 
 @pytest.fixture(scope="module")
@@ -4229,8 +3948,7 @@ def oddities(pretrained, workplace):
                 f["split"][row] = (f["split"][row] + 1) % 3
             else:
                 f["split"][f["split"][()] == 1] = 0
-    changes = {"leads": {"leads": ["I"]}, "shape": {"model_args": {"num_classes": 3}},
-               "huge": {"model_args": {"num_classes": 10**15}},
+    changes = {"leads": {"leads": ["I"]}, "huge": {"model_args": {"num_classes": 10**15}},
                "fine-scratch": {"kind": "classifier"}, "broken": {}}
     for name, change in changes.items():
         shutil.copytree(pretrained, workplace / "runs" / name, dirs_exist_ok=True)
@@ -4243,62 +3961,44 @@ MLP = "probe --init base --head mlp --augment dynamics"
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("pretrain --frac 0", "0 < frac <= 1"),
-    ("pretrain --frac 2", "0 < frac <= 1"),
-    ("pretrain --frac nan", "0 < frac <= 1"),
+    ("pretrain --frac 0", "--frac: found 0.0, wanted 1e-09 to 1.0"),
+    ("pretrain --frac nan", "--frac: found nan"),
     ("pretrain --frac 0.01", "training pairs, wanted at least 64"),
     ("pretrain --frac 0.01 --allow-tiny", "wanted at least 2;"),
     ("pretrain --data nowhere.h5", "nowhere.h5"),
     ("pretrain --data runs/base/last.pt", "cohort"),
-    ("pretrain --data runs/base/config.json", "cohort"),
-    ("pretrain --data runs", "runs"),
     ("pretrain --data data/stateless.h5 --action state", "no true states"),
     ("pretrain --data data/novalidation.h5", "no val record"),
     ("pretrain --data data/crossing.h5", "wanted in one fold alone; see `python prepare_data.py"),
-    ("pretrain --lam 1.5", "--lam: found 1.5"),
     ("pretrain --device tpu", "--device tpu"),
-    ("pretrain --cache gpu", "the device is the CPU"),
-    ("pretrain --objective invariance --action state", "no action"),
-    ("pretrain --reg vicreg --lam 0.5", "means nothing with --reg vicreg"),
     ("pretrain --reg vicreg --sigreg-ratio 5", "means nothing with --reg vicreg"),
     ("pretrain --sigreg-ratio 5 --lam 0.1", "--lam and --sigreg-ratio exclude each other"),
-    ("pretrain --sigreg-ratio -1", "--sigreg-ratio: found -1.0, wanted 0"),
-    ("pretrain --crop 0", "--crop: found 0.0, wanted 0.1 to 1"),
-    ("pretrain --noise nan", "--noise: found nan"),
-    ("pretrain --self-pairs", "--self-pairs: pairs two windows of a record, and without --crop"),
     ("pretrain --recipe recommended --self-pairs --crop 1", "add --crop 0.8"),
-    ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
     ("pretrain --objective labels", "--objective labels: learns labels"),
     ("pretrain --objective labels --supervise 1 --reg vicreg", "leave --reg out"),
-    ("probe --supervise 1 --init base", "--supervise: means nothing in --mode probe"),
+    ("pretrain --objective invariance --action sets", "the invariance objective takes no action"),
     ("probe --recipe recommended --init base", "and so does --init base; leave one out"),
-    ("finetune --recipe recommended --frac 0.5", "--recipe recommended` first, or name one"),
     ("probe --init base --head mlp --augment smote --augment-action zero --min-count 5",
      "--augment-action zero: a control of --augment dynamics"),
     ("pretrain --augment dynamics", "--mode probe"),
     ("pretrain --run file --allow-tiny", "File exists; name a folder"),
     ("finetune --init broken", "runs/broken/config.json: damaged, or of another program"),
-    ("pretrain --run runs/file/x --allow-tiny", "Not a directory; name a folder"),
     ("pretrain --resume --overwrite", "exclude each other"),
     ("pretrain --seed 1 2", "--seed: found 1 2, wanted one seed"),
     ("finetune --init nosuchrun", "nosuchrun"),
     ("finetune --init fine-scratch", "is a classifier"),
-    ("finetune --init random", "--init scratch"),
+    ("finetune --init random", "--init random: means nothing in --mode finetune"),
     ("finetune --init base --normalize none", "--normalize zscore"),
     ("finetune --init base --compute-of base", "--compute-of: trains a supervised baseline"),
-    ("finetune --init scratch --compute-of base --epochs 3", "leave --epochs out"),
-    ("finetune --init scratch --compute-of nosuchrun", "nosuchrun"),
-    ("probe --init scratch", "random"),
+    ("probe --init scratch", "a finetuning takes a run or scratch, a probe a run or random"),
     ("probe --init random:x", "random:x"),
     ("probe --init leads", "leads"),
-    ("probe --init shape", "another architecture (the model: "),
     ("probe --init huge", "another architecture"),
     ("probe --init base --augment dynamics", "--head mlp"),
     ("probe --init base --min-count 5", "means nothing with --augment none"),
     (f"{MLP} --min-count 100000", "no combination"),
     (f"{MLP} --features h", "z"),
     (f"{MLP} --data data/other.h5", "another vocabulary"),
-    ("reproduce --frac 0.1", "--frac: means nothing in --mode reproduce"),
     ("reproduce --seed 1 1", "--seed: found 1 1"),
 ])
 def test_bad_input_gets_one_clear_line_and_exit_code_2(oddities, workplace, capsys, flags, message):
@@ -4377,42 +4077,9 @@ def test_what_cannot_be_captured_stays_plain_with_one_line(monkeypatch, capsys):
     rows, _, seen = steps_of_a_line(monkeypatch, record)
     assert seen == list(range(6))
     np.testing.assert_allclose(rows, steps_of_a_line(monkeypatch)[0], rtol=1e-6)
-    optimizer = train.make_optimizer([nn.Linear(3, 1)], 0.1, 0.1)
-    train.make_schedule(optimizer, "onecycle", 0.1, 6)  # which moves beta 1
-    on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    groups = [group | {"params": [on_a_gpu]} for group in optimizer.param_groups]
-    step = train.Step(None, types.SimpleNamespace(param_groups=groups))
-    assert step.plain_left == math.inf and not step.rates
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out == (
         "note: steps are launched kernel by kernel, not as a CUDA graph (operation not permitted "
-        "when stream is capturing)",
-        "note: a step of a one-cycle schedule is launched kernel by kernel, not as a CUDA graph"]
-
-
-@needs_cuda
-def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
-    rows = []
-    for waits in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1)).cuda()
-        noise = torch.Generator("cuda")
-
-        def loss_of(items, batch, step):
-            x = batch[0] + torch.randn(4, 3, generator=noise, device="cuda")
-            loss = model(x).square().mean()
-            return loss * (loss.item() > -1 if waits else 1), {"loss": loss}
-
-        step, found = train.Step(loss_of, train.make_optimizer([model], 1e-2, 0), 1.0, [noise]), []
-        for i in range(train.GRAPH_AFTER + 5):
-            torch.manual_seed(i)
-            noise.manual_seed(i)
-            x = torch.randn(4, 3, generator=generator(i)).cuda()
-            found.append(step(np.arange(4), (x,), i)["loss"].item())
-        assert (step.graph is None) == waits
-        rows.append(found)
-    np.testing.assert_allclose(*rows, rtol=1e-4)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: steps are launched kernel by kernel")
+        "when stream is capturing)\n")
 
 
 @needs_cuda
@@ -4447,21 +4114,15 @@ def test_a_run_on_a_gpu_is_a_graph_and_goes_on_where_it_was_stopped(
     assert {type(group["lr"]) for group in state["param_groups"]} == {float}
 
 
-def test_the_record_that_holds_a_nan_is_named_and_else_the_batch(tiny):
-    rows = np.arange(20)
-    words = train.blame(tiny, np.stack([rows, rows]))  # source and target rows of pairs
-    assert ", ".join(map(str, tiny.study_id[:8])) + " and 12 more)" in words and "--lr" in words
-    assert str(tiny.study_id[8]) not in words
+def test_the_record_that_holds_a_nan_is_named(tiny):
     tiny.signal, tiny.path = np.array(tiny.signal), Path("data/ward A.h5")
-    for value, word in ((math.nan, "NaN"), (math.inf, "infinity")):
-        tiny.signal[7, 3, 2] = value
-        assert train.blame(tiny, rows) == (
-            f"study_id {tiny.study_id[7]} (row 7, lead aVR) holds {word}: run `python "
-            "prepare_data.py --check 'data/ward A.h5'`")
+    tiny.signal[7, 3, 2] = math.inf
+    assert train.blame(tiny, np.array([[3, 5], [-1, 7]])) == (
+        f"study_id {tiny.study_id[7]} (row 7) holds NaN or infinity: run `python prepare_data.py "
+        "--check 'data/ward A.h5'`")
 
 
 @pytest.mark.parametrize("bad, minutes, may_wait, what", [
-    (0, 10, False, "minimised nan"),  # found at once: the first steps are logged
     (6, 10, False, "minimised nan"),  # found at the next log row, after 8 steps
     (6, 0, False, "gradient norm (nan|inf)"),  # before the checkpoint of the clock, after 7 steps
     (8, 10, False, "minimised nan"),  # found at the end of the epoch, after 9 steps
@@ -4493,12 +4154,10 @@ def test_nothing_of_a_run_whose_loss_is_no_longer_finite_is_logged_or_stored(
     assert re.match(rf"error: step {bad}: .*{what}, .*pred .*records are finite \(study_id "
                     r"\d+, .* more\): give a lower --lr", last_line(capsys))
     rows = log_of(workplace / "runs" / name)
-    assert max((row["step"] for row in rows), default=0) == bad  # the row after it is older
+    assert rows[-1]["step"] == bad  # the row after it is older
     assert None not in [row.get("loss") for row in rows if "val_loss" not in row]
-    for file in ("last.pt", "best.pt") if bad else ():
-        state = state_of(name, file)
-        assert state["step"] <= 6 and all(v.isfinite().all() for v in state["model"].values())
-    assert not bad or state_of(name)["step"] == 6
+    state = state_of(name)
+    assert state["step"] == 6 and all(v.isfinite().all() for v in state["model"].values())
 
 
 # Bench
@@ -4513,16 +4172,13 @@ def test_the_sigreg_that_the_bench_compares_with_is_the_same_quantity():
 
 
 def test_a_row_of_the_bench_has_medians_of_calls_that_take_turns_without_the_first():
-    turns, now = [], [0.0]
-    seconds = {"a": iter([100, 1, 5, 2]), "b": iter([100, 6, 9, 7])}
+    now, seconds = [0.0], iter([100, 100, 1, 6, 5, 9, 2, 7])
 
-    def take(name):
-        turns.append(name)
-        now[0] += next(seconds[name])
+    def take():
+        now[0] += next(seconds)
 
-    a, b = ((name, functools.partial(take, name)) for name in "ab")
-    row = train.compare("stage", a, b, "≥ 1×", 3, scale=10, clock=lambda: now[0])
-    assert turns == list("abababab") and row == ["stage", "a", "20", "b", "7", "2.9×", "≥ 1×"]
+    row = train.compare("stage", ("a", take), ("b", take), "≥ 1×", 3, 10, lambda: now[0])
+    assert row == ["stage", "a", "20", "b", "7", "2.9×", "≥ 1×"]
 
 
 def test_quick_bench_fills_its_table(workplace, capsys):
@@ -4543,14 +4199,12 @@ def test_quick_bench_fills_its_table(workplace, capsys):
 # Reproduce
 
 
-def test_compile_of_an_older_command_does_nothing_but_say_so(workplace, capsys):
-    flags = "--mode pretrain --allow-tiny --epochs 1 --batch-size 13 --frac 0.3"
-    assert run_train(flags, "--compile") == 0
+def test_compile_of_an_older_command_finds_its_run_and_does_nothing_but_say_so(pretrained, capsys):
+    run = shutil.copytree(pretrained, "runs/tiny-pretrain-epochs2-batch-size48-compile-allow-tiny")
+    flags = "--mode pretrain --epochs 2 --batch-size 48 --allow-tiny --resume --compile"
+    assert run_train(flags) == 0
     out = capsys.readouterr().out
-    assert "note: --compile has no effect any more" in out and "pretrain-frac0.3" in out
-    (run,) = Path("runs").glob("*-compile-*")  # found under the name it had
-    assert run_train(flags, "--resume --run", run) == 0  # without the flag as well
-    assert "finished already" in capsys.readouterr().out
+    assert "note: --compile has no effect" in out and f"{run}: finished already" in out
 
 
 def study_of(cohort, *flags):
@@ -4562,8 +4216,9 @@ def study_of(cohort, *flags):
     return runs, train.plan_study(runs, parser, cohort, torch.device("cpu"))
 
 
-def test_a_study_holds_every_method_of_the_papers_tables_and_plans_its_work(tiny):
+def test_a_study_holds_every_method_of_the_papers_and_three_untrained_encoders(tiny):
     runs, plan = study_of(tiny, "--quick", "--min-count", "7", "--total", "100")
+    assert all("--quick" in argv for argv in runs.values())
     found = {(run["method"], run["frac"]) for run in plan.values()}
     wanted = {(m, frac) for _, frac, _, methods in evaluate.PAPER_TABLES for m in methods}
     wanted |= {(m, claim[5]) for claim in evaluate.CLAIMS for m in claim[3:5]}
@@ -4584,29 +4239,15 @@ def test_a_study_holds_every_method_of_the_papers_tables_and_plans_its_work(tiny
         "pretrain-dynamics", "finetune-dynamics", "supervised-compute"))
     epochs = max(2, math.ceil(20 / (pairs // min(64, pairs))))
     assert start["what"] == f"{pairs} pairs, {epochs} epochs"
-    assert [run["start"] for run in (start, tuned, same)] == [
-        None, "pretrain-dynamics", "finetune-dynamics"]
     assert start["work"] == 2 * pairs * epochs
     assert abs(same["work"] - start["work"] - tuned["work"]) <= records / 2
     assert plan["mlp-dynamics"]["work"] == 20 * (records + 100)
     tiny.state = None  # a real cohort
     assert not any("state" in name for name in study_of(tiny)[0])
-
-
-@pytest.mark.parametrize("seeds, draws", [("0", 3), ("0 3", 2), ("0 1 2", 1), ("5 6 7 8", 1)])
-def test_a_study_of_several_seeds_has_three_untrained_encoders_at_least(tiny, seeds, draws):
-    runs, _ = study_of(tiny, "--quick", "--min-count", "7", "--seed", *seeds.split())
-    ends = [f"-seed{seed}" if seed != "0" else "" for seed in seeds.split()]
-    first = list(runs)[:len(runs) // len(ends)]
-    assert list(runs) == [name.removesuffix(ends[0]) + end for end in ends for name in first]
-    untrained = [name for name in first if "untrained" in name]
-    assert len(untrained) == 3 * draws  # at 100, 10 and 1 %
-    assert len({runs[name][runs[name].index("--init") + 1] for name in untrained}) == draws
-    assert all("--quick" in argv for argv in runs.values())
-    few = [f"{name}-frac0.1" for name in ("mlp-dynamics", "mlp-recommended-dynamics")]
-    assert [name for name in first if "--min-count" in runs[name]] == [
-        name + ends[0] for name in ("mlp-dynamics", "mlp-smote", "mlp-oversample",
-                                    "mlp-recommended-dynamics", "mlp-state", *few)]
+    for seeds, draws in (("0", 3), ("0 3", 2), ("5 6 7 8", 1)):  # at 100, 10 and 1 %
+        inits = [argv[argv.index("--init") + 1] for name, argv in study_of(
+            tiny, "--seed", *seeds.split())[0].items() if "untrained" in name]
+        assert len(inits) == 3 * draws * len(seeds.split()) and len(set(inits)) == draws
 
 
 def test_a_report_has_every_page_that_its_cohort_and_its_finished_runs_allow(tiny, tmp_path):
@@ -4629,13 +4270,11 @@ def test_a_report_has_every_page_that_its_cohort_and_its_finished_runs_allow(tin
 
 
 def test_time_left_is_that_of_runs_of_the_same_kind():
-    def run(kind, work, seconds, reason=""):
-        return {"kind": kind, "work": work, "seconds": seconds, "reason": reason}
-
-    runs = [run("encoder", 10, 5.0), run("encoder", 30, 15.0), run("mlp", 4, 12.0),
-            run("encoder", 8, None, "not reached"), run("mlp", 2, None, "not reached")]
-    assert train.time_left(runs) == 8 * 0.5 + 2 * 3.0
-    assert train.time_left([*runs, run("linear", 1, None, "not reached")]) is None
+    done, rest, other = ([dict(zip(("kind", "work", "seconds"), run)) for run in runs] for runs in (
+        [("encoder", 10, 5.0), ("encoder", 30, 15.0), ("mlp", 4, 12.0)],
+        [("encoder", 8, None), ("mlp", 2, None)], [("linear", 1, None)]))
+    assert train.time_left(done, rest) == 8 * 0.5 + 2 * 3.0
+    assert train.time_left(done, rest + other) is None
 
 
 def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, capsys):
@@ -4661,10 +4300,9 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
     assert "finished already" in out
     study = json.loads((folder / "study.json").read_text())
     assert sorted(study["runs"]) == sorted(kept)
-    reasons = {name: run["reason"] for name, run in study["runs"].items()}
-    assert "training pairs, wanted at least 20" in reasons["pretrain-dynamics-frac0.01"]
-    assert reasons["probe-dynamics-frac0.01"] == reasons["pretrain-dynamics-frac0.01"]
-    assert not any(reasons[name] for name in kept[:4])
+    reasons = [study["runs"][name]["reason"] for name in kept]
+    assert reasons[:4] == [""] * 4 and reasons[4] == reasons[5]
+    assert "training pairs, wanted at least 20" in reasons[4]
     assert all(study["runs"][name]["seconds"] > 0 for name in kept[:4])
     text = (folder / "report/report.md").read_text()
     assert "SYNTHETIC" in text and "Paper B, Table 1" in text
@@ -4677,8 +4315,6 @@ def test_a_study_runs_reports_and_goes_on_where_it_was(workplace, monkeypatch, c
     for change, message in (("--min-count 3", "holds a study with min_count = 2, asked for 3"),
                             ("--run runs/study/mlp-dynamics", "found a training run")):
         assert run_train(flags, change) == 2 and message in last_line(capsys)
-    (folder / "study.json").write_text(json.dumps(study | {"cohort": "0" * 64}))
-    assert run_train(flags) == 2 and "holds a study with cohort = 0000" in last_line(capsys)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -4958,7 +4594,7 @@ def test_campaign_of_kills_of_preparation(tmp_path):
                    "--out", "c.h5", "--root", mimic if source == "mimic" else "demo"]
         command += ["--patients", 24] if source == "demo" else []
         moments = ["demo/demo.json"] * (source == "demo") + ["", "", *(
-            f"c.h5.partial/{file}" for file in ("plan.json", "cohort.h5", "status.npy"))]
+            f"c.h5.partial/{file}" for file in ("cohort.h5", "0.chunk", "plan.json"))]
         jobs.append(functools.partial(kill_again_and_again, tmp_path / f"{source}-{workers}",
                                       command, 14, moments))
     print("\nkills of preparation")
@@ -5080,7 +4716,7 @@ def read_tables(path):
     for i, study_id in enumerate(table["study_id"].tolist()):
         rows[study_id] = {name: table[name][i].item() for name in prepare_data.COLUMNS} | {
             "classes": set(names[table["label"][i] > 0].tolist()), "path": table["path"][i]}
-    counted = sum(sum(table["about"][name].values()) for name in ("rejected", "flaws"))
+    counted = table["tally"].rejected.total() + table["tally"].flaws.total()
     return rows, counted, output.getvalue()
 
 
@@ -5150,12 +4786,6 @@ def read_cohort(path):
     return vars(cohort) | {"signal": np.array(cohort.signal)}
 
 
-def judge_cohort(path, data, truth, got):
-    """Flagged: the checksums are gone, alone, and that is said."""
-    older = truth | {"crc32": None, "changed": None, "sha256": got["sha256"]}
-    return "flagged" if same(got, older) else "WRONG"
-
-
 def write_checkpoint(root):
     model = cardiowm.LinearProbe(8, 3)
     optimizer = train.make_optimizer([model], 1e-3, 1e-4)
@@ -5164,33 +4794,6 @@ def write_checkpoint(root):
     torch.save(checkpoint_of(model=model.state_dict(), optimizer=optimizer.state_dict(),
                              args={"seed": 0, "lr": 1e-3}), root / "last.pt")
     return [root / "last.pt"]
-
-
-def write_run_files(root):
-    write_run(root, "run", init="base", objective="dynamics")
-    return [root / "run" / name for name in ("config.json", "log.jsonl", "predictions_test.npz")]
-
-
-NEEDED = {  # {file: {where: its type}}
-    "log.jsonl": {("step",): int},
-    "config.json": {("args", "mode"): str, ("args", "frac"): (int, float), ("args", "seed"): int,
-                    **{("cohort", name): str for name in ("name", "path", "source", "sha256")}}}
-
-
-def judge_run(path, data, truth, got):
-    """Legal: JSON whose needed values are of their types, and were read as they are."""
-    if path.suffix == ".npz":
-        return "WRONG"
-    log = path.name == "log.jsonl"
-    said = [json.loads(line) for line in (data.splitlines() if log else [data])]
-    found = got["log"] if log else [got["config"]]
-    for row in found:
-        (row.get("init") or {}).pop("transfer", None)  # added by the reader
-    fits = same(said, found) and (log or type(found[0]["cohort"]["synthetic"]) is bool)
-    for row, (where, kind) in itertools.product(found, NEEDED[path.name].items()):
-        value = functools.reduce(lambda value, name: value[name], where, row)
-        fits = fits and isinstance(value, kind) and not isinstance(value, bool)
-    return "legal change" if fits else "WRONG"
 
 
 def read_whole_record(path):
@@ -5202,9 +4805,8 @@ FAULTS = {  # {kind: (mutations, writer of the files, reader, judge of what was 
     "signals": (200, lambda root: [path.with_suffix(".dat") for path in write_records(root)],
                 read_whole_record, judge_signal),
     "tables": (600, write_tables, read_tables, judge_table),
-    "cohorts": (500, write_cohort, read_cohort, judge_cohort),
-    "checkpoints": (200, write_checkpoint, evaluate.load_checkpoint, lambda *_: "WRONG"),
-    "runs": (300, write_run_files, lambda path: evaluate.load_run(path.parent), judge_run)}
+    "cohorts": (500, write_cohort, read_cohort, lambda *_: "WRONG"),
+    "checkpoints": (200, write_checkpoint, evaluate.load_checkpoint, lambda *_: "WRONG")}
 
 
 def mutate_in_this_process(kind, root):
@@ -5220,7 +4822,7 @@ def mutate_in_this_process(kind, root):
         path = files[rng.integers(len(files))]
         data = whole = path.read_bytes()
         while data == whole:
-            data = mutate(rng, whole, path.suffix in (".hea", ".csv", ".json", ".jsonl"))
+            data = mutate(rng, whole, path.suffix in (".hea", ".csv"))
         path.write_bytes(data)
         opened.clear()
         signals.alarm(20)  # its default action ends the process, wherever it hangs
@@ -5266,7 +4868,7 @@ def test_campaign_of_mutations(tmp_path):
     side_by_side([functools.partial(mutated, kind) for kind in FAULTS])
     print(f"  in all {counts.total()}: {dict(counts.most_common())}")
     assert not list(tmp_path.rglob("PWNED")) and not (HERE / "PWNED").exists()
-    assert counts.total() >= 2400 and not [name for name in counts if name.isupper()]
+    assert counts.total() >= 2100 and not [name for name in counts if name.isupper()]
 
 
 # Files made to harm: refused at once by name, nothing run, nothing outside read, little memory
@@ -5366,7 +4968,7 @@ def hostile_zip(path, compression, pickled, shape, content=b""):
 
 
 HOSTILE_ZIPS = {  # what a checkpoint and predictions may be: writes a path
-    "a folder": lambda path: path.mkdir(),
+    "a folder": lambda path: path.mkdir(), "a pipe": lambda path: os.mkfifo(path),
     "empty": lambda path: path.touch(),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Harm())),
     "a pickle in zip": lambda path: torch.save(checkpoint_of(x=Harm()), path),
@@ -5422,6 +5024,24 @@ def test_a_broken_run_is_refused_by_file_and_value(file, content, words, tmp_pat
     with pytest.raises(InputError, match=re.escape(words)) as error:
         evaluate.load_run(tmp_path / "run")
     assert str(tmp_path / "run" / file) in str(error.value)
+
+
+@pytest.mark.parametrize("target, read", [
+    ("pathlib.Path.read_bytes", lambda run: evaluate.load_run(run)),
+    ("numpy.load", lambda run: evaluate.load_run(run)),
+    ("torch.load", lambda run: evaluate.load_checkpoint(run / "last.pt")),
+    ("csv.reader", lambda run: prepare_data.read_rows(
+        run / "config.json", {"x": str}, {}, "row", prepare_data.Tally()))])
+def test_an_error_of_the_system_is_no_damage_of_the_file(target, read, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_run(tmp_path, "run")
+    torch.save(checkpoint_of(), tmp_path / "run/last.pt")
+    monkeypatch.setattr(target, fails)
+    with pytest.raises((InputError, OSError), match="Input/output error") as error:
+        read(tmp_path / "run")
+    assert "damaged" not in str(error.value)
 
 
 def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace, tmp_path):

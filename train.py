@@ -46,10 +46,13 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # as always, but under `python -P`
+
 import prepare_data
 
 if __name__ == "__main__":
-    prepare_data.wait_passively()  # starts this script again, so before torch, which takes longest
+    prepare_data.start_script()
 
 import torch
 import torch.distributed as dist
@@ -157,7 +160,8 @@ class Signals:
         size = cohort.signal.nbytes
         if cache == "auto":
             # each process of this machine holds its own
-            ram = prepare_data.available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            local = os.environ.get("LOCAL_WORLD_SIZE", "")
+            ram = prepare_data.available_memory() / max(1, int(local) if local.isdecimal() else 1)
             torch.cuda.empty_cache()  # what an earlier run of this process left; no CUDA: nothing
             gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             cache = "gpu" if size < 0.7 * gpu else "ram" if size < 0.4 * ram else "disk"
@@ -337,10 +341,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join_ranks(name: str) -> torch.device:
-    """The device of that name; the other processes are met that torchrun started, if it did: over
+def join_ranks(args: Namespace) -> torch.device:
+    """The device of --device; the other processes are met that torchrun started, if it did: over
     NCCL, where each takes the GPU of its local rank, else over gloo."""
-    size = os.environ.get("WORLD_SIZE") or "1"
+    name, size = args.device, os.environ.get("WORLD_SIZE") or "1"
     if size != "1":
         if ":" in name or name == "mps":
             raise InputError(f"--device {name}: torchrun gives each process its own device; wanted "
@@ -359,10 +363,12 @@ def join_ranks(name: str) -> torch.device:
         raise InputError(f"WORLD_SIZE is {size!r}, but {error}: start several processes with "
                          "torchrun, or one after `unset WORLD_SIZE`") from error
     average.world_size = world_size()
+    if args.mode not in ("pretrain", "finetune"):
+        raise InputError(f"torchrun: --mode {args.mode} uses one device; run `python train.py` "
+                         "instead")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    norms = "all ranks" if device.type == "cuda" else "each rank (torch synchronises CUDA only)"
-    print(f"torchrun: {world_size()} ranks, {dist.get_backend()}; batch norm over {norms}")
+    print(f"torchrun: {world_size()} ranks, {dist.get_backend()}")
     return device
 
 
@@ -568,28 +574,12 @@ def blame(cohort: Cohort, rows: np.ndarray) -> str:
     """Which of these records made a loss, or a score, that is not finite, and what to do."""
     rows = np.unique(rows[rows >= 0])
     for row in rows:
-        found = cohort.signal[row]                                             # (12, T)
-        for lead in np.flatnonzero(~np.isfinite(found).all(axis=1))[:1]:
-            what = "NaN" if np.isnan(found[lead]).any() else "infinity"
-            return (f"study_id {cohort.study_id[row]} (row {row}, lead {cohort.leads[lead]}) holds "
-                    f"{what}: run `python prepare_data.py --check {quoted(cohort.path)}`")
+        if not np.isfinite(cohort.signal[row]).all():
+            return (f"study_id {cohort.study_id[row]} (row {row}) holds NaN or infinity: run "
+                    f"`python prepare_data.py --check {quoted(cohort.path)}`")
     more = f" and {len(rows) - 8} more" * (len(rows) > 8)
     return (f"its records are finite (study_id {', '.join(map(str, cohort.study_id[rows[:8]]))}"
             f"{more}): give a lower --lr, with --overwrite")
-
-
-def check_finite(unchecked: list[tuple], culprit: Callable) -> None:
-    """Raise for the first step whose loss or gradient is not finite, else empty the list.
-
-    `descend` has left such a step out. On a GPU, which would have to wait, this is called before
-    anything is logged or stored only; elsewhere after each step.
-    """
-    sums = torch.stack([terms["minimised"] + terms["gradient norm"] for *_, terms in unchecked])
-    for bad in (~torch.isfinite(sums)).nonzero()[:1, 0].tolist():
-        step, items, terms = unchecked[bad]
-        found = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
-        raise InputError(f"step {step}: loss or gradient not finite ({found}); {culprit(items)}")
-    unchecked.clear()
 
 
 class Task:
@@ -654,8 +644,15 @@ class Loop:
         run.begin({"kind": task.kind, "batch_size": self.batch_size}, self.parts)
         if run.state:
             self.at = {key: run.state[key] for key in self.at}
+            step, epoch = self.at["step"], self.at["epoch"]
+            there = 0 <= epoch * self.per_epoch <= step <= (epoch + 1) * self.per_epoch
+            with run.usable():
+                if not there or epoch > args.epochs or step != self.schedule.last_epoch:
+                    raise InputError(
+                        f"{run.found}: step {step}, epoch {epoch} and {self.schedule.last_epoch} "
+                        f"steps of the schedule do not fit {self.per_epoch} an epoch")
         self.first, self.began, self.wait = self.at["step"], time.monotonic(), 0.0
-        self.saved, self.unchecked, self.pace, self.slowed = self.began, [], [], False
+        self.saved, self.unchecked, self.pace = self.began, [], []
         self.may_wait = not args.device.startswith("cuda")  # for the values of each step
 
     def save(self, name: str, epoch: int) -> None:
@@ -669,6 +666,20 @@ class Loop:
             "batch_size": self.batch_size,
             **{name: part.state_dict() for name, part in self.parts.items()}})
         self.saved = time.monotonic()
+
+    def check_finite(self) -> None:
+        """Raise for the first unchecked step whose loss or gradient is not finite.
+
+        `descend` has left such a step out. On a GPU, which would have to wait, this is called
+        before anything is logged or stored only; elsewhere after each step.
+        """
+        sums = [terms["minimised"] + terms["gradient norm"] for *_, terms in self.unchecked]
+        for bad in (~torch.isfinite(torch.stack(sums))).nonzero()[:1, 0].tolist():
+            step, items, terms = self.unchecked[bad]
+            found = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+            raise InputError(f"step {step}: loss or gradient not finite ({found}); "
+                             f"{blame(self.task.cohort, self.task.rows[items])}")
+        self.unchecked.clear()
 
     def take(self, items: np.ndarray, terms: dict, epoch: int) -> None:
         """Count a step; its log row where one is due, and a checkpoint where the last one is old.
@@ -684,8 +695,7 @@ class Loop:
         save = stop or time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
         log = step % self.log_every == 0 or step == self.total or "grad_ratio" in terms
         if log or save or step % self.per_epoch == 0 or self.may_wait:
-            task = self.task
-            check_finite(self.unchecked, lambda items: blame(task.cohort, task.rows[items]))
+            self.check_finite()
         if log:
             loss, _, *found = [v() if callable(v) else v for v in terms.values()]
             found = [v.to(loss) for v in found] + [loss.new_tensor(self.run.asked)]
@@ -704,13 +714,12 @@ class Loop:
 
     def watch_pace(self, seconds: float) -> None:
         """Say, once a run, that the steps of a CPU take several times as long as at its start."""
-        if len(self.pace) == 25:  # 5 that warm up, the next 10, the last 10
-            del self.pace[15]
-        self.pace.append(seconds)
+        if self.pace is None or self.args.device != "cpu":
+            return
+        self.pace = [*self.pace[:15], *self.pace[15:][-9:], seconds]  # 5 to warm up, 10, the last
         first, now = (sorted(self.pace[i:i + 10])[-5:] for i in (5, 15))  # from the median on
-        if len(self.pace) == 25 and not self.slowed and self.args.device == "cpu" \
-                and now[0] > max(SLOWER * first[0], 0.01):
-            self.slowed = True
+        if len(self.pace) == 25 and now[0] > max(SLOWER * first[0], 0.01):
+            self.pace = None
             print(f"note: a step takes {now[0]:.2g} s now, {first[0]:.2g} s when this run started: "
                   "another process keeps the cores busy (see `top`), or they are throttled; a new "
                   "run with OMP_NUM_THREADS=1 suffers less", flush=True)
@@ -1202,43 +1211,53 @@ class Run:
         defaults: value of each argument that the config.json of an older version may lack.
         """
         self.path, self.config, self.state, self.printed_at = path, config, None, 0.0
-        self.began, self.asked, self.log_rows = time.monotonic(), 0, 0
+        self.began, self.asked = time.monotonic(), 0
+        self.log_rows, self.log_lines = 0, []
         self.finished = is_finished(path)
         if not (path / "config.json").exists():
             if resume:
                 print(f"{path}: nothing to resume there; starting at step 0")
             return
         old = config_of(path)
-        # what older versions did not write
-        old = {"init": None, "speed": config["speed"], "code": [
-            {"git": old.get("git"), "sha256": old.get("sha256"), "step": 0}]} | old
         why = lack(old, {"speed": {"threads": (int,)}, "code": (list,),
                          "init": (dict, type(None))}) or lack(
             (old["code"] or [None])[-1], {"sha256": (dict,)}, "code.")
-        refuse([(why, f"{path / 'config.json'}: damaged: {why}; start anew with --overwrite")])
+        threads = why or old["speed"]["threads"]
+        refuse([(why, f"{path / 'config.json'}: damaged, or of an older version: {why}; start anew "
+                 "with --overwrite"),
+                (not why and not 1 <= threads <= 1024, f"{path / 'config.json'}: damaged: found "
+                 f"{threads} threads; start anew with --overwrite")])
         self._check_same(path, defaults | old["args"], old)
         refuse([(self.finished and not resume,
                  f"{path}: this run is finished; score it with `python evaluate.py --mode "
                  f"score --runs {quoted(path)}`, or start anew with --overwrite")])
         if self.finished:
             return
-        there = [path / name for name in ("last.pt", "previous.pt") if (path / name).exists()]
-        if not there:
+        self.found = path / "last.pt"
+        if not self.found.exists():  # killed between the two renames
+            self.found = path / "previous.pt"
+        if not self.found.exists():
             print(f"{path}: found unfinished, without a checkpoint; starting at step 0")
             return
-        self.found = there[0]
-        with self._usable():
+        log = path / "log.jsonl"
+        with self.usable():
             self.state = load_checkpoint(self.found)
             why = lack(self.state, {
                 **dict.fromkeys(("step", "epoch", "bad_epochs", "log_rows"), (int,)),
-                "best": (float, int, type(None)), "args": {}, "optimizer": {"state": {}}})
+                "best": (float, int, type(None)), "args": {}, "optimizer": {"state": {}},
+                "run_seconds": evaluate.NUMBER})
             refuse([(why, f"{self.found}: no checkpoint of this run ({why})")])
             self._check_same(self.found, self.state["args"], config)
-        print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}): found "
-              "unfinished, same configuration, same cohort"
-              + f"\nnote: last.pt is missing there; {self.found} is the checkpoint before it"
-              * (self.found.name == "previous.pt"))
-        self.began -= self.state.get("run_seconds", 0.0)
+            # only the rows that the checkpoint has seen stay in the log: no step is logged twice
+            wanted = self.state["log_rows"]
+            if log.exists():
+                self.log_lines = log.read_bytes().splitlines(keepends=True)[:max(0, wanted)]
+            whole = sum(line.endswith(b"\n") for line in self.log_lines)
+            refuse([(whole != wanted, f"{log}: found {whole} whole rows, {self.found} counts "
+                     f"{wanted}: lines of the log are lost")])
+        print(f"RESUMING {path} at step {self.state['step']} (epoch {self.state['epoch']}) of "
+              f"{self.found.name}: found unfinished, same configuration, same cohort")
+        self.began -= self.state["run_seconds"]
         code, (new,) = old["code"], config["code"]
         if code[-1]["sha256"] != new["sha256"]:  # the code of each part, the first one first
             print("note: the code changed since this run began")
@@ -1257,18 +1276,20 @@ class Run:
 
         now = {"decoys": 0.0} | content(self.config["args"], self.config)  # a switch of before
         refuse([(value != now.get(key),
-                 f"{where}: holds a run with {key} = {value}, asked for {now.get(key)}; choose "
-                 "another --run, or move the old one aside with --overwrite")
+                 f"{where}: holds a run with {key} = {prepare_data.printable(str(value)[:80])}, "
+                 f"asked for {now.get(key)}; choose another --run, or move the old one aside with "
+                 "--overwrite")
                 for key, value in content(args, config).items()])
 
     @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
+    def usable(self) -> Iterator[None]:
         """InputError where this run cannot go on from the checkpoint found, and what to do then."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             text = str(error) if isinstance(error, InputError) else \
-                f"{self.found}: no checkpoint of this run ({type(error).__name__}: {error})"
+                f"{self.found}: no checkpoint of this run ({type(error).__name__}: " \
+                + f"{str(error)[:200].splitlines()[0]})"
             previous = self.path / "previous.pt"
             advice = "No other checkpoint is there: start anew with --overwrite"
             with contextlib.suppress(InputError, KeyError):
@@ -1280,13 +1301,16 @@ class Run:
 
     def _restore(self, wanted: dict, parts: dict) -> None:
         state = self.state
-        refuse([(state.get(name, value) != value, f"{self.found}: {name} is {state[name]}, "
-                 f"{value} wanted: of another run, or of another number of processes")
+        refuse([(state[name] != value, f"{self.found}: {name} is {state[name]}, {value} wanted: of "
+                 "another run, or of another number of processes")
                 for name, value in wanted.items()])
         modules = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
         for name, module in modules.items():
             check_tensors(module.state_dict(), state[name], f"{self.found}: {name}")
         parameters = [p for group in parts["optimizer"].param_groups for p in group["params"]]
+        refuse([(state["step"] > 0 and len(state["optimizer"]["state"]) != len(parameters),
+                 f"{self.found}: the optimizer holds {len(state['optimizer']['state'])} of "
+                 f"{len(parameters)} parameters")])
         for i, moments in state["optimizer"]["state"].items():
             like = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[i])
             check_tensors(like | {"step": torch.tensor(0.0)}, moments,
@@ -1300,19 +1324,25 @@ class Run:
         """Put the checkpoint found, if it holds what is `wanted`, into the parts of a loop, all or
         nothing; open the folder."""
         if self.state:
-            with self._usable():
+            with self.usable():
                 self._restore(wanted, parts)
+        if self.state and self.state["best"] is not None:  # which the end of the training needs
+            best = self.path / "best.pt"
+            try:
+                state = load_checkpoint(best)
+                for name, module in parts.items():
+                    if isinstance(module, nn.Module):
+                        check_tensors(module.state_dict(), state.get(name, {}), f"{best}: {name}")
+            except InputError as error:
+                raise InputError(f"{error}; {self.found} alone cannot go on: start anew with "
+                                 "--overwrite") from None
         if rank() > 0:
             return
         for left in self.path.glob("*.tmp"):  # by a process that was killed
             left.unlink()
         replace_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
-        # only the rows that the checkpoint has seen stay in the log: no step is logged twice
-        log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        lines = lines[:self.state["log_rows"] if self.state else 0]
-        self.log_rows = len(lines)
-        replace_file(log, "".join(lines).encode())
+        self.log_rows = len(self.log_lines)
+        replace_file(self.path / "log.jsonl", b"".join(self.log_lines))
 
     def seconds(self) -> float:
         """Time spent in this run, the parts before each interruption included."""
@@ -1409,20 +1439,14 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> 
           f"{args.seed}, {run.config['cohort']['frac_patients']} training patients)")
     for name, rows in judged_rows(cohort).items():
         values = auroc(cohort.label[rows], scores[name])
-        mean = f"{np.nanmean(values):.3f}" if np.isfinite(values).any() else "not defined"
         print(f"  {name:<4} macro-AUROC ({what}, all {len(rows)} records of "
               f"{len(np.unique(cohort.subject_id[rows]))} patients, {np.isfinite(values).sum()} of "
-              f"{len(values)} classes): {mean}")
-    print("  files: config.json log.jsonl last.pt best.pt predictions_val.npz predictions_test.npz")
+              f"{len(values)} classes): {macro_auroc(cohort.label[rows], scores[name]):.3f}")
     print("next:")
     if args.mode == "pretrain":
-        same = f" --data {quoted(cohort.path)}" * (cohort.path != DEFAULT_DATA) \
-            + f" --frac {args.frac:g}" * (args.frac != 1) + f" --seed {args.seed}" * (args.seed > 0)
-        init = f" --init {quoted(run.path)}"
-        scaling = f" --normalize {args.normalize}" * (args.normalize != "zscore")
-        for mode in (f"probe{init}", f"probe --head mlp{init}", f"finetune{init}{scaling}",
-                     f"finetune --init scratch{scaling}"):
-            print(f"  python train.py --mode {mode}{same}")
+        for mode in ("probe", "finetune"):
+            print(f"  python train.py --mode {mode} --init {quoted(run.path)} --data "
+                  f"{quoted(cohort.path)} --frac {args.frac:g} --seed {args.seed}")
     print(f"  python evaluate.py --mode score --runs {quoted(run.path)}")
 
 
@@ -1434,9 +1458,7 @@ def summarise(run: Run, args, cohort: Cohort, scores: dict[str, np.ndarray]) -> 
 def untrained_draw(init: str | None) -> int | None:
     """0 for --init random, D for random:D; None where --init names something else."""
     word, _, draw = (init or "").partition(":")
-    if word != "random" or (draw and not draw.isdecimal()):
-        return None
-    return int(draw or 0)
+    return int(draw or 0) if word == "random" and (draw or "0").isdecimal() else None
 
 
 def finished_run(name: str | Path, flag: str) -> Path:
@@ -1453,17 +1475,17 @@ def find_init(args, cohort: Cohort) -> Path | None:
         return None
     if args.init is not None:
         return finished_run(args.init, "--init")
-    path = Path("runs", f"{cohort.name}-pretrain" + f"-frac{args.frac:g}" * (args.frac != 1)
-                + f"-recipe{args.recipe}" * (args.recipe != "papers")
-                + f"-seed{args.seed}" * (args.seed > 0))
+    chosen = sorted({("frac", f"{args.frac:g}"), ("recipe", args.recipe), ("seed", args.seed)}
+                    - {("frac", "1"), ("recipe", "papers"), ("seed", 0)})
+    path = Path("runs", f"{cohort.name}-pretrain" + "".join(f"-{name}{of}" for name, of in chosen))
     old = config_of(path) if (path / "config.json").exists() else None
-    recipe = f" --recipe {args.recipe}" * (args.recipe != "papers")
     refuse([(old is None or (cohort.sha256, args.frac, args.seed, args.recipe) != (
         old["cohort"]["sha256"], old["args"]["frac"], old["args"]["seed"],
         old["args"].get("recipe", "papers")),
-        f"--init: no pretraining of {cohort.name} with frac {args.frac:g} and seed {args.seed} at "
-        f"{path}; run `python train.py --mode pretrain --data {quoted(cohort.path)} --frac "
-        f"{args.frac:g} --seed {args.seed}{recipe}` first, or name one with --init RUN")])
+        f"--init: no pretraining of {cohort.name}, of this fraction and seed, at {path}; run "
+        f"`python train.py --mode pretrain --data {quoted(cohort.path)}"
+        + "".join(f" --{name} {of}" for name, of in chosen)
+        + "` first, or name one with --init RUN")])
     print(f"init: {path} (pretraining of the same cohort, fraction and seed)")
     return finished_run(path, "--init")
 
@@ -1507,12 +1529,9 @@ def compute_of(name: str) -> int:
     run = finished_run(name, "--compute-of")
     config = config_of(run)
     init, mode = config["init"], config["args"]["mode"]
-    refuse([
-        (mode != "finetune" or init is None,
-         f"--compute-of {name}: found a {mode} run from {config['args'].get('init')}; wanted the "
-         "finetuning of a pretraining"),
-        ("steps" not in (init or {}),
-         f"--compute-of {name}: its config.json lacks its pretraining's steps; finetune again")])
+    refuse([(mode != "finetune" or "steps" not in (init or {}),
+             f"--compute-of {name}: found a {mode} run from {config['args'].get('init')}; wanted "
+             "the finetuning of a pretraining")])
     passes = 0
     for part, steps in ((config, last_row(run)["step"]), (init, init["steps"])):
         pairs = part["args"]["mode"] == "pretrain"  # of two records each
@@ -1614,17 +1633,15 @@ def check_arguments(args: Namespace, parser: ArgumentParser) -> None:
     rules = [
         (len(set(seeds)) < len(seeds) or (len(seeds) > 1 and mode != "reproduce"),
          f"--seed: found {' '.join(map(str, seeds))}, wanted one seed (--mode reproduce takes "
-         "several, each once)"),
-        (mode in OWN_FLAGS and int(os.environ.get("WORLD_SIZE") or 1) > 1,
-         f"torchrun: --mode {mode} uses one device; run `python train.py` instead"),
-        (args.paper and args.quick, "--paper and --quick exclude each other: give one"),
-        (args.resume and args.overwrite, "--resume and --overwrite exclude each other: give one")]
+         "several, each once)")]
+    rules += [({one, other} <= {*given}, f"{flag_of(one)} and {flag_of(other)} exclude each other: "
+               "give one") for one, other in (
+        ("paper", "quick"), ("resume", "overwrite"), ("lam", "sigreg_ratio"))]
     for name, (low, high) in parser.within.items():
         values = seeds if name == "seed" else [getattr(args, name)]
         rules += [(value is not None and not low <= value <= high,  # NaN fails as well
-                   f"{flag_of(name)}: found {value}, wanted " + (
-                       "a fraction of the training patients, 0 < frac <= 1" if name == "frac"
-                       else f"{low:,} to {high:,}")) for value in values]
+                   f"{flag_of(name)}: found {value}, wanted {low:,} to {high:,}")
+                  for value in values]
     for name in given:
         modes = [m for m, flags in MODE_FLAGS.items() if name in flags] or list(MODE_FLAGS)
         modes += [m for m, flags in OWN_FLAGS.items() if name in flags]
@@ -1650,8 +1667,6 @@ def contradictions(args: Namespace, given: list[str]) -> list[tuple]:
         (args.objective == "labels" and (not switch["supervise"] or args.reg != "sigreg"),
          "--objective labels: learns labels, with SIGReg or nothing beside: give --supervise W and "
          "leave --reg out"),
-        (args.lam is not None and args.sigreg_ratio is not None,
-         "--lam and --sigreg-ratio exclude each other: give one"),
         (switch["self_pairs"] and switch["crop"] == 1,
          "--self-pairs: pairs two windows of a record, and without --crop they are one: add --crop "
          "0.8"),
@@ -1667,10 +1682,9 @@ def contradictions(args: Namespace, given: list[str]) -> list[tuple]:
         (args.compute_of is not None and (not scratch or args.epochs is not None),
          "--compute-of: trains a supervised baseline as long as a finetuned run: give --init "
          "scratch, and leave --epochs out"),
-        (args.mode == "finetune" and untrained_draw(args.init) is not None,
-         f"--init {args.init}: of an untrained encoder, give --init scratch"),
-        (args.mode == "probe" and scratch,
-         "--init scratch: a probe needs a frozen encoder: give a pretraining run or --init random")]
+        (scratch if args.mode == "probe" else untrained_draw(args.init) is not None,
+         f"--init {args.init}: means nothing in --mode {args.mode}: a finetuning takes a run or "
+         "scratch, a probe a run or random")]
 
 
 def run_name(args: Namespace, parser: ArgumentParser, stem: str) -> str:
@@ -1693,8 +1707,7 @@ def run_name(args: Namespace, parser: ArgumentParser, stem: str) -> str:
 def build_parser() -> ArgumentParser:
     """The command line: flags, grouped, no abbreviations."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.within = {}  # lowest and highest value of a flag
 
     def add(flag: str, default, text: str, choices: str = "", within: tuple = (), **how) -> None:
@@ -1723,20 +1736,18 @@ def build_parser() -> ArgumentParser:
         "all labelled between")
     add("--cache", "auto", "where the signals are held", "auto disk ram gpu")
     group = parser.add_argument_group("model")
-    add("--recipe", "papers", "what unset --action, --sigreg-ratio, --crop, --noise, --supervise, "
-        "--self-pairs are; probe, finetune: that of the pretraining",
+    add("--recipe", "papers", "unset --action to --self-pairs, or the pretraining to start from",
         " ".join(evaluate.SWITCHES))
-    add("--objective", "dynamics", "predict from state and action, from the state alone, or, with "
-        "--supervise, nothing", "dynamics invariance labels")
+    add("--objective", "dynamics", "predict with the action, without it, or not at all (control)",
+        "dynamics invariance labels")
     add("--action", str, "label change, true change (demo only), zeros, or both label sets",
         "coded state none sets")
     add("--self-pairs", bool, "records in no pair become pairs of two windows of themselves")
     add("--residual", False, "z_pred = z + MLP (paper A's text)")
     add("--z-dim", 256, "width of z", within=(2, 65_536))
     add("--normalize", "zscore", "none keeps mV (a probe takes its encoder's)", "zscore none")
-    add("--init", str, "RUN, scratch (finetune: the supervised baseline), random or random:D "
-        "(probe: an untrained encoder, its D-th draw); unset: the pretraining of the same cohort, "
-        "fraction and seed")
+    add("--init", str, "RUN (unset: the pretraining of the same cohort, fraction and seed), "
+        "scratch (finetune: supervised), random or random:D (probe: the D-th untrained encoder)")
     add("--compute-of", str, "train from scratch as long as this finetuned run and its pretraining",
         metavar="RUN")
     add("--head", "linear", "probe of paper A or of B", "linear mlp")
@@ -1801,11 +1812,9 @@ def prepare(args: Namespace, parser: ArgumentParser, cohort: Cohort, device: tor
     """Everything that can be wrong with the input, found before a run folder is touched."""
     patient = np.unique(np.stack([cohort.subject_id, cohort.split], axis=1), axis=0)[:, 0]
     refuse([
-        (args.cache == "gpu" and device.type == "cpu",
-         "--cache gpu: the device is the CPU; leave --cache out"),
         *((True, f"{cohort.path}: patient {twice} lies in two of train, val and test, wanted in "
            f"one fold alone; see `python prepare_data.py --check {quoted(cohort.path)}`, and build "
-           "the cohort anew") for twice in patient[1:][patient[1:] == patient[:-1]][:1]),
+           "the cohort anew") for twice in patient[1:][patient[1:] == patient[:-1]]),
         *((len(which) == 0, f"{cohort.path}: found no {name} record; every run is judged on them: "
            "prepare a cohort with more patients") for name, which in judged_rows(cohort).items())])
     path = folder_of(args.run or run_name(args, parser, cohort.name))
@@ -1853,12 +1862,10 @@ def print_training(args: Namespace, cohort: Cohort) -> None:
         print(f"validation: {len(val)} records, {judged} pairs, SIGReg at N = {size} (fixed)")
         print(f"recipe: {evaluate.recipe_words(vars(args))[2:] or 'papers'}")
     positive = cohort.label[rows].sum(axis=0, dtype=np.int64)
-    constant = np.flatnonzero((positive == 0) | (positive == len(rows)))
-    if len(constant):
-        names = [cohort.class_name[k] + " (in all)" * bool(positive[k]) for k in constant[:10]]
+    constant = [name for name, n in zip(cohort.class_name, positive) if n in (0, len(rows))]
+    if constant:
         print(f"note: {len(constant)} of {len(positive)} classes are constant among the training "
-              f"records, nothing is learned of them: {', '.join(names)}"
-              + f" and {len(constant) - 10} more" * (len(constant) > 10))
+              f"records, nothing is learned of them: {', '.join(constant)}")
     cause = "synthetic cohort" if cohort.synthetic else "CPU"
     why = {"quick": "--quick", "paper": "the papers' settings",
            "laptop": f"{cause}; --paper for the papers'"}[args.preset]
@@ -1873,9 +1880,7 @@ def train(args: Namespace, parser: ArgumentParser) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(args.deterministic)
-    device = join_ranks(args.device)
-    if world_size() > 1 and args.mode == "probe":
-        raise InputError("torchrun: a probe trains on one device; run `python train.py` instead")
+    device = join_ranks(args)
     on_first_rank(lambda: open_cohort(args.data).sha256)  # builds the demo cohort if there is none
     cohort = open_cohort(args.data)
     print(cohort_lines(cohort, device))
@@ -1939,7 +1944,7 @@ def compare(stage: str, today: tuple, here: tuple, wanted: str, repeats: int, sc
 
 
 def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
-    """WFDB record -> 100 Hz float16: one core, the whole build, two workers that fill one map."""
+    """WFDB record -> 100 Hz float16: one core, the whole build, two workers."""
     import wfdb
     from scipy.signal import resample_poly
     paths, fs = [str(p)[:-4] for p in sorted(root.glob("files/**/*.hea"))], 100
@@ -1963,8 +1968,8 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
 
     def read(workers: int) -> None:
         with tempfile.TemporaryDirectory(dir=root.parent) as folder, prepare_data.workspace(
-                Path(folder, "cohort.h5"), many, {"arguments": {"fs": fs}}) as (work, status):
-            prepare_data.run_workers(work, root, many, fs, status, workers)
+                Path(folder, "cohort.h5"), many, {"arguments": {"fs": fs}}) as work:
+            prepare_data.run_workers(work, root, many, fs, workers)
 
     def cpu_seconds() -> float:  # of this process and of those it started
         return sum(os.times()[:4])
@@ -1977,7 +1982,7 @@ def bench_reading(root: Path, quick: bool) -> Iterator[list[str]]:
                   today), ("one worker, whole process", build), "≥ 10×", repeats,
                   scale=len(paths) / len(some), clock=cpu_seconds)
     yield compare(f"read {len(many):,} records", ("one worker", lambda: read(1)),
-                  ("two workers, one map", lambda: read(2)), "≥ 1.7×", repeats)
+                  ("two workers", lambda: read(2)), "≥ 1.7×", repeats)
 
 
 def bench_batches(cohort: Cohort, quick: bool) -> Iterator[list[str]]:
@@ -2130,7 +2135,7 @@ def bench_augmentation(args: Namespace, device: torch.device) -> Iterator[list[s
 
 def bench(args: Namespace, parser: ArgumentParser) -> None:
     """--mode bench: print each row when it is there; write bench.md and bench.csv."""
-    device, quick = join_ranks(args.device), settle(args).quick
+    device, quick = join_ranks(args), settle(args).quick
     torch.manual_seed(args.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -2204,10 +2209,9 @@ def study_runs(args: Namespace, cohort: Cohort, folder: Path) -> dict[str, list[
     for name in ("paper", "quick", "labelled_only", "deterministic"):
         shared += [flag_of(name)] * getattr(args, name)
     draws, runs = -(-UNTRAINED_DRAWS // len(args.seed)), {}
-    matrix = [line.split("|") for line in STUDY.strip().splitlines()]
+    matrix = [map(str.strip, line.split("|")) for line in STUDY.strip().splitlines()]
     for seed, frac, (name, fracs, flags) in itertools.product(
-            args.seed, ("1", "0.1", "0.01"), matrix):
-        name = name.strip()
+            args.seed, ("1", "0.1", "0.01"), map(tuple, matrix)):
         if frac not in fracs.split() or int(name.partition("-draw")[2] or 0) >= draws \
                 or (name.endswith("-state") and cohort.state is None):
             continue
@@ -2252,12 +2256,11 @@ def plan_study(runs: dict[str, list[str]], parser: ArgumentParser, cohort: Cohor
     return plan
 
 
-def time_left(runs: list[dict]) -> float | None:
-    """Seconds for the runs not yet done, at the speed of those done; None where that is unknown."""
+def time_left(done: list[dict], rest: list[dict]) -> float | None:
+    """Seconds for the rest, at the speed of the runs done; None where that is unknown."""
     left = 0.0
-    for run in (run for run in runs if run["reason"]):
-        same = [other for other in runs if other["kind"] == run["kind"]
-                and other["seconds"] and not other["reason"]]
+    for run in rest:
+        same = [other for other in done if other["kind"] == run["kind"] and other["seconds"]]
         if not same:
             return None
         speed = sum(other["seconds"] for other in same) / sum(other["work"] for other in same)
@@ -2267,7 +2270,7 @@ def time_left(runs: list[dict]) -> float | None:
 
 def reproduce(args: Namespace, parser: ArgumentParser) -> None:
     """--mode reproduce: one study in a folder of its own."""
-    device, began = join_ranks(args.device), time.monotonic()
+    device, began = join_ranks(args), time.monotonic()
     cohort = open_cohort(args.data)
     args.paper |= device.type == "cuda" and not args.quick
     study = {"cohort": cohort.sha256} | {name: getattr(args, name) for name in (
@@ -2287,17 +2290,15 @@ def reproduce(args: Namespace, parser: ArgumentParser) -> None:
         run_study(args, parser, cohort, device, folder, old)
         study_report(args, cohort, folder)
     runs, took = old["runs"], timedelta(seconds=round(time.monotonic() - began))
-    failed = {name: run["reason"] for name, run in runs.items() if run["reason"]}
+    failed = [f"  {name}: {run['reason']}" for name, run in runs.items() if run["reason"]]
     print(f"\n{folder}: {len(runs) - len(failed)} of {len(runs)} runs complete, in {took}; report: "
-          f"{folder / 'report' / 'report.md'}")
-    for name, reason in failed.items():
-        print(f"  {name}: {reason}")
+          f"{folder / 'report' / 'report.md'}", *failed, sep="\n")
 
 
 def run_study(args: Namespace, parser: ArgumentParser, cohort: Cohort,
               device: torch.device, folder: Path, study: dict) -> None:
     """Plan, then every run that is not yet complete; study.json keeps what became of them."""
-    commands, runs, given_up = study_runs(args, cohort, folder), study["runs"], set()
+    commands, runs = study_runs(args, cohort, folder), study["runs"]
     print(f"{cohort_lines(cohort, device)}\nstudy {folder}: {len(commands)} runs, seeds "
           f"{' '.join(map(str, args.seed))}")
     for name, entry in plan_study(commands, parser, cohort, device).items():
@@ -2305,24 +2306,25 @@ def run_study(args: Namespace, parser: ArgumentParser, cohort: Cohort,
         entry["reason"] = "" if is_finished(folder / name) else entry["reason"]
         runs[name] = entry
         print(f"  {name:<32} {'' if entry['reason'] else 'complete':>10}  {entry['what']}")
-    for i, (name, argv) in enumerate(commands.items(), 1):
+    for i, (name, argv) in enumerate(commands.items()):
         entry = runs[name]
-        left = time_left([runs[n] for n in commands if n not in given_up])
-        print(f"\nrun {i} of {len(commands)}: {name}"
+        planned = [runs[each] for each in commands]
+        left = time_left([run for run in planned if not run["reason"]],
+                         [run for run in planned[i:] if run["reason"]])
+        print(f"\nrun {i + 1} of {len(commands)}: {name}"
               + ("" if left is None else f"; about {timedelta(seconds=round(left))} left")
               + f"\n  python train.py {shlex.join(argv)}", flush=True)
         # what starts from a run that could not be done cannot be done for the same reason
-        entry["reason"] = runs[entry["start"]]["reason"] if entry["start"] in given_up else ""
+        entry["reason"] = runs[entry["start"]]["reason"] if entry["start"] else ""
         if not entry["reason"]:
             try:
                 train(parser.parse_args(argv), parser)
-                entry["seconds"] = last_row(folder / name).get("run_seconds", entry["seconds"])
+                entry["seconds"] = last_row(folder / name).get("run_seconds")
             except (InputError, torch.OutOfMemoryError) as error:
                 if isinstance(error.__cause__, OSError):  # a full disk: the next run fails as well
                     raise
                 entry["reason"] = str(error).splitlines()[0]
         if entry["reason"]:
-            given_up.add(name)
             print(f"not done: {entry['reason']}")
         replace_file(folder / "study.json", json.dumps(study, indent=1).encode())
 
@@ -2355,24 +2357,22 @@ def study_report(args: Namespace, cohort: Cohort, folder: Path) -> None:
     """Every table and figure of evaluate.py for a study, and report.md, which holds them all."""
     report = folder / "report"
     report.mkdir(exist_ok=True)
-    text = [f"# Study of {'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}", ""]
+    text = [f"# Study of {'SYNTHETIC' if cohort.synthetic else 'real'} cohort {cohort.name}\n"]
     for i, (mode, flags) in enumerate(report_pages(args, cohort, folder), 1):
         out = report / f"{i}-{mode}"
         argv = ["--mode", mode, *flags, "--data", str(cohort.path), "--out", str(out)]
-        print(f"\npython evaluate.py {shlex.join(argv)}", flush=True)
+        command = f"python evaluate.py {shlex.join(argv)}"
+        print(f"\n{command}", flush=True)
         shutil.rmtree(out, ignore_errors=True)  # of an earlier report, made anew
         code = evaluate.main(argv)
         if code in (130, 143):
             raise KeyboardInterrupt if code == 130 else prepare_data.Stopped(signal.SIGTERM)
         if code != 0:
-            text += [f"`python evaluate.py {shlex.join(argv)}` was not done: see its message.", ""]
-            continue
-        for page in sorted(out.glob("*.md")):
-            text += [page.read_text(encoding="utf-8").rstrip().replace("![](", f"![]({out.name}/"),
-                     ""]
-        shown = "\n".join(text)
-        text += [f"![]({out.name}/{picture.name})\n" for picture in sorted(out.glob("*.png"))
-                 if f"({out.name}/{picture.name})" not in shown]
+            text.append(f"`{command}` was not done: see its message.\n")
+        pages = "".join(page.read_text(encoding="utf-8") for page in sorted(out.glob("*.md")))
+        pictures = [f"![]({picture.name})\n" for picture in sorted(out.glob("*.png"))
+                    if f"({picture.name})" not in pages]
+        text.append("\n".join([pages, *pictures]).replace("![](", f"![]({out.name}/"))
     replace_file(report / "report.md", "\n".join(text).encode())
 
 
