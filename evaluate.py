@@ -409,7 +409,7 @@ def file_kind(path: Path) -> str:
     if not path.exists():
         return "no such file"
     if not path.is_file():  # reading a pipe might never end
-        return "a folder, a pipe or a device"
+        return "a folder" if path.is_dir() else "a pipe or a device"
     with path.open("rb") as file:
         head = file.read(8)
     return "a zip file" if head.startswith(b"PK") else "an HDF5 file, as cohorts are" \

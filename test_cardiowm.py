@@ -1184,6 +1184,26 @@ def test_no_record_is_blamed_for_what_the_machine_lacks(target, code, tmp_path, 
         prepare_data.read_record(tmp_path / "x", 100)
 
 
+def test_a_build_that_goes_on_tries_again_what_was_rejected(tmp_path, monkeypatch):
+    build, data = prepare_small(tmp_path), tmp_path / "files/0.dat"
+    content, read, reads = data.read_bytes(), prepare_data.read_record, itertools.count()
+    data.unlink()  # a mount that is not there yet
+
+    def killed(*args):
+        if next(reads) == 6:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(prepare_data, "CHUNK", 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data, "read_record", killed)
+        build()
+    assert (tmp_path / "c.h5.partial/0.chunk").exists()
+    data.write_bytes(content)
+    cohort = prepare_data.Cohort(build())
+    assert len(cohort) == 12 and cohort.rejected == {}
+
+
 def test_a_build_that_was_killed_or_filled_the_disk_goes_on_and_ends_in_the_same_bytes(
         prepare_folder, tmp_path, monkeypatch, capsys):
     root, whole, _ = prepare_folder
