@@ -145,11 +145,13 @@ def system_error(error: OSError, what: str | Path = "") -> str:
 
     what: the file or flag, where the error itself does not know it.
     """
-    what = what or error.filename or "the system"
-    if error.errno is None:
+    what, number_of = what or error.filename or "the system", error.errno
+    if number_of is None and (told := re.search(r"errno = (\d+)", str(error))):  # h5py's
+        number_of = int(told[1])
+    if number_of is None:
         return f"{what}: {error}"
-    remedy = REMEDY.get(error.errno, "the same command goes on once that is mended")
-    return f"{what}: {os.strerror(error.errno)}; {remedy}"
+    remedy = REMEDY.get(number_of, "the same command goes on once that is mended")
+    return f"{what}: {os.strerror(number_of)}; {remedy}"
 
 
 def of_system(error: Exception) -> bool:
@@ -554,7 +556,7 @@ def read_with_wfdb(folder: str, header: Header, order: list[int], layout: list) 
         signals_read += own
     copies["r.hea"] = "\n".join([f"r {len(lines)} 500 {samples}", *lines, ""]).encode()
     # what the folder lacks is no fault of the record's
-    with system_errors(f"TMPDIR {os.environ.get('TMPDIR', '')}"), \
+    with system_errors(f"TMPDIR {os.environ.get('TMPDIR', 'unset')}"), \
             tempfile.TemporaryDirectory() as there:
         for name, copy in copies.items():
             Path(there, name).write_bytes(copy)

@@ -5064,6 +5064,11 @@ def test_an_error_of_the_system_is_no_damage_of_the_file(target, read, tmp_path,
     assert "damaged" not in str(error.value)
 
 
+def test_an_error_that_hdf5_tells_in_its_text_is_named_by_its_number():
+    error = OSError("Can't write data (file write failed: errno = 28, error message = '...')")
+    assert prepare_data.system_error(error, "c.h5").startswith("c.h5: No space left on device; ")
+
+
 def test_embeddings_that_are_not_finite_are_refused_by_study_id(tiny, workplace, tmp_path):
     path = shutil.copy(workplace / "data/tiny.h5", tmp_path / "nan.h5")
     with h5py.File(path, "r+") as file:
