@@ -1447,6 +1447,29 @@ def test_simulate_is_deterministic_and_keyed_by_patient_and_seed():
             simulate(patient, codes, seed)
 
 
+def test_simulation_without_a_code_is_the_stored_record(tiny):
+    sound = np.flatnonzero(tiny.quality == 0)[:40]
+    for row in sound:
+        state = {tiny.class_name[k] for k in np.flatnonzero(tiny.state[row])}
+        stored = tiny.signal[row].astype(np.float32)
+        got = prepare_data.resimulate(tiny, row, state).astype(np.float32)
+        # half a step of 5 uV through a filter of unit gain, and two roundings to float16
+        assert got.shape == stored.shape
+        assert (np.abs(got - stored) < 0.005 + 2**-10 * np.abs(stored)).all()
+    other = prepare_data.resimulate(tiny, row, state, 1).astype(np.float32)
+    assert np.abs(other - stored).max() > 0.02  # another recording
+
+
+def test_planted_defects_come_at_mimics_rates():
+    kinds = np.zeros(3)
+    for seed in range(4000):
+        x = prepare_data._defect(np.full((12, 5000), 100, np.int16),
+                                 prepare_data._stream("defect", 1, seed))
+        kinds += [(x == -32768).any(), (x == 0).all(axis=1).any(), (np.abs(x // 8) == 300).any()]
+    for rate, wanted in zip(kinds / 4000, (0.0132, 0.0024, 0.0012)):
+        assert abs(rate - wanted) < 4 * np.sqrt(wanted / 4000), (rate, wanted)  # 4 std errors
+
+
 def test_a_code_changes_the_heart_vector_alone_and_one_without_signature_nothing():
     """What any code adds is seen through one lead matrix, so it has rank 3: equal noise cancels."""
     for patient in range(3):
@@ -3050,6 +3073,17 @@ def whole(tensors):
     return torch.cat([t.ravel() for t in tensors])
 
 
+def test_recalibrated_batch_norm_holds_the_average_over_the_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model(torch.randn(8, 3) * 100)  # an old memory
+    batches = [torch.randn(16, 3) * s + s for s in (1.0, 2.0, 3.0)]
+    train.recalibrate([model], model, batches)
+    for found, of in ((model[0].running_mean, torch.mean), (model[0].running_var, torch.var)):
+        torch.testing.assert_close(found, torch.stack([of(b, dim=0) for b in batches]).mean(0))
+    assert model[0].momentum == 0.1
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("samples, batch", [(999, 4), (5000, 2)])
 def test_fast_encoder_equals_the_plain_one_with_gradients_and_statistics(samples, batch, training):
@@ -3795,9 +3829,18 @@ def test_a_folder_that_is_moved_while_it_is_being_locked_is_not_held(tmp_path, m
             pass
 
 
-def test_a_log_without_a_number_stays_readable(tmp_path):
-    train.Run(tmp_path, {}, False, {}).log({"step": 1, "val_loss": math.inf, "pred": math.nan})
-    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "pred": None}
+def test_a_log_stays_readable_and_an_ignored_signal_ignored(tmp_path):
+    run = train.Run(tmp_path, {}, False, {})
+    run.log({"step": 1, "val_loss": math.inf, "grad_ratio": math.nan})
+    assert train.last_row(tmp_path) == {"step": 1, "val_loss": None, "grad_ratio": None}
+    before = signals.signal(signals.SIGINT, signals.SIG_IGN)  # `train.py &` in a script
+    try:
+        with run.noting_signals():
+            os.kill(os.getpid(), signals.SIGINT)
+            os.kill(os.getpid(), signals.SIGTERM)
+        assert run.asked == signals.SIGTERM
+    finally:
+        signals.signal(signals.SIGINT, before)
 
 
 def test_a_finished_run_is_kept_or_moved_aside_and_goes_on_from_its_own_weights_alone(
@@ -4088,6 +4131,32 @@ def test_a_replayed_step_takes_its_own_batch_rate_and_draw(monkeypatch):
     assert seen == [0, 1, 2, 2, 2, 2, 2]  # twice plain, captured at 2, then that one again
     np.testing.assert_allclose(replayed, rows, rtol=1e-6)  # a rate as a float32 tensor
     torch.testing.assert_close(same, weight, rtol=1e-6, atol=0)
+
+
+@needs_cuda
+def test_a_step_that_waits_for_the_gpu_stays_plain_there_and_draws_on(capsys):
+    rows = []
+    for waits in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1)).cuda()
+        noise = torch.Generator("cuda")
+
+        def loss_of(items, batch, step):
+            x = batch[0] + torch.randn(4, 3, generator=noise, device="cuda")
+            loss = model(x).square().mean()
+            return loss * (loss.item() > -1 if waits else 1), {"loss": loss}
+
+        step, found = train.Step(loss_of, train.make_optimizer([model], 1e-2, 0), 1.0, [noise]), []
+        for i in range(train.GRAPH_AFTER + 5):
+            torch.manual_seed(i)
+            noise.manual_seed(i)
+            x = torch.randn(4, 3, generator=generator(i)).cuda()
+            found.append(step(np.arange(4), (x,), i)["loss"].item())
+        assert (step.graph is None) == waits
+        rows.append(found)
+    np.testing.assert_allclose(*rows, rtol=1e-4)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: steps are launched kernel by kernel")
 
 
 def test_what_cannot_be_captured_stays_plain_with_one_line(monkeypatch, capsys):
